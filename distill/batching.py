@@ -1,0 +1,58 @@
+"""Length-sorted batches, and what to do when one does not fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from distill.runlog import say
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def by_length(items: Sequence[Item], length: Callable[[Item], int], batch_size: int) -> list[list[Item]]:
+    """Batches of items of similar length, the longest first, so that a batch too big for memory is met at once.
+
+    The order is a function of the items alone (ties keep their order), so a restart makes the same batches.
+    """
+    ordered = sorted(items, key=length, reverse=True)
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+class MemoryGuard:
+    """Runs batches, halving any that does not fit, and remembers the size that did.
+
+    Args:
+        work: Turns a batch into as many results.
+        free: Called after a failure, to give cached memory back.
+    """
+
+    def __init__(self, work: Callable[[list[Item]], list[Result]], free: Callable[[], None]) -> None:
+        self._work = work
+        self._free = free
+        self._largest: int | None = None
+
+    def run(self, batch: list[Item]) -> Iterator[Result]:
+        """Results of a batch, in its order.
+
+        Raises:
+            torch.OutOfMemoryError: a single item does not fit.
+        """
+        size = min(len(batch), self._largest or len(batch))
+        start = 0
+        while start < len(batch):
+            part = batch[start : start + size]
+            try:
+                results = self._work(part)
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+                size = self._largest = max(1, len(part) // 2)
+                self._free()
+                say(f"out of memory: going on with {size} sequences at once")
+                continue
+            yield from results
+            start += len(part)

@@ -1,0 +1,112 @@
+"""The `distill` command. Imports neither torch nor a stage before one is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from distill import __version__
+
+if TYPE_CHECKING:
+    from distill.recipe import Recipe
+
+_EPILOG = "Any key of the recipe can be overridden: --generate.samples_per_prompt 8. `distill keys` lists them all."
+_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+app = typer.Typer(
+    help="Distil a large model's reasoning into a small one: prompts, generate, curate, train, evaluate, report, export.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Redo = Annotated[bool, typer.Option("--redo", help="Delete this stage's folder first, and make it again.")]
+
+
+def main() -> None:
+    """Entry point: errors of the kit become one message on stderr and exit code 1, without a traceback."""
+    from distill.errors import DistillError
+
+    try:
+        app()
+    except DistillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"distill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command("run", context_settings=_OVERRIDES, epilog=_EPILOG)
+def run_all(context: typer.Context, recipe: RecipePath) -> None:
+    """All stages of a recipe, resuming what was begun and skipping what is done."""
+    from distill.pipeline import run_pipeline
+
+    run_pipeline(_load(recipe, context))
+
+
+def _stage_command(name: str, help_text: str) -> None:
+    def command(context: typer.Context, recipe: RecipePath, redo: Redo = False) -> None:
+        from distill.pipeline import run_stage
+
+        run_stage(name, _load(recipe, context), redo=redo)
+
+    app.command(name, help=help_text, context_settings=_OVERRIDES, epilog=_EPILOG)(command)
+
+
+_stage_command("prompts", "Read the problems, and split held-out ones off.")
+_stage_command("generate", "Let the teacher write traces, or bring finished ones in.")
+_stage_command("curate", "Check the traces, and choose those to learn from.")
+_stage_command("train", "Train the student, in this process; for several: accelerate launch distill/train.py --config RECIPE.")
+_stage_command("evaluate", "Measure base, student and teacher on the held-out prompts.")
+_stage_command("report", "Make report.md and report.html from the run's files.")
+_stage_command("export", "Write the merged student, its adapter and a model card.")
+
+
+@app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
+def check(context: typer.Context, recipe: RecipePath) -> None:
+    """Prove a recipe before anything is spent: keys, files, vocabulary, template, supervised tokens, lengths."""
+    loaded = _load(recipe, context)
+    if not importlib.import_module("distill.stages.check").run(loaded):
+        raise typer.Exit(1)
+
+
+@app.command()
+def keys(section: Annotated[str, typer.Argument(help="Only keys that start so, e.g. train or student.adapter.")] = "") -> None:
+    """Every key a recipe can have: type, default, meaning."""
+    from distill.recipe_io import keys as all_keys
+
+    shown = [info for info in all_keys() if info.key.startswith(section)]
+    if not shown:
+        print(f"error: no key starts with {section!r}; `distill keys` lists all", file=sys.stderr)
+        raise typer.Exit(1)
+    for info in shown:
+        typer.echo(f"{typer.style(info.key, bold=True)}  ({info.kind}, {'required' if info.default == 'required' else 'default ' + info.default})")
+        typer.echo(f"    {info.help}")
+
+
+def _load(path: Path, context: typer.Context) -> Recipe:
+    from distill.recipe_io import load_recipe
+
+    return load_recipe(path, context.args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Loads tokenizers and models as a recipe describes them, on whatever device there is."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from distill import embedded
+from distill.chat import ChatFormat, chat_format
+from distill.errors import ModelError
+from distill.recipe import Adapter, LoraAdapter, ModelSpec
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def pick_device() -> torch.device:
+    """The accelerator of this process (by `LOCAL_RANK`), else the CPU; `ACCELERATE_USE_CPU=true` forces the CPU."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0"))) if accelerator.type != "mps" else accelerator
+
+
+def pick_dtype(device: torch.device, setting: str = "auto") -> torch.dtype:
+    """Type of the weights: the setting, or bf16 where the device computes in it, else fp16 on a GPU, else fp32."""
+    if setting != "auto":
+        return _DTYPES[setting]
+    if device.type == "cuda":
+        # Emulated bf16 (Turing, Pascal, Volta) is many times slower than fp16.
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "xpu":
+        return torch.bfloat16
+    return torch.float16 if device.type == "mps" else torch.float32
+
+
+def load_chat_format(spec: ModelSpec) -> ChatFormat:
+    """The tokenizer of a model with its template.
+
+    Raises:
+        ModelError: it can't be loaded, or its template can't be used.
+    """
+    return chat_format(load_tokenizer(spec), spec.chat_template_kwargs, spec.pad_token)
+
+
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """The tokenizer named by `tokenizer`, else the model's own."""
+    name = spec.tokenizer or spec.model
+    revision = None if spec.tokenizer else spec.revision
+    try:
+        return AutoTokenizer.from_pretrained(
+            embedded.resolve(name), revision=revision, trust_remote_code=spec.trust_remote_code, padding_side="left"
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name}: the tokenizer can't be loaded: {_first_line(error)}. {_ADVICE}") from None
+
+
+def load_model(spec: ModelSpec, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A causal language model in evaluation mode.
+
+    Args:
+        spec: What to load.
+        device: Where to put it.
+        dtype: Overrides `spec.dtype`.
+
+    Raises:
+        ModelError: it can't be loaded.
+    """
+    options: dict[str, Any] = {"dtype": dtype or pick_dtype(device, spec.dtype), "trust_remote_code": spec.trust_remote_code}
+    if spec.attn_implementation != "auto":
+        options["attn_implementation"] = spec.attn_implementation
+    if spec.quantization == "nf4":
+        compute = torch.float32 if device.type == "cpu" else pick_dtype(device)
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+        )
+        options["device_map"] = {"": str(device)}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(embedded.resolve(spec.model), revision=spec.revision, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{spec.model}: the model can't be loaded: {_first_line(error)}. {_ADVICE}") from None
+    if spec.quantization == "none":
+        model = model.to(device)
+    return model.eval()
+
+
+def lora_config(adapter: LoraAdapter) -> LoraConfig:
+    """The recipe's adapter as peft describes it."""
+    return LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.lora_alpha,
+        lora_dropout=adapter.lora_dropout,
+        target_modules=adapter.target_modules,
+        use_dora=adapter.use_dora,
+        use_rslora=adapter.use_rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def load_trained(spec: ModelSpec, adapter: Adapter, folder: Path, device: torch.device, *, merge: bool = True) -> PreTrainedModel | PeftModel:
+    """The student after training, from the folder of the train stage.
+
+    Args:
+        spec: The student before training.
+        adapter: What was trained.
+        folder: Folder of the train stage.
+        device: Where to put it.
+        merge: Add the adapter into the weights, which makes inference faster; not done to 4-bit weights.
+    """
+    if adapter.type == "full":
+        # The folder holds whole weights; the spec's revision and quantisation belong to what it started from.
+        trained = spec.model_copy(update={"model": str(folder / "model"), "revision": None, "quantization": "none"})
+        return load_model(trained, device)
+    model = PeftModel.from_pretrained(load_model(spec, device), str(folder / "adapter"))
+    model = model.merge_and_unload() if merge and spec.quantization == "none" else model
+    return model.eval()
+
+
+def model_record(spec: ModelSpec, model: torch.nn.Module) -> dict[str, Any]:
+    """Name, revision and size of a loaded model, for the manifest."""
+    commit = getattr(model.config, "_commit_hash", None)
+    return {"model": spec.model, "revision": commit or spec.revision, "parameters": num_parameters(model)}
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    """Number of weights, tied ones once; 4-bit weights count as what they stand for."""
+    return sum(2 * p.numel() if type(p).__name__ == "Params4bit" else p.numel() for p in model.parameters())
+
+
+def config_vocab_size(spec: ModelSpec) -> int | None:
+    """Rows of a model's embedding by its config alone; null where the config can't be reached (offline)."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            embedded.resolve(spec.model), revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError, json.JSONDecodeError):
+        return None
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    return None if size is None else int(size)
+
+
+def free_memory() -> None:
+    """Gives the memory of deleted models back to the device, before the next one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+_ADVICE = "Check the name and the network; offline, give a local folder or fill the cache before with `hf download`."
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

@@ -1,0 +1,361 @@
+"""The recipe: one strict, typed description of an experiment. Knows nothing of torch.
+
+The docstring under a field is its only documentation; `distill keys` prints it. A field that changes how fast rows
+are made but not which rows are made is marked `_SPEED`, and so does not make an existing folder a different experiment.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from distill.trainer_args import check_trainer_args
+
+_SPEED: dict[str, Any] = {"json_schema_extra": {"affects_rows": False}}
+
+PositiveInt = Annotated[int, Field(ge=1)]
+CheckName = Literal["finish", "think", "math"]
+ModelRole = Literal["base", "student", "teacher"]
+
+
+class Section(BaseModel):
+    """Base of all recipe sections: unknown keys are errors, types are not coerced, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide which rows a stage makes, as plain JSON values."""
+        fields = type(self).model_fields
+        speed_only = {
+            name
+            for name, info in fields.items()
+            if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("affects_rows") is False
+        }
+        return self.model_dump(mode="json", exclude=speed_only)
+
+
+class ModelSpec(Section):
+    """A model by name, with everything needed to load it and to speak to it."""
+
+    model: str
+    """Hub id, local folder, or `embedded:teacher` / `embedded:student` (the tiny pair shipped with the kit)."""
+    revision: str | None = None
+    """Git revision on the Hub; null means the newest, and the manifest records which that was."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer, where it is not the model's own."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Weights in memory. auto: bf16 where the device has it, else fp16 on a GPU, else fp32."""
+    quantization: Literal["none", "nf4"] = "none"
+    """nf4 loads the frozen weights in 4 bits through bitsandbytes (double quantisation): QLoRA, or a cheap teacher."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the chat template, e.g. `{enable_thinking: true}`."""
+    pad_token: str | None = None
+    """Padding token, only where none that differs from the end of a turn can be found in the vocabulary."""
+    licence: str | None = None
+    """SPDX id or name of the terms; null looks the model up in the kit's own table and else records "unknown"."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(default="auto", **_SPEED)
+    """Attention kernel; auto takes what transformers takes."""
+    trust_remote_code: bool = False
+    """Run code that a model repository brings along."""
+
+
+class LoraAdapter(Section):
+    """Low-rank adapters through peft; the names are peft's own."""
+
+    type: Literal["lora"] = "lora"
+    """`lora`, or `full` for full fine-tuning."""
+    r: PositiveInt = 32
+    """Rank."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 64
+    """Scale: the update is multiplied by alpha / r, or by alpha / sqrt(r) under rsLoRA."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: str | list[str] = "all-linear"
+    """Modules that get an adapter; all-linear is every linear layer but the head."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA (DoRA)."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling (rsLoRA)."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _no_head(cls, value: str | list[str]) -> str | list[str]:
+        if "lm_head" in ([value] if isinstance(value, str) else value):
+            raise ValueError("an adapter on lm_head would never be trained, because the loss reads its weight directly")
+        return value
+
+
+class FullFinetune(Section):
+    """No adapter: every weight is trained."""
+
+    type: Literal["full"]
+    """`full`."""
+
+
+Adapter = Annotated[LoraAdapter | FullFinetune, Field(discriminator="type")]
+
+
+class Student(ModelSpec):
+    """The model that learns."""
+
+    adapter: Adapter = Field(default_factory=LoraAdapter)
+    """What is trained: `{type: lora, r: 32, ...}` or `{type: full}`."""
+
+    @model_validator(mode="after")
+    def _quantised_needs_adapter(self) -> Student:
+        if self.quantization != "none" and self.adapter.type == "full":
+            raise ValueError("quantization: nf4 can't be trained in full; use adapter.type: lora (QLoRA)")
+        return self
+
+
+class Columns(Section):
+    """Which columns of a source hold what."""
+
+    prompt: str | None = None
+    """Column with the user's text."""
+    messages: str | None = None
+    """Column with a list of chat messages, instead of `prompt`."""
+    reference: str | None = None
+    """Column with the reference answer; null where there is none."""
+    tags: str | None = None
+    """Column with a string or a list of strings carried along."""
+
+    @model_validator(mode="after")
+    def _one_prompt_column(self) -> Columns:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("name exactly one of prompt and messages")
+        return self
+
+
+def _check_pattern(value: str | None) -> str | None:
+    """A regular expression with exactly one group, or null."""
+    if value is not None:
+        try:
+            groups = re.compile(value).groups
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        if groups != 1:
+            raise ValueError(f"must have exactly one group, has {groups}")
+    return value
+
+
+class Prompts(Section):
+    """Where the problems come from, and how they are put to a model."""
+
+    source: str
+    """File (jsonl, json, csv, parquet), Hub data set id, or `embedded:arithmetic`."""
+    subset: str | None = None
+    """Configuration of a Hub data set, e.g. `main`."""
+    split: str = "train"
+    """Split of a Hub data set."""
+    columns: Columns = Columns(prompt="question", reference="answer")
+    """Column names of the source."""
+    answer_pattern: str | None = None
+    """Regular expression whose one group is the final answer inside the reference; its last match counts."""
+    system_prompt: str | None = None
+    """Put before every prompt."""
+    template: str = "{prompt}"
+    """The user's turn; `{prompt}` stands for the text of the source."""
+    max_prompts: PositiveInt | None = None
+    """Use only so many training prompts, drawn by the seed; null means all."""
+    heldout_size: Annotated[int, Field(ge=0)] = 200
+    """Prompts kept out of training for `evaluate`."""
+    heldout_source: str | None = None
+    """Take the held-out prompts from this source instead of splitting them off; prompts in both are not trained on."""
+    heldout_split: str = "test"
+    """Split of `heldout_source` on the Hub."""
+
+    _pattern = field_validator("answer_pattern")(_check_pattern)
+
+    @field_validator("template")
+    @classmethod
+    def _has_prompt(cls, value: str) -> str:
+        if "{prompt}" not in value:
+            raise ValueError("must contain {prompt}")
+        return value
+
+
+class Traces(Section):
+    """Finished traces from elsewhere, instead of generating them."""
+
+    source: str
+    """File (jsonl, json, csv, parquet) or Hub data set id."""
+    subset: str | None = None
+    """Configuration of a Hub data set."""
+    split: str = "train"
+    """Split of a Hub data set."""
+    columns: Columns = Columns(prompt="question")
+    """Column names of the prompt; a trace belongs to the prompt whose text is the same."""
+    completion: str = "completion"
+    """Column with the answer (the reasoning inside it, or in a column of its own)."""
+    reasoning: str | None = None
+    """Column with the reasoning, where it is apart; it is put between `<think>` and `</think>`."""
+    answer_separator: str | None = None
+    """Text inside the completion before which stands the reasoning and after which the answer (`####` in GSM8K)."""
+    author_model: str | None = None
+    """Who wrote them, for the record."""
+    licence: str | None = None
+    """Terms of the traces, for the record."""
+
+    @model_validator(mode="after")
+    def _one_way_to_find_reasoning(self) -> Traces:
+        if self.reasoning is not None and self.answer_separator is not None:
+            raise ValueError("reasoning and answer_separator exclude each other: the reasoning is in one place")
+        return self
+
+
+class Sampling(Section):
+    """How tokens are drawn."""
+
+    samples_per_prompt: PositiveInt = 1
+    """Traces for each prompt."""
+    max_new_tokens: PositiveInt = 4096
+    """Longest answer, in tokens of its author."""
+    temperature: Annotated[float, Field(ge=0)] = 0.6
+    """0 takes the most probable token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Nucleus: the smallest set of tokens whose probability reaches this."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Only the k most probable tokens; 0 means all."""
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Only tokens at least this probable relative to the most probable one."""
+    batch_size: PositiveInt = Field(default=16, **_SPEED)
+    """Sequences at once; halved by itself when memory runs out."""
+
+    @model_validator(mode="after")
+    def _greedy_has_one_sample(self) -> Sampling:
+        if self.temperature == 0 and self.samples_per_prompt > 1:
+            raise ValueError("temperature 0 writes the same answer every time; use samples_per_prompt: 1")
+        if self.temperature == 0 and {"top_p", "top_k", "min_p"} & self.model_fields_set:
+            raise ValueError("temperature 0 ignores top_p, top_k and min_p; leave them out")
+        return self
+
+
+class Generate(Sampling):
+    """The teacher writes traces."""
+
+    engine: Literal["hf"] = Field(default="hf", **_SPEED)
+    """hf: transformers in this process, on CPU or GPU."""
+
+
+class Curate(Section):
+    """Which traces are good enough to learn from."""
+
+    checks: list[CheckName] = ["finish", "think", "math"]
+    """Every one must pass. finish: ended by itself; think: reasoning, then an answer; math: the answer is right."""
+    keep_unjudged: bool = False
+    """Keep traces that a check could not judge (no reference, or the checker ran out of time)."""
+    max_per_prompt: PositiveInt = 4
+    """Traces kept for each prompt."""
+    prefer: Literal["first", "shortest", "longest"] = "first"
+    """Which of a prompt's passing traces are kept."""
+    check_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    """Hard limit for one answer check, in seconds; the checking process is killed at it."""
+    workers: PositiveInt | None = Field(default=None, **_SPEED)
+    """Processes that check answers; null means one a core."""
+
+
+class Train(Section):
+    """The student learns."""
+
+    method: Literal["sft"] = "sft"
+    """sft: negative log-likelihood on the traces."""
+    max_length: PositiveInt = 4096
+    """Longest prompt + completion, in the student's tokens."""
+    overlong: Literal["drop", "cut"] = "drop"
+    """What happens to longer rows: dropped and counted, or cut at the end (which loses the answer)."""
+    trainer_args: dict[str, Any] = Field(default_factory=dict)
+    """Any field of `trl.SFTConfig`: learning_rate, num_train_epochs, packing, report_to, ..."""
+
+    @field_validator("trainer_args")
+    @classmethod
+    def _known_fields(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return check_trainer_args(value)
+
+
+class Evaluate(Sampling):
+    """Base, student and teacher answer the held-out prompts."""
+
+    models: list[ModelRole] = ["base", "student", "teacher"]
+    """Who is measured; base is the student before training."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 takes the most probable token."""
+    max_prompts: PositiveInt | None = None
+    """Use only so many held-out prompts; null means all."""
+    check_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    """Hard limit for one answer check, in seconds."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Coverage of the printed intervals."""
+
+    @field_validator("models")
+    @classmethod
+    def _distinct(cls, value: list[str]) -> list[str]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError("name each of base, student, teacher at most once, and at least one")
+        return value
+
+
+class Report(Section):
+    """A page about the run, made from its files alone."""
+
+    examples: Annotated[int, Field(ge=0)] = 12
+    """Example traces shown."""
+
+
+class Export(Section):
+    """The student as others will load it."""
+
+    model_name: str | None = None
+    """Name on the model card; null means the recipe's name."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Stored weights; auto keeps the type of the student's own checkpoint."""
+    parity_prompts: Annotated[int, Field(ge=1)] = 20
+    """Held-out prompts on which the merged model is compared with base + adapter."""
+    min_token_agreement: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Least share of equal next tokens between the two; less refuses the export."""
+
+
+class Recipe(Section):
+    """One experiment."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Letters, digits, `.`, `_` and `-`."""
+    run_dir: str | None = None
+    """Folder of the run; null means `runs/<name>`."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the split, of every sampled token and of training."""
+    teacher: ModelSpec | None = None
+    """The model that is learned from; may be left out where traces are brought."""
+    student: Student
+    """The model that learns."""
+    prompts: Prompts
+    """The problems."""
+    generate: Generate | None = None
+    """How the teacher writes traces. Exactly one of `generate` and `traces` is given."""
+    traces: Traces | None = None
+    """Finished traces from elsewhere. Exactly one of `generate` and `traces` is given."""
+    curate: Curate = Curate()
+    """Which traces are kept."""
+    train: Train = Train()
+    """How the student learns."""
+    evaluate: Evaluate | None = Evaluate()
+    """How it is measured; null leaves the stage out."""
+    report: Report = Report()
+    """What the report shows."""
+    export: Export | None = Export()
+    """How it is written out; null leaves the stage out."""
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Recipe:
+        if (self.generate is None) == (self.traces is None):
+            raise ValueError("give exactly one of the sections generate (a teacher writes) and traces (you bring them)")
+        if self.generate is not None and self.teacher is None:
+            raise ValueError("generate needs a teacher: add a section teacher with a key model")
+        if self.evaluate is not None:
+            if self.teacher is None and "teacher" in self.evaluate.models:
+                raise ValueError("evaluate.models names teacher, but there is no section teacher")
+            if self.prompts.heldout_size == 0:
+                raise ValueError("evaluate needs held-out prompts: raise prompts.heldout_size, or set evaluate: null")
+        return self

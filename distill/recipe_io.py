@@ -1,0 +1,209 @@
+"""Reads a recipe file and its command-line overrides, and says precisely what is wrong with them.
+
+YAML 1.2 through ruamel.yaml: `1e-5` is a number, a repeated key is an error, and every key knows its line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails, PydanticUndefined
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from distill.errors import RecipeError
+from distill.recipe import Recipe
+
+_TAGS = {"lora", "full"}  # pydantic puts the tag of a chosen union member into an error's location
+
+
+class KeyInfo(typing.NamedTuple):
+    """One key of the recipe."""
+
+    key: str
+    kind: str
+    default: str
+    help: str
+
+
+def keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[KeyInfo]:
+    """Every key a recipe can have, depth first, in the order of the sections."""
+    for name, info in model.model_fields.items():
+        key = f"{prefix}{name}"
+        sections = list(_sections_in(info.annotation))
+        if not sections:
+            default = "required" if info.is_required() else _plain(info.get_default(call_default_factory=True))
+            kind = str(getattr(info.annotation, "__name__", info.annotation))
+            kind = str(info.annotation) if typing.get_args(info.annotation) else kind
+            yield KeyInfo(key, kind.replace("typing.", ""), default, info.description or "")
+        seen = set()
+        for section in sections:
+            for item in keys(section, f"{key}."):
+                if item.key not in seen:
+                    seen.add(item.key)
+                    yield item
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The recipe sections inside an annotation such as `Generate | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    else:
+        for part in typing.get_args(annotation):
+            yield from _sections_in(part)
+
+
+def _plain(value: Any) -> str:
+    return "null" if value is None or value is PydanticUndefined else str(value)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a file with command-line overrides laid over it.
+
+    Args:
+        path: YAML file.
+        overrides: `["--generate.samples_per_prompt", "8", "--seed=1"]`; a value is read as YAML.
+
+    Raises:
+        RecipeError: naming file, line, key, value and the nearest valid key.
+    """
+    path = Path(path)
+    document = _read_yaml(path)
+    changed = _apply(document, overrides)
+    try:
+        return Recipe.model_validate(_to_plain(document))
+    except ValidationError as error:
+        problems = [_describe(item, path, document, changed) for item in error.errors()]
+        raise RecipeError("\n".join(dict.fromkeys(problems))) from None
+
+
+def dump_recipe(recipe: Recipe, path: Path) -> None:
+    """Writes the resolved recipe, defaults included, as YAML that `load_recipe` reads back."""
+    yaml = YAML()
+    yaml.width = 120
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        yaml.dump(recipe.model_dump(mode="json"), file)
+    temporary.replace(path)
+
+
+def _read_yaml(path: Path) -> CommentedMap:
+    try:
+        document = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: can't be read: {error.strerror}. Give the path of a recipe, e.g. recipes/quickstart.yaml.") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: is not a text file. Give the path of a recipe (YAML, UTF-8).") from None
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise RecipeError(f"{path}:{line}: not valid YAML: {error.problem}. {error.context or ''}".rstrip()) from None
+    except YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(document, CommentedMap):
+        raise RecipeError(f"{path}: holds {type(document).__name__}, not a mapping. A recipe starts with `name: ...`.")
+    return document
+
+
+def _apply(document: CommentedMap, overrides: Sequence[str]) -> set[str]:
+    """Lays overrides over the document in place; returns the dotted keys they set."""
+    words, changed = list(overrides), set()
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise RecipeError(f"command line: {word!r} is not expected here. An override reads --section.key VALUE.")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise RecipeError(f"command line: --{key} has no value. Write --{key} VALUE.")
+            text = words.pop(0)
+        try:
+            value = YAML(typ="safe").load(text)
+        except YAMLError:
+            value = text
+        _set(document, key, value)
+        changed.add(key)
+    return changed
+
+
+def _set(document: CommentedMap, key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    node: Any = document
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = CommentedMap()
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise RecipeError(f"command line: --{key}: {parent} is a plain value here, not a section.")
+    node[last] = value
+
+
+def _to_plain(node: Any) -> Any:
+    """ruamel's containers and scalars as the built-in types that strict validation asks for."""
+    if isinstance(node, dict):
+        return {str(key): _to_plain(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_to_plain(value) for value in node]
+    for kind in (bool, int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
+    return node
+
+
+def _describe(item: ErrorDetails, path: Path, document: CommentedMap, changed: set[str]) -> str:
+    """One pydantic error as one line: where, what, got, and what to do."""
+    parts = [str(part) for part in item["loc"] if part not in _TAGS]
+    key = ".".join(parts)
+    where = _where(path, document, parts, changed)
+    kind = item["type"]
+    if kind == "extra_forbidden":
+        return f"{where}: {key}: unknown key, got {item['input']!r}. {_suggest(key)}"
+    if kind == "missing":
+        return f"{where}: {key}: missing. Add it; `distill keys {parts[0]}` explains it."
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if kind == "value_error":
+        return f"{where}: {key + ': ' if key else ''}{message}."
+    return f"{where}: {key}: {message}, got {item['input']!r}. `distill keys {parts[0] if parts else ''}` explains it."
+
+
+def _where(path: Path, document: CommentedMap, parts: list[str], changed: set[str]) -> str:
+    """`file:line` of the deepest key of `parts` that the file has, or the command line if an override set it."""
+    dotted = ".".join(parts)
+    if any(dotted == key or dotted.startswith(key + ".") for key in changed):
+        return "command line"
+    node, line = document, None
+    for part in parts:
+        if not isinstance(node, CommentedMap) or part not in node:
+            break
+        try:
+            line = node.lc.key(part)[0] + 1
+        except (KeyError, TypeError, AttributeError):
+            break
+        node = node[part]
+    return f"{path}:{line}" if line else str(path)
+
+
+def _suggest(key: str) -> str:
+    """The nearest valid key: a sibling if one is close, else one of that name elsewhere."""
+    *parents, last = key.split(".")
+    known = [info.key for info in keys()]
+    sections = {name.rsplit(".", 1)[0] for name in known if "." in name}
+    prefix = ".".join(parents)
+    siblings = {name.removeprefix(prefix + "." if prefix else "").split(".")[0] for name in [*known, *sections] if name.startswith(prefix)}
+    close = difflib.get_close_matches(last, siblings, n=1)
+    if close:
+        return f"Did you mean {'.'.join([*parents, close[0]])}?"
+    from distill.trainer_args import trainer_fields
+
+    elsewhere = [name for name in known if name.split(".")[-1] == last]
+    if last in trainer_fields():
+        elsewhere.append(f"train.trainer_args.{last}")
+    if elsewhere:
+        return f"Did you mean {elsewhere[0]}?"
+    return f"`distill keys {parents[0] if parents else ''}` lists the valid ones.".replace(" `", "`")

@@ -1,0 +1,93 @@
+"""The rows that stages exchange, as Arrow schemas. `null` means unknown, never zero."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, TypedDict
+
+import pyarrow as pa
+
+Message = TypedDict("Message", {"role": str, "content": str})
+
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+PROMPT = pa.schema(
+    [
+        ("prompt_id", pa.string()),  # stable hash of `messages`
+        ("messages", _MESSAGES),
+        ("reference", pa.string()),  # the right answer, or null
+        ("source", pa.string()),
+        ("tags", pa.list_(pa.string())),
+    ]
+)
+
+TRACE = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample_index", pa.int32()),
+        ("author", pa.string()),  # teacher, student or base
+        ("messages", _MESSAGES),
+        ("reference", pa.string()),
+        ("completion", pa.string()),  # as text, reasoning included, end of turn not
+        ("prompt_ids", pa.list_(pa.int32())),  # in the author's vocabulary; null for brought traces
+        ("completion_ids", pa.list_(pa.int32())),  # end of turn included if it was written
+        ("finish_reason", pa.string()),  # stop, length or error; null for brought traces
+        ("seed", pa.uint64()),  # null for brought traces
+    ]
+)
+
+# A dropped row is a trace and the reason it went.
+DROPPED_TRACE = TRACE.append(pa.field("reason", pa.string()))
+
+DROPPED_PROMPT = PROMPT.append(pa.field("reason", pa.string()))
+
+VERDICT = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample_index", pa.int32()),
+        ("check", pa.string()),
+        ("passed", pa.bool_()),  # null: could not be judged
+        ("reason", pa.string()),
+    ]
+)
+
+ANSWER = pa.schema(
+    [
+        ("model_role", pa.string()),
+        ("prompt_id", pa.string()),
+        ("sample_index", pa.int32()),
+        ("correct", pa.bool_()),  # null: could not be judged
+        ("reason", pa.string()),
+        ("truncated", pa.bool_()),
+        ("num_tokens", pa.int32()),  # of the completion, end of turn included
+    ]
+)
+
+SCORE = pa.schema(
+    [
+        ("model_role", pa.string()),  # or "gap" for the share of the teacher-base gap recovered
+        ("task", pa.string()),
+        ("metric", pa.string()),
+        ("value", pa.float64()),
+        ("low", pa.float64()),  # interval; null where none was computed
+        ("high", pa.float64()),
+        ("num_prompts", pa.int32()),
+        ("samples_per_prompt", pa.int32()),
+    ]
+)
+
+
+def prompt_id(messages: list[Message]) -> str:
+    """Stable id of a prompt: the first 16 hex digits of the SHA-256 of its messages."""
+    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+    return hashlib.sha256(json.dumps(plain, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def table_of(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Rows as an Arrow table of exactly this schema; a missing key becomes null, an unknown one is an error."""
+    for row in rows[:1]:
+        unknown = set(row) - set(schema.names)
+        if unknown:
+            raise KeyError(f"row has columns that the schema lacks: {sorted(unknown)}")
+    return pa.Table.from_pylist(rows, schema=schema)

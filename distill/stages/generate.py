@@ -1,0 +1,50 @@
+"""Stage `generate`: the teacher writes traces for the training prompts. Reads prompts/, writes traces/."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from distill.engines import requests_for, write_traces
+from distill.recipe import Generate, ModelSpec, Recipe
+from distill.runlog import Clock
+from distill.schema import TRACE
+from distill.stages import folder
+from distill.storage import Manifest, StageFolder, read_rows
+
+
+def run(recipe: Recipe) -> Manifest:
+    """Writes the table `traces`, a row a prompt and sample; resumes after the last finished batch."""
+    teacher, sampling = recipe.teacher, recipe.generate
+    assert teacher is not None and sampling is not None  # the recipe was validated
+    settings = {"teacher": teacher.identity(), "generate": sampling.identity(), "seed": recipe.seed}
+    with StageFolder(folder(recipe, "generate"), "generate", settings, [folder(recipe, "prompts")]) as out:
+        return out.manifest or _generate(recipe, teacher, sampling, out)
+
+
+def _generate(recipe: Recipe, teacher: ModelSpec, sampling: Generate, out: StageFolder) -> Manifest:
+    # Imported here, so that a finished stage answers without loading torch.
+    from distill.engines.hf import HFEngine
+    from distill.licences import licence_of
+    from distill.models import load_chat_format, load_model, model_record, pick_device
+
+    clock = Clock()
+    prompts = read_rows(folder(recipe, "prompts"), "train")
+    chat = load_chat_format(teacher)
+    device = pick_device()
+    model = load_model(teacher, device)
+    requests = requests_for(prompts, sampling.samples_per_prompt, recipe.seed)
+    rows = write_traces(HFEngine(model, chat, sampling), requests, sampling, out.journal(), "teacher", "generate")
+    out.write_table("traces", rows, TRACE)
+    return out.finish(
+        rows_in=len(prompts),
+        rows_kept=len(rows),
+        facts=clock.facts(
+            device=str(device),
+            author=model_record(teacher, model),
+            licence=licence_of(teacher.model, teacher.licence),
+            tokenizer_digest=chat.tokenizer_digest,
+            template_digest=chat.template_digest,
+            tokens=sum(len(row["completion_ids"]) for row in rows),
+            finish_reasons=dict(Counter(row["finish_reason"] for row in rows)),
+        ),
+    )
