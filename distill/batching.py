@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -22,7 +22,7 @@ def by_length(items: Sequence[Item], length: Callable[[Item], int], batch_size: 
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 
-class MemoryGuard:
+class MemoryGuard(Generic[Item, Result]):
     """Runs batches, halving any that does not fit, and remembers the size that did.
 
     Args:

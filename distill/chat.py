@@ -1,9 +1,9 @@
-"""The only place that touches chat templates: how a prompt is put to a model, and which tokens it learns.
+r"""The only place that touches chat templates: how a prompt is put to a model, and which tokens it learns.
 
 A training row is `prompt_ids + completion_ids`, where the prompt is rendered with its generation prompt, exactly as at
 inference, and the completion is tokenised as it stands, with the token that ends a turn after it. The assistant's turn
 is never rendered by the template, because templates change it: R1-Distill's deletes the reasoning, Qwen3's adds an
-empty one. A template that opens the reasoning itself (`...<think>\\n` at the end of the prompt) keeps that in the prompt.
+empty one. A template that opens the reasoning itself (`...<think>\n` at the end of the prompt) keeps that in the prompt.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ChatFormat:
         return self._ids(self.prompt_text(messages))
 
     def opening(self, messages: list[Message]) -> str:
-        """What the template has already written of the assistant's answer: `<think>\\n` for some families, else ``."""
+        r"""What the template has already written of the assistant's answer: `<think>\n` for some families, else ``."""
         match = re.search(rf"{THINK_OPEN}\s*\Z", self.prompt_text(messages))
         return match.group() if match else ""
 
@@ -104,7 +104,9 @@ class ChatFormat:
         return hashlib.sha256(f"{self.tokenizer.chat_template}{sorted(self.template_kwargs.items())}".encode()).hexdigest()
 
 
-def chat_format(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any] | None = None, pad_token: str | None = None) -> ChatFormat:
+def chat_format(
+    tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any] | None = None, pad_token: str | None = None
+) -> ChatFormat:
     """Works out how a tokenizer's template ends a turn and which token can pad.
 
     The tokenizer's `pad_token` is set to the padding found, so that what is saved later carries it.

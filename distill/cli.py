@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,6 +35,7 @@ def main() -> None:
     """Entry point: errors of the kit become one message on stderr and exit code 1, without a traceback."""
     from distill.errors import DistillError
 
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
     except DistillError as error:
@@ -98,7 +100,9 @@ def keys(section: Annotated[str, typer.Argument(help="Only keys that start so, e
         print(f"error: no key starts with {section!r}; `distill keys` lists all", file=sys.stderr)
         raise typer.Exit(1)
     for info in shown:
-        typer.echo(f"{typer.style(info.key, bold=True)}  ({info.kind}, {'required' if info.default == 'required' else 'default ' + info.default})")
+        typer.echo(
+            f"{typer.style(info.key, bold=True)}  ({info.kind}, {'required' if info.default == 'required' else 'default ' + info.default})"
+        )
         typer.echo(f"    {info.help}")
 
 

@@ -84,19 +84,20 @@ def load_model(spec: ModelSpec, device: torch.device, dtype: torch.dtype | None 
         )
         options["device_map"] = {"": str(device)}
     try:
-        model = AutoModelForCausalLM.from_pretrained(embedded.resolve(spec.model), revision=spec.revision, **options)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(embedded.resolve(spec.model), revision=spec.revision, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"{spec.model}: the model can't be loaded: {_first_line(error)}. {_ADVICE}") from None
     if spec.quantization == "none":
-        model = model.to(device)
-    return model.eval()
+        model.to(device)  # type: ignore[arg-type]  # transformers decorates `to` without its signature
+    model.eval()
+    return model
 
 
 def lora_config(adapter: LoraAdapter) -> LoraConfig:
     """The recipe's adapter as peft describes it."""
     return LoraConfig(
         r=adapter.r,
-        lora_alpha=adapter.lora_alpha,
+        lora_alpha=adapter.lora_alpha,  # type: ignore[arg-type]  # only ever divided
         lora_dropout=adapter.lora_dropout,
         target_modules=adapter.target_modules,
         use_dora=adapter.use_dora,
@@ -106,7 +107,9 @@ def lora_config(adapter: LoraAdapter) -> LoraConfig:
     )
 
 
-def load_trained(spec: ModelSpec, adapter: Adapter, folder: Path, device: torch.device, *, merge: bool = True) -> PreTrainedModel | PeftModel:
+def load_trained(
+    spec: ModelSpec, adapter: Adapter, folder: Path, device: torch.device, *, merge: bool = True
+) -> PreTrainedModel | PeftModel:
     """The student after training, from the folder of the train stage.
 
     Args:
@@ -141,9 +144,7 @@ def config_vocab_size(spec: ModelSpec) -> int | None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(
-            embedded.resolve(spec.model), revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(embedded.resolve(spec.model), revision=spec.revision, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError, json.JSONDecodeError):
         return None
     size = getattr(config.get_text_config(), "vocab_size", None)

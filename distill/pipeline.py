@@ -6,7 +6,7 @@ import importlib
 
 from distill.recipe import Recipe
 from distill.recipe_io import dump_recipe
-from distill.runlog import ledger, nothing_to_do, say
+from distill.runlog import is_main_process, ledger, nothing_to_do, say
 from distill.stages import FOLDERS, folder, run_dir
 from distill.storage import MANIFEST, Manifest, delete_stage
 
@@ -28,10 +28,11 @@ def run_stage(name: str, recipe: Recipe, *, redo: bool = False) -> Manifest:
         redo: Delete what an earlier run made of this stage.
     """
     target = folder(recipe, name)
-    if redo:
-        delete_stage(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    dump_recipe(recipe, run_dir(recipe) / "recipe.yaml")
+    if is_main_process():
+        if redo:
+            delete_stage(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        dump_recipe(recipe, run_dir(recipe) / "recipe.yaml")
     module = "import_traces" if name == "generate" and recipe.traces is not None else name
     done_before = (target / MANIFEST).exists()
     manifest: Manifest = importlib.import_module(f"distill.stages.{module}").run(recipe)

@@ -1,19 +1,17 @@
 """The recipe: one strict, typed description of an experiment. Knows nothing of torch.
 
 The docstring under a field is its only documentation; `distill keys` prints it. A field that changes how fast rows
-are made but not which rows are made is marked `_SPEED`, and so does not make an existing folder a different experiment.
+are made but not which rows are made is named in `speed_only`, and so does not make an existing folder another experiment.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from distill.trainer_args import check_trainer_args
-
-_SPEED: dict[str, Any] = {"json_schema_extra": {"affects_rows": False}}
 
 PositiveInt = Annotated[int, Field(ge=1)]
 CheckName = Literal["finish", "think", "math"]
@@ -25,19 +23,18 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
+    speed_only: ClassVar[frozenset[str]] = frozenset()
+    """Fields that change how fast rows are made, not which."""
+
     def identity(self) -> dict[str, Any]:
         """The settings that decide which rows a stage makes, as plain JSON values."""
-        fields = type(self).model_fields
-        speed_only = {
-            name
-            for name, info in fields.items()
-            if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("affects_rows") is False
-        }
-        return self.model_dump(mode="json", exclude=speed_only)
+        return self.model_dump(mode="json", exclude=set(self.speed_only))
 
 
 class ModelSpec(Section):
     """A model by name, with everything needed to load it and to speak to it."""
+
+    speed_only = frozenset({"attn_implementation"})
 
     model: str
     """Hub id, local folder, or `embedded:teacher` / `embedded:student` (the tiny pair shipped with the kit)."""
@@ -55,7 +52,7 @@ class ModelSpec(Section):
     """Padding token, only where none that differs from the end of a turn can be found in the vocabulary."""
     licence: str | None = None
     """SPDX id or name of the terms; null looks the model up in the kit's own table and else records "unknown"."""
-    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(default="auto", **_SPEED)
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention kernel; auto takes what transformers takes."""
     trust_remote_code: bool = False
     """Run code that a model repository brings along."""
@@ -209,6 +206,8 @@ class Traces(Section):
 class Sampling(Section):
     """How tokens are drawn."""
 
+    speed_only = frozenset({"batch_size"})
+
     samples_per_prompt: PositiveInt = 1
     """Traces for each prompt."""
     max_new_tokens: PositiveInt = 4096
@@ -221,7 +220,7 @@ class Sampling(Section):
     """Only the k most probable tokens; 0 means all."""
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Only tokens at least this probable relative to the most probable one."""
-    batch_size: PositiveInt = Field(default=16, **_SPEED)
+    batch_size: PositiveInt = 16
     """Sequences at once; halved by itself when memory runs out."""
 
     @model_validator(mode="after")
@@ -236,12 +235,16 @@ class Sampling(Section):
 class Generate(Sampling):
     """The teacher writes traces."""
 
-    engine: Literal["hf"] = Field(default="hf", **_SPEED)
+    speed_only = Sampling.speed_only | {"engine"}
+
+    engine: Literal["hf"] = "hf"
     """hf: transformers in this process, on CPU or GPU."""
 
 
 class Curate(Section):
     """Which traces are good enough to learn from."""
+
+    speed_only = frozenset({"workers"})
 
     checks: list[CheckName] = ["finish", "think", "math"]
     """Every one must pass. finish: ended by itself; think: reasoning, then an answer; math: the answer is right."""
@@ -253,7 +256,7 @@ class Curate(Section):
     """Which of a prompt's passing traces are kept."""
     check_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """Hard limit for one answer check, in seconds; the checking process is killed at it."""
-    workers: PositiveInt | None = Field(default=None, **_SPEED)
+    workers: PositiveInt | None = None
     """Processes that check answers; null means one a core."""
 
 

@@ -144,7 +144,7 @@ def _set(document: CommentedMap, key: str, value: Any) -> None:
 
 
 def _to_plain(node: Any) -> Any:
-    """ruamel's containers and scalars as the built-in types that strict validation asks for."""
+    """The containers and scalars of ruamel as the built-in types that strict validation asks for."""
     if isinstance(node, dict):
         return {str(key): _to_plain(value) for key, value in node.items()}
     if isinstance(node, list):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -20,8 +21,15 @@ from distill.storage import Manifest
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 
 
+def is_main_process() -> bool:
+    """Whether this process speaks and writes: rank 0 of a launch, or a process of its own."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(text: str) -> None:
-    """One line for the user, on stdout at once, above any progress bar."""
+    """One line for the user, on stdout at once, above any progress bar; from the main process alone."""
+    if not is_main_process():
+        return
     with tqdm.external_write_mode(file=sys.stdout):
         print(text, flush=True)
 

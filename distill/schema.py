@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, TypedDict
+from typing import Any
 
 import pyarrow as pa
 
-Message = TypedDict("Message", {"role": str, "content": str})
+
+Message = dict[str, str]
+"""One turn of a conversation: `role` and `content`."""
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -60,7 +61,7 @@ class HFEngine:
         sampling: How tokens are drawn.
     """
 
-    def __init__(self, model: PreTrainedModel, chat: ChatFormat, sampling: Sampling) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, chat: ChatFormat, sampling: Sampling) -> None:
         self._model = model
         self._chat = chat
         self._sampling = sampling
@@ -90,7 +91,8 @@ class HFEngine:
         device = self._model.device
         input_ids = torch.tensor([[pad] * (length - len(ids)) + ids for ids in prompts], device=device)
         mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-        output = self._model.generate(
+        generate: Any = self._model.generate  # typed as a tensor or a module by torch
+        output = generate(
             input_ids,
             attention_mask=mask,
             generation_config=self._generation_config(),

@@ -1,0 +1,141 @@
+"""Stage `evaluate`: base, student and teacher answer the held-out prompts. Reads prompts/ and student/, writes eval/.
+
+All three go through the same engine, prompts and answer check. An answer that could not be judged counts neither as
+right nor as wrong: its prompt is left out of the comparison, and the share of such answers is a metric of its own.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+from distill.errors import DataError
+from distill.intervals import gap_recovered, mean_interval, resampled_means
+from distill.recipe import Evaluate, Recipe
+from distill.runlog import Clock, progress
+from distill.schema import ANSWER, SCORE, TRACE
+from distill.stages import folder
+from distill.storage import Manifest, StageFolder, check_files, read_rows
+
+TASK = "heldout"
+
+
+def run(recipe: Recipe) -> Manifest:
+    """Writes the tables `traces`, `answers` and `scores`; resumes after the last finished batch."""
+    evaluate = recipe.evaluate
+    if evaluate is None:
+        raise DataError("evaluate: this recipe leaves the stage out (evaluate: null). Give it a section evaluate.")
+    specs = {"student": recipe.student.identity()}
+    if recipe.teacher is not None and "teacher" in evaluate.models:
+        specs["teacher"] = recipe.teacher.identity()
+    inputs = [folder(recipe, "prompts"), *([folder(recipe, "train")] if "student" in evaluate.models else [])]
+    settings = {**specs, "evaluate": evaluate.identity(), "seed": recipe.seed}
+    with StageFolder(folder(recipe, "evaluate"), "evaluate", settings, inputs) as out:
+        return out.manifest or _evaluate(recipe, evaluate, out)
+
+
+def _evaluate(recipe: Recipe, evaluate: Evaluate, out: StageFolder) -> Manifest:
+    from distill.engines import requests_for, write_traces
+    from distill.models import pick_device
+
+    clock = Clock()
+    prompts = read_rows(folder(recipe, "prompts"), "heldout")[: evaluate.max_prompts]
+    requests = requests_for(prompts, evaluate.samples_per_prompt, recipe.seed)
+    journal = out.journal()
+    traces: list[dict[str, Any]] = []
+    models: dict[str, dict[str, Any]] = {}
+    for role in evaluate.models:
+        engine, models[role] = _engine(recipe, evaluate, role)
+        traces += write_traces(engine, requests, evaluate, journal, role, f"evaluate {role}")
+        del engine
+    answers = _judge(traces, evaluate)
+    out.write_table("traces", traces, TRACE)
+    out.write_table("answers", answers, ANSWER)
+    out.write_table("scores", _scores(answers, evaluate, recipe.seed), SCORE)
+    return out.finish(
+        rows_in=len(requests) * len(evaluate.models),
+        rows_kept=len(answers),
+        facts=clock.facts(
+            device=str(pick_device()),
+            models=models,
+            confidence=evaluate.confidence,
+            tokens=sum(len(row["completion_ids"]) for row in traces),
+        ),
+    )
+
+
+def _engine(recipe: Recipe, evaluate: Evaluate, role: str) -> tuple[Any, dict[str, Any]]:
+    """The engine of a role and the record of its model. One model is in memory at a time."""
+    from distill.engines.hf import HFEngine
+    from distill.models import free_memory, load_chat_format, load_model, load_trained, model_record, pick_device
+
+    free_memory()
+    device = pick_device()
+    spec = recipe.teacher if role == "teacher" else recipe.student
+    assert spec is not None  # the recipe was validated
+    if role == "student":
+        trained = folder(recipe, "train")
+        check_files(trained)
+        model = load_trained(spec, recipe.student.adapter, trained, device)
+    else:
+        model = load_model(spec, device)
+    return HFEngine(model, load_chat_format(spec), evaluate), model_record(spec, model)
+
+
+def _judge(traces: list[dict[str, Any]], evaluate: Evaluate) -> list[dict[str, Any]]:
+    from distill.checks.math import judge_math
+
+    pairs = [(trace["completion"], trace["reference"]) for trace in traces]
+    with progress(len(pairs), "answers", "check answers") as bar:
+        verdicts = judge_math(pairs, timeout_s=evaluate.check_timeout_s, on_done=lambda: bar.update())
+    return [
+        {
+            "model_role": trace["author"],
+            "prompt_id": trace["prompt_id"],
+            "sample_index": trace["sample_index"],
+            "correct": verdict.passed,
+            "reason": verdict.reason,
+            "truncated": trace["finish_reason"] == "length",
+            "num_tokens": len(trace["completion_ids"]),
+        }
+        for trace, verdict in zip(traces, verdicts, strict=True)
+    ]
+
+
+def _scores(answers: list[dict[str, Any]], evaluate: Evaluate, seed: int) -> list[dict[str, Any]]:
+    """Rows of the table `scores`."""
+    accuracy_RP = _accuracy_by_prompt(answers, evaluate.models)
+    if not accuracy_RP.shape[1]:
+        raise DataError("evaluate: not one held-out answer could be judged. Check prompts.columns.reference and prompts.answer_pattern.")
+    draws_RB = resampled_means(accuracy_RP, seed)
+    scores = []
+    for index, role in enumerate(evaluate.models):
+        mine = [answer for answer in answers if answer["model_role"] == role]
+        estimate = mean_interval(accuracy_RP[index], draws_RB[index], evaluate.confidence)
+        scores.append({"model_role": role, "metric": "accuracy", **estimate._asdict(), "num_prompts": accuracy_RP.shape[1]})
+        plain = {
+            "mean_tokens": np.mean([answer["num_tokens"] for answer in mine]),
+            "truncation_rate": np.mean([answer["truncated"] for answer in mine]),
+            "unjudged_rate": np.mean([answer["correct"] is None for answer in mine]),
+        }
+        num_prompts = len({answer["prompt_id"] for answer in mine})
+        scores += [{"model_role": role, "metric": name, "value": float(value), "num_prompts": num_prompts} for name, value in plain.items()]
+    if {"base", "student", "teacher"} <= set(evaluate.models):
+        order = [evaluate.models.index(role) for role in ("base", "student", "teacher")]
+        base, student, teacher = (float(value) for value in accuracy_RP[order].mean(axis=1))
+        gap = gap_recovered((base, student, teacher), draws_RB[order], evaluate.confidence)
+        scores.append({"model_role": "gap", "metric": "gap_recovered", **gap._asdict(), "num_prompts": accuracy_RP.shape[1]})
+    return [{"task": TASK, "samples_per_prompt": evaluate.samples_per_prompt, **score} for score in scores]
+
+
+def _accuracy_by_prompt(answers: list[dict[str, Any]], roles: list[Any]) -> np.ndarray:
+    """Share of right answers, `(roles, prompts)`, over the prompts of which every answer of every role was judged."""
+    by_prompt: dict[str, dict[str, list[bool | None]]] = defaultdict(lambda: defaultdict(list))
+    for answer in answers:
+        by_prompt[answer["prompt_id"]][answer["model_role"]].append(answer["correct"])
+    judged = [marks for marks in by_prompt.values() if not any(None in marks[role] for role in roles)]
+    return np.array([[np.mean([mark is True for mark in marks[role]]) for marks in judged] for role in roles], dtype=np.float64).reshape(
+        len(roles), len(judged)
+    )

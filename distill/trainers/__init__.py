@@ -1,0 +1,1 @@
+"""What training needs around TRL's trainer: its arguments, its rows, and the callbacks of a run."""

@@ -1,0 +1,93 @@
+"""The arguments of TRL's trainer: the kit's defaults, what the device decides, and what the recipe says.
+
+| default | value | where it is from |
+| --- | --- | --- |
+| learning_rate | 2e-4 LoRA, 2e-5 full | TRL's LoRA guide: ten times the rate of full fine-tuning (2e-5 is SFTConfig's) |
+| lr_scheduler_type, warmup_steps | cosine, 0.03 of the steps | common to open-r1's and TRL's recipes |
+| effective batch | 16 = 1 x 16 on a GPU | below 32, where LoRA keeps up with full fine-tuning (same guide) |
+| num_train_epochs | 2 | a start; set it by the evaluation |
+| save_steps, save_total_limit | a tenth of the run, 2 | a killed job loses at most a tenth; two, so that a kill while saving leaves one |
+| logging_nan_inf_filter | false | a hidden NaN looks like a good loss |
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from distill.errors import RecipeError
+from distill.models import pick_dtype
+from distill.recipe import Recipe
+
+
+def training_arguments(recipe: Recipe, output_dir: Path, device: torch.device) -> SFTConfig:
+    """The trainer's arguments.
+
+    Raises:
+        RecipeError: TRL or transformers refuses a value of `train.trainer_args`.
+    """
+    train = recipe.train
+    given = {**_defaults(recipe, device), **train.trainer_args}
+    packing = bool(given.get("packing", False))
+    if not {"bf16", "fp16"} & set(train.trainer_args):
+        given |= _precision(device)
+    given |= {
+        "output_dir": str(output_dir),
+        "seed": recipe.seed,
+        # Rows are cut or dropped before: TRL's limit only says how long a pack is.
+        "max_length": train.max_length if packing else None,
+        "use_cpu": device.type == "cpu",
+    }
+    # transformers renames the field that TRL 1.16 still defines, and warns of it at every start.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+    try:
+        return SFTConfig(**given)
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"train.trainer_args: {str(error).splitlines()[0]} Correct it in the recipe.") from None
+
+
+def training_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """Type of the student's weights in training.
+
+    Frozen weights take the device's own type. Weights that are trained stay in fp32 (computed in bf16 or fp16 by
+    autocast), because AdamW's small updates vanish in 8 or 11 bits of mantissa.
+    """
+    if recipe.student.dtype == "auto" and recipe.student.adapter.type == "full":
+        return torch.float32
+    return pick_dtype(device, recipe.student.dtype)
+
+
+def _defaults(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    on_cpu = device.type == "cpu"
+    return {
+        "learning_rate": 2e-5 if recipe.student.adapter.type == "full" else 2e-4,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "num_train_epochs": 2.0,
+        "per_device_train_batch_size": 16 if on_cpu else 1,
+        "gradient_accumulation_steps": 1 if on_cpu else 16,
+        "gradient_checkpointing": not on_cpu,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": 0.1,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "dataloader_pin_memory": not on_cpu,
+        "ddp_find_unused_parameters": False,
+    }
+
+
+def _precision(device: torch.device) -> dict[str, bool]:
+    """Autocast to what the device computes in; both false is fp32. SFTConfig would take bf16 even where it is slow."""
+    dtype = pick_dtype(device)
+    return {"bf16": dtype is torch.bfloat16, "fp16": dtype is torch.float16 and device.type == "cuda"}
+
+
+def precision_name(arguments: SFTConfig) -> str:
+    """`bf16`, `fp16` or `fp32`: what the matrix products are computed in."""
+    return "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
