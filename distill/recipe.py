@@ -64,7 +64,7 @@ class LoraAdapter(Section):
     type: Literal["lora"] = "lora"
     """`lora`, or `full` for full fine-tuning."""
     r: PositiveInt = 32
-    """Rank."""
+    """Rank of the update."""
     lora_alpha: Annotated[float, Field(gt=0)] = 64
     """Scale: the update is multiplied by alpha / r, or by alpha / sqrt(r) under rsLoRA."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -227,7 +227,8 @@ class Sampling(Section):
     def _greedy_has_one_sample(self) -> Sampling:
         if self.temperature == 0 and self.samples_per_prompt > 1:
             raise ValueError("temperature 0 writes the same answer every time; use samples_per_prompt: 1")
-        if self.temperature == 0 and {"top_p", "top_k", "min_p"} & self.model_fields_set:
+        fields = type(self).model_fields
+        if self.temperature == 0 and any(getattr(self, name) != fields[name].default for name in ("top_p", "top_k", "min_p")):
             raise ValueError("temperature 0 ignores top_p, top_k and min_p; leave them out")
         return self
 

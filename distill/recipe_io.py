@@ -168,7 +168,9 @@ def _describe(item: ErrorDetails, path: Path, document: CommentedMap, changed: s
     message = item["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if kind == "value_error":
-        return f"{where}: {key + ': ' if key else ''}{message}."
+        if key == "train.trainer_args":  # the message starts with the field it is about
+            where = _where(path, document, [*parts, message.split()[0]], changed)
+        return f"{where}: {key + ': ' if key else ''}{message.rstrip('.?')}{'?' if message.endswith('?') else '.'}"
     return f"{where}: {key}: {message}, got {item['input']!r}. `distill keys {parts[0] if parts else ''}` explains it."
 
 

@@ -1,0 +1,164 @@
+"""The transformers engine: the same trace whatever the batch or the restart, and exactly the distribution asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from distill.batching import MemoryGuard, by_length
+from distill.chat import ChatFormat
+from distill.engines import Request, request_seed, requests_for, write_traces
+from distill.engines.hf import HFEngine, SeededSampler
+from distill.models import load_chat_format, load_model
+from distill.recipe import ModelSpec, Sampling
+from distill.schema import prompt_id
+from distill.storage import Journal
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_model_dir: Path) -> ModelSpec:
+    return ModelSpec(model=str(tiny_model_dir))
+
+
+@pytest.fixture(scope="module")
+def chat(spec: ModelSpec) -> ChatFormat:
+    return load_chat_format(spec)
+
+
+def engine(spec: ModelSpec, chat: ChatFormat, sampling: Sampling) -> HFEngine:
+    return HFEngine(load_model(spec, CPU), chat, sampling)
+
+
+def prompts(count: int) -> list[dict[str, object]]:
+    texts = ["word " * (index % 7) + str(index) for index in range(count)]
+    messages = [[{"role": "user", "content": text}] for text in texts]
+    return [{"prompt_id": prompt_id(m), "messages": m, "reference": None} for m in messages]
+
+
+def test_a_trace_does_not_depend_on_its_batch(spec: ModelSpec, chat: ChatFormat, tmp_path: Path) -> None:
+    requests = requests_for(prompts(10), 2, seed=1)
+    written = []
+    for batch_size in (1, 3, 20):
+        sampling = Sampling(samples_per_prompt=2, max_new_tokens=24, temperature=1.0, top_p=1.0, batch_size=batch_size)
+        rows = write_traces(engine(spec, chat, sampling), requests, sampling, Journal(tmp_path / str(batch_size)), "teacher", "test")
+        written.append([row["completion_ids"] for row in rows])
+    assert written[0] == written[1] == written[2]
+    assert len({tuple(ids) for ids in written[0]}) > 15  # the samples of a prompt differ, and so do prompts
+
+
+def test_a_restart_asks_only_for_what_is_missing(spec: ModelSpec, chat: ChatFormat, tmp_path: Path) -> None:
+    sampling = Sampling(max_new_tokens=8, temperature=1.0, batch_size=4)
+    requests = requests_for(prompts(12), 1, seed=1)
+    whole = write_traces(engine(spec, chat, sampling), requests, sampling, Journal(tmp_path / "whole"), "teacher", "test")
+
+    class Counting(HFEngine):
+        asked: Sequence[Request] = ()
+
+        def complete(self, batch: list[Request]) -> list:  # type: ignore[type-arg]
+            self.asked = [*self.asked, *batch]
+            return super().complete(batch)
+
+    lines = (tmp_path / "whole").read_bytes().splitlines(keepends=True)
+    (tmp_path / "cut").write_bytes(b"".join(lines[:2]) + lines[2][:50])  # killed while writing the third batch
+    again = Counting(load_model(spec, CPU), chat, sampling)
+    assert write_traces(again, requests, sampling, Journal(tmp_path / "cut"), "teacher", "test") == whole
+    assert len(again.asked) == 4
+    done = Counting(load_model(spec, CPU), chat, sampling)
+    assert write_traces(done, requests, sampling, Journal(tmp_path / "whole"), "teacher", "test") == whole
+    assert not done.asked
+
+
+def test_greedy_follows_the_argmax_and_stops_at_the_end_of_turn(spec: ModelSpec, chat: ChatFormat) -> None:
+    model = load_model(spec, CPU)
+    sampling = Sampling(max_new_tokens=12, temperature=0.0)
+    request = requests_for(prompts(1), 1, seed=0)[0]
+    [completion] = HFEngine(model, chat, sampling).complete([request])
+    ids = chat.prompt_ids(request.messages)
+    for token in completion.completion_ids:
+        with torch.no_grad():
+            assert int(model(torch.tensor([ids])).logits[0, -1].argmax()) == token
+        ids.append(token)
+    assert completion.finish_reason == "length" and len(completion.completion_ids) == 12
+    # Make the end of a turn the most probable token everywhere: the answer is that token alone.
+    with torch.no_grad():
+        hidden = model.model(torch.tensor([chat.prompt_ids(request.messages)])).last_hidden_state[0, -1]
+        model.get_input_embeddings().weight[chat.end_of_turn_id] = 100 * hidden / hidden.norm()
+    [stopped] = HFEngine(model, chat, sampling).complete([request])
+    assert stopped.finish_reason == "stop"
+    assert stopped.completion_ids[-1] == chat.end_of_turn_id and chat.tokenizer.eos_token not in stopped.text
+
+
+def test_a_checkpoints_own_sampling_defaults_are_not_used(spec: ModelSpec, chat: ChatFormat) -> None:
+    """Qwen2.5 ships repetition_penalty 1.05 in its generation_config: `generate` fills it in behind one's back."""
+    sampling = Sampling(max_new_tokens=16, temperature=0.0)
+    request = requests_for(prompts(1), 1, seed=0)[0]
+    plain = load_model(spec, CPU)
+    meddled = load_model(spec, CPU)
+    meddled.generation_config.repetition_penalty = 5.0
+    meddled.generation_config.min_new_tokens = 3
+    assert HFEngine(plain, chat, sampling).complete([request]) == HFEngine(meddled, chat, sampling).complete([request])
+
+
+def test_the_sampler_draws_from_the_distribution() -> None:
+    """Chi-square over 20,000 draws from a known distribution with impossible tokens in it, at a fixed seed."""
+    probabilities = np.array([0.0, 0.5, 0.25, 0.0, 0.2, 0.05, 0.0])
+    draws = 20_000
+    uniforms_BT = torch.from_numpy(np.random.default_rng(0).random((draws, 1), dtype=np.float32))
+    with np.errstate(divide="ignore"):
+        scores = torch.from_numpy(np.log(probabilities)).float().expand(draws, -1)
+    tokens = SeededSampler(uniforms_BT, 3)(torch.zeros(draws, 3), scores).argmax(-1)
+    counts = np.bincount(tokens.numpy(), minlength=7)
+    possible = probabilities > 0
+    assert counts[~possible].sum() == 0
+    expected = draws * probabilities[possible]
+    assert ((counts[possible] - expected) ** 2 / expected).sum() < 16.27  # 0.999 quantile, 3 degrees of freedom
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24, 0.5])
+def test_the_sampler_never_draws_an_impossible_token(uniform: float) -> None:
+    scores = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    token = SeededSampler(torch.tensor([[uniform]]), 0)(torch.zeros(1, 0), scores).argmax(-1)
+    assert int(token) in (1, 3)
+
+
+def test_seeds_differ_by_prompt_sample_and_run() -> None:
+    seeds = {request_seed(seed, prompt, index) for seed in (0, 1) for prompt in ("a", "b") for index in (0, 1)}
+    assert len(seeds) == 8 and all(0 <= seed < 2**64 for seed in seeds)
+
+
+def test_batches_are_sorted_and_complete() -> None:
+    items = [3, 1, 4, 1, 5, 9, 2, 6]
+    batches = by_length(items, lambda item: item, 3)
+    assert batches == [[9, 6, 5], [4, 3, 2], [1, 1]]
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on() -> None:
+    sizes = []
+
+    def work(batch: list[int]) -> list[int]:
+        sizes.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError
+        return [item * 10 for item in batch]
+
+    freed = []
+    guard = MemoryGuard(work, lambda: freed.append(1))
+    assert list(guard.run(list(range(10)))) == [item * 10 for item in range(10)]
+    assert sizes == [10, 5, 2, 2, 2, 2, 2] and len(freed) == 2
+    sizes.clear()
+    assert list(guard.run([1, 2, 3])) == [10, 20, 30]
+    assert sizes == [2, 1]  # remembers what fitted
+
+
+def test_out_of_memory_for_one_sequence_is_an_error() -> None:
+    def work(batch: list[int]) -> list[int]:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        list(MemoryGuard(work, lambda: None).run([1, 2]))

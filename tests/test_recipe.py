@@ -1,0 +1,306 @@
+"""Recipes: what a valid one says, and one clear error, without torch, for each of a hundred damaged ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distill.errors import RecipeError
+from distill.recipe import Recipe
+from distill.recipe_io import dump_recipe, keys, load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+
+GOOD = """\
+name: good
+seed: 3
+teacher:
+  model: some/teacher
+student:
+  model: some/student
+  adapter: {type: lora, r: 8}
+prompts:
+  source: problems.jsonl
+  columns: {prompt: question, reference: answer}
+generate:
+  temperature: 0.7
+curate:
+  checks: [finish, math]
+train:
+  max_length: 512
+  trainer_args:
+    learning_rate: 1e-5
+evaluate:
+  models: [base, student]
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_good_recipe_says_what_it_says(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD))
+    assert recipe.train.trainer_args == {"learning_rate": 1e-5}  # YAML 1.1 readers make this a string
+    assert recipe.generate is not None and recipe.generate.temperature == 0.7
+    assert recipe.student.adapter.type == "lora" and recipe.student.adapter.r == 8
+
+
+def test_overrides_are_typed_and_win(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    recipe = load_recipe(path, ["--generate.samples_per_prompt", "8", "--seed=9", "--student.adapter.use_dora", "true", "--evaluate", "null"])
+    assert recipe.generate is not None and recipe.generate.samples_per_prompt == 8
+    assert recipe.seed == 9
+    assert recipe.student.adapter.type == "lora" and recipe.student.adapter.use_dora is True
+    assert recipe.evaluate is None
+
+
+def test_the_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD))
+    dump_recipe(recipe, tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+
+
+def test_every_key_is_documented_and_described() -> None:
+    described = list(keys())
+    assert len(described) > 60
+    assert [info.key for info in described if len(info.help) < 10 and not info.key.endswith("type")] == []
+    assert "train.trainer_args" in {info.key for info in described}
+
+
+def test_speed_settings_do_not_change_the_identity(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD))
+    faster = load_recipe(write(tmp_path, GOOD), ["--generate.batch_size", "64", "--curate.workers", "7"])
+    hotter = load_recipe(write(tmp_path, GOOD), ["--generate.temperature", "0.8"])
+    assert recipe.generate is not None and faster.generate is not None and hotter.generate is not None
+    assert recipe.generate.identity() == faster.generate.identity()
+    assert recipe.curate.identity() == faster.curate.identity()
+    assert recipe.generate.identity() != hotter.generate.identity()
+
+
+def _replace(old: str, new: str) -> str:
+    assert old in GOOD, old
+    return GOOD.replace(old, new)
+
+
+# Each: what is damaged -> (text of the recipe, words the error must have, line it must name or None)
+DAMAGED: dict[str, tuple[str, list[str], int | None]] = {}
+
+
+def _unknown_keys() -> None:
+    """A misspelt key in every section, which must name the nearest valid one."""
+    for section, wrong, right in [
+        ("teacher", "modle", "model"),
+        ("teacher", "quantisation", "quantization"),
+        ("teacher", "d_type", "dtype"),
+        ("student", "adaptor", "adapter"),
+        ("student", "chat_template_kwarg", "chat_template_kwargs"),
+        ("prompts", "sources", "source"),
+        ("prompts", "answer_patern", "answer_pattern"),
+        ("prompts", "held_out_size", "heldout_size"),
+        ("prompts", "max_prompt", "max_prompts"),
+        ("generate", "temprature", "temperature"),
+        ("generate", "max_tokens", "max_new_tokens"),
+        ("generate", "sample_per_prompt", "samples_per_prompt"),
+        ("generate", "batchsize", "batch_size"),
+        ("curate", "check", "checks"),
+        ("curate", "prefers", "prefer"),
+        ("curate", "max_per_promt", "max_per_prompt"),
+        ("train", "max_len", "max_length"),
+        ("train", "trainer_arg", "trainer_args"),
+        ("train", "over_long", "overlong"),
+        ("evaluate", "model", "models"),
+        ("evaluate", "confidense", "confidence"),
+    ]:
+        text = GOOD.replace(f"{section}:\n", f"{section}:\n  {wrong}: 1\n", 1)
+        DAMAGED[f"unknown {section}.{wrong}"] = (text, [f"{section}.{wrong}", "unknown key", right], text.split("\n").index(f"  {wrong}: 1") + 1)
+    for wrong, right in [("sede", "seed"), ("studnet", "student"), ("promts", "prompts"), ("exports", "export"), ("rundir", "run_dir")]:
+        DAMAGED[f"unknown {wrong}"] = (f"{wrong}: 1\n{GOOD}", [wrong, "unknown key", right], 1)
+    for elsewhere in ("learning_rate", "num_train_epochs", "packing", "report_to"):
+        text = _replace("  max_length: 512", f"  {elsewhere}: 1")
+        DAMAGED[f"misplaced {elsewhere}"] = (text, ["unknown key", f"train.trainer_args.{elsewhere}"], 16)
+
+
+def _missing_keys() -> None:
+    DAMAGED["missing name"] = (_replace("name: good\n", ""), ["name", "missing"], None)
+    DAMAGED["missing student"] = (_replace("student:\n  model: some/student\n  adapter: {type: lora, r: 8}\n", ""), ["student", "missing"], None)
+    DAMAGED["missing student.model"] = (_replace("  model: some/student\n", ""), ["student.model", "missing"], 5)
+    DAMAGED["missing teacher.model"] = (_replace("  model: some/teacher", "  dtype: auto"), ["teacher.model", "missing"], 3)
+    DAMAGED["missing prompts"] = (_replace("prompts:\n  source: problems.jsonl\n  columns: {prompt: question, reference: answer}\n", ""), ["prompts", "missing"], None)
+    DAMAGED["missing prompts.source"] = (_replace("  source: problems.jsonl\n", ""), ["prompts.source", "missing"], 8)
+    DAMAGED["missing teacher"] = (_replace("teacher:\n  model: some/teacher\n", ""), ["generate needs a teacher"], None)
+    DAMAGED["neither generate nor traces"] = (_replace("generate:\n  temperature: 0.7\n", ""), ["exactly one", "generate", "traces"], None)
+    DAMAGED["no prompt column"] = (_replace("{prompt: question, reference: answer}", "{reference: answer}"), ["prompts.columns", "exactly one of prompt and messages"], 10)
+
+
+def _mistyped_values() -> None:
+    for old, new, key in [
+        ("seed: 3", "seed: three", "seed"),
+        ("seed: 3", "seed: 3.5", "seed"),
+        ("seed: 3", "seed: true", "seed"),
+        ("seed: 3", 'seed: "3"', "seed"),
+        ("seed: 3", "seed: [3]", "seed"),
+        ("name: good", "name: 7", "name"),
+        ("name: good", "name: [good]", "name"),
+        ("model: some/teacher", "model: 3", "teacher.model"),
+        ("model: some/teacher", "model: {name: x}", "teacher.model"),
+        ("r: 8", 'r: "8"', "student.adapter.r"),
+        ("r: 8", "r: 8.5", "student.adapter.r"),
+        ("r: 8", "r: null", "student.adapter.r"),
+        ("{type: lora, r: 8}", "lora", "student.adapter"),
+        ("{type: lora, r: 8}", "{type: lorra}", "student.adapter"),
+        ("{type: lora, r: 8}", "{type: full, r: 8}", "student.adapter.r"),
+        ("temperature: 0.7", "temperature: hot", "generate.temperature"),
+        ("temperature: 0.7", 'temperature: "0.7"', "generate.temperature"),
+        ("temperature: 0.7", "max_new_tokens: 1e3", "generate.max_new_tokens"),
+        ("temperature: 0.7", "engine: vllm", "generate.engine"),
+        ("checks: [finish, math]", "checks: math", "curate.checks"),
+        ("checks: [finish, math]", "checks: [finish, maths]", "curate.checks"),
+        ("checks: [finish, math]", "prefer: best", "curate.prefer"),
+        ("checks: [finish, math]", "keep_unjudged: yes", "curate.keep_unjudged"),
+        ("max_length: 512", "max_length: long", "train.max_length"),
+        ("max_length: 512", "overlong: truncate", "train.overlong"),
+        ("max_length: 512", "method: rl", "train.method"),
+        ("models: [base, student]", "models: base", "evaluate.models"),
+        ("models: [base, student]", "models: [base, pupil]", "evaluate.models"),
+        ("generate:\n  temperature: 0.7", "generate: fast", "generate"),
+        ("learning_rate: 1e-5", 'learning_rate: "1e-5"', "learning_rate"),
+        ("learning_rate: 1e-5", "num_train_epochs: many", "num_train_epochs"),
+        ("learning_rate: 1e-5", "packing: 1", "packing"),
+        ("learning_rate: 1e-5", "learning_rat: 1e-5", "Did you mean learning_rate"),
+        ("learning_rate: 1e-5", "max_length: 100", "set train.max_length"),
+        ("learning_rate: 1e-5", "output_dir: out", "run folder"),
+        ("learning_rate: 1e-5", "assistant_only_loss: true", "labels"),
+        ("learning_rate: 1e-5", "seed: 1", "the recipe's seed"),
+    ]:
+        DAMAGED[f"mistyped {new}"] = (_replace(old, new), [key], None)
+
+
+def _values_out_of_range() -> None:
+    for old, new, key in [
+        ("seed: 3", "seed: -1", "seed"),
+        ("name: good", "name: a/b", "name"),
+        ("name: good", "name: ''", "name"),
+        ("r: 8", "r: 0", "student.adapter.r"),
+        ("r: 8", "lora_alpha: 0", "student.adapter.lora_alpha"),
+        ("r: 8", "lora_dropout: 1.0", "student.adapter.lora_dropout"),
+        ("r: 8", "target_modules: lm_head", "lm_head"),
+        ("{type: lora, r: 8}", "{type: full}\n  quantization: nf4", "QLoRA"),
+        ("temperature: 0.7", "temperature: -0.1", "generate.temperature"),
+        ("temperature: 0.7", "top_p: 0", "generate.top_p"),
+        ("temperature: 0.7", "top_p: 1.5", "generate.top_p"),
+        ("temperature: 0.7", "top_k: -1", "generate.top_k"),
+        ("temperature: 0.7", "min_p: 1", "generate.min_p"),
+        ("temperature: 0.7", "batch_size: 0", "generate.batch_size"),
+        ("temperature: 0.7", "samples_per_prompt: 0", "generate.samples_per_prompt"),
+        ("temperature: 0.7", "max_new_tokens: 0", "generate.max_new_tokens"),
+        ("temperature: 0.7", "temperature: 0\n  samples_per_prompt: 4", "same answer every time"),
+        ("temperature: 0.7", "temperature: 0\n  top_p: 0.9", "temperature 0 ignores"),
+        ("checks: [finish, math]", "max_per_prompt: 0", "curate.max_per_prompt"),
+        ("checks: [finish, math]", "check_timeout_s: 0", "curate.check_timeout_s"),
+        ("max_length: 512", "max_length: 0", "train.max_length"),
+        ("models: [base, student]", "models: []", "evaluate.models"),
+        ("models: [base, student]", "models: [base, base]", "evaluate.models"),
+        ("models: [base, student]", "confidence: 1.0", "evaluate.confidence"),
+        ("source: problems.jsonl", "source: problems.jsonl\n  heldout_size: 0", "evaluate needs held-out prompts"),
+        ("source: problems.jsonl", "source: problems.jsonl\n  template: solve it", "{prompt}"),
+        ("source: problems.jsonl", "source: problems.jsonl\n  answer_pattern: '####'", "one group"),
+        ("source: problems.jsonl", "source: problems.jsonl\n  answer_pattern: '(('", "regular expression"),
+        ("prompt: question,", "prompt: question, messages: m,", "exactly one of prompt and messages"),
+        ("generate:\n", "traces: {source: t.jsonl}\ngenerate:\n", "exactly one of the sections"),
+    ]:
+        DAMAGED[f"out of range {new}"] = (_replace(old, new), [key], None)
+
+
+def _wrong_files() -> None:
+    DAMAGED["empty file"] = ("", ["not a mapping"], None)
+    DAMAGED["a list"] = ("- name: x\n", ["not a mapping"], None)
+    DAMAGED["plain text"] = ("hello world\n", ["not a mapping"], None)
+    DAMAGED["bad indentation"] = (_replace("  model: some/student", "   model: some/student"), ["not valid YAML"], None)
+    DAMAGED["tab"] = (_replace("  model: some/student", "\tmodel: some/student"), ["not valid YAML"], None)
+    DAMAGED["unclosed bracket"] = (_replace("[finish, math]", "[finish, math"), ["not valid YAML"], None)
+    DAMAGED["repeated key"] = (_replace("seed: 3", "seed: 3\nseed: 4"), ["not valid YAML", "seed"], None)
+    DAMAGED["json lines"] = ('{"a": 1}\n{"b": 2}\n', ["not valid YAML"], None)
+
+
+for _fill in (_unknown_keys, _missing_keys, _mistyped_values, _values_out_of_range, _wrong_files):
+    _fill()
+
+
+def test_there_are_a_hundred_damaged_recipes() -> None:
+    assert len(DAMAGED) >= 100
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_recipe_gives_one_clear_error(name: str, tmp_path: Path) -> None:
+    text, words, line = DAMAGED[name]
+    path = write(tmp_path, text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert message.startswith(str(path)) and len(message.splitlines()) == 1, message
+    if line is not None:
+        assert message.startswith(f"{path}:{line}:"), message
+
+
+def test_damaged_recipes_import_no_torch(tmp_path: Path) -> None:
+    """All of them again in one fresh interpreter, which must not have torch or transformers loaded at the end."""
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for index, (text, _, _) in enumerate(DAMAGED.values()):
+        (folder / f"{index}.yaml").write_text(text)
+    code = """
+import json, pathlib, sys
+from distill.errors import RecipeError
+from distill.recipe_io import load_recipe
+refused = 0
+for path in pathlib.Path(sys.argv[1]).iterdir():
+    try: load_recipe(path)
+    except RecipeError: refused += 1
+print(json.dumps([refused, sorted({"torch", "transformers", "trl", "pyarrow", "numpy"} & set(sys.modules))]))
+"""
+    result = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert json.loads(result.stdout) == [len(DAMAGED), []]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--generate.temprature", "1"], ["command line", "generate.temprature", "Did you mean generate.temperature"]),
+        (["--seed"], ["--seed has no value"]),
+        (["seed", "3"], ["'seed' is not expected"]),
+        (["--seed", "many"], ["command line", "seed", "many"]),
+        (["--name.first", "x"], ["name is a plain value"]),
+        (["--train.trainer_args.lerning_rate", "1"], ["Did you mean learning_rate"]),
+    ],
+)
+def test_a_wrong_override_is_an_error_of_the_command_line(overrides: list[str], words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, GOOD), overrides)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="can't be read"):
+        load_recipe(tmp_path / "absent.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(RecipeError, match="not a text file"):
+        load_recipe(tmp_path / "binary.yaml")
+
+
+def test_recipes_of_the_project_load_and_say_what_they_cost() -> None:
+    recipes = sorted((ROOT / "recipes").glob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        assert isinstance(load_recipe(path), Recipe)
+        header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#")).lower()
+        for word in ("source", "hardware", "memory", "time", "result", "command"):
+            assert f"# {word}:" in header, f"{path.name} lacks `# {word}:` in its header"
+        assert len([line for line in path.read_text().splitlines() if line and not line.startswith("#")]) <= 60

@@ -1,0 +1,203 @@
+"""Stage folders: complete or absent, resumable, refused to other settings, and noticed when altered."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from distill.errors import IntegrityError, MissingStageError, StageConflictError
+from distill.storage import (
+    JOURNAL,
+    MANIFEST,
+    ROWS_PER_SHARD,
+    StageFolder,
+    check_files,
+    delete_stage,
+    read_manifest,
+    read_rows,
+    table_files,
+)
+
+NUMBERS = pa.schema([("number", pa.int64()), ("text", pa.string())])
+
+
+def rows(count: int) -> list[dict[str, object]]:
+    return [{"number": index, "text": f"row {index}"} for index in range(count)]
+
+
+def make(path: Path, count: int = 10, settings: dict[str, object] | None = None, inputs: list[Path] | None = None) -> Path:
+    with StageFolder(path, "numbers", settings or {"a": 1}, inputs or []) as out:
+        out.write_table("numbers", rows(count), NUMBERS)
+        out.finish(rows_in=count, rows_kept=count)
+    return path
+
+
+def test_rows_come_back_across_shards(tmp_path: Path) -> None:
+    count = ROWS_PER_SHARD + 3
+    folder = make(tmp_path / "numbers", count)
+    assert len(table_files(folder, "numbers")) == 2
+    assert read_rows(folder, "numbers") == rows(count)
+    assert read_manifest(folder).rows("numbers") == count
+
+
+def test_an_empty_table_keeps_its_schema(tmp_path: Path) -> None:
+    folder = make(tmp_path / "numbers", 0)
+    assert read_rows(folder, "numbers") == []
+    assert pa.parquet.read_schema(table_files(folder, "numbers")[0]).names == NUMBERS.names
+
+
+def test_a_column_that_the_schema_lacks_is_an_error(tmp_path: Path) -> None:
+    with StageFolder(tmp_path / "numbers", "numbers", {}) as out, pytest.raises(KeyError, match="colour"):
+        out.write_table("numbers", [{"number": 1, "colour": "red"}], NUMBERS)
+
+
+def test_a_finished_stage_is_complete_and_leaves_nothing_else(tmp_path: Path) -> None:
+    folder = make(tmp_path / "numbers")
+    with StageFolder(folder, "numbers", {"a": 1}) as out:
+        assert out.complete and out.manifest is not None and out.manifest.rows_kept == 10
+    assert sorted(path.name for path in folder.iterdir() if path.name != ".lock") == [MANIFEST, "numbers-00000.parquet"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_are_refused_naming_both(tmp_path: Path, finished: bool) -> None:
+    folder = tmp_path / "numbers"
+    if finished:
+        make(folder, settings={"sampling": {"temperature": 0.6}})
+    else:
+        with StageFolder(folder, "numbers", {"sampling": {"temperature": 0.6}}) as out:
+            out.journal().append(rows(1))
+    with pytest.raises(StageConflictError, match=r"settings\.sampling\.temperature is 0\.6 there and 0\.7 here"):
+        StageFolder(folder, "numbers", {"sampling": {"temperature": 0.7}}).__enter__()
+
+
+def test_a_changed_input_is_refused_but_an_equal_one_is_not(tmp_path: Path) -> None:
+    first = make(tmp_path / "first")
+    second = make(tmp_path / "second", inputs=[first])
+    delete_stage(first)
+    make(first)  # the same rows at another time
+    with StageFolder(second, "numbers", {"a": 1}, [first]) as out:
+        assert out.complete
+    delete_stage(first)
+    make(first, count=11)
+    with pytest.raises(StageConflictError, match=r"inputs\.first"):
+        StageFolder(second, "numbers", {"a": 1}, [first]).__enter__()
+
+
+def test_an_absent_and_an_unfinished_input_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(MissingStageError, match="is not there"):
+        StageFolder(tmp_path / "x", "x", {}, [tmp_path / "absent"])
+    with StageFolder(tmp_path / "begun", "begun", {}):
+        pass
+    with pytest.raises(MissingStageError, match="is not finished"):
+        StageFolder(tmp_path / "x", "x", {}, [tmp_path / "begun"])
+
+
+def test_two_processes_cannot_write_one_stage(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from distill.storage import StageFolder; StageFolder(Path(sys.argv[1]), 'n', {}).__enter__()"
+    with StageFolder(tmp_path / "n", "n", {}):
+        other = subprocess.run([sys.executable, "-c", code, str(tmp_path / "n")], capture_output=True, text=True)
+    assert "another process is working on this stage" in other.stderr
+    with StageFolder(tmp_path / "n", "n", {}):  # free again
+        pass
+
+
+def test_an_altered_shard_is_noticed_at_every_byte(tmp_path: Path) -> None:
+    folder = make(tmp_path / "numbers")
+    shard = folder / "numbers-00000.parquet"
+    whole = shard.read_bytes()
+    for place in range(0, len(whole), max(1, len(whole) // 40)):
+        shard.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(IntegrityError, match="was altered"):
+            read_rows(folder, "numbers")
+    shard.write_bytes(whole[:-10])
+    with pytest.raises(IntegrityError, match="was altered"):
+        read_rows(folder, "numbers")
+    shard.unlink()
+    with pytest.raises(IntegrityError, match="is gone"):
+        read_rows(folder, "numbers")
+
+
+def test_an_altered_file_and_a_damaged_manifest_are_noticed(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    with StageFolder(folder, "model", {}) as out:
+        (folder / "weights.bin").write_bytes(b"123")
+        out.finish(files=[folder / "weights.bin"])
+    assert check_files(folder).files.keys() == {"weights.bin"}
+    (folder / "weights.bin").write_bytes(b"124")
+    with pytest.raises(IntegrityError, match=r"weights\.bin"):
+        check_files(folder)
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text[: len(text) // 2])
+    with pytest.raises(IntegrityError, match="is damaged"):
+        read_manifest(folder)
+    (folder / MANIFEST).write_text(json.dumps(json.loads(text) | {"schema_version": 99}))
+    with pytest.raises(IntegrityError, match="schema version 99"):
+        read_manifest(folder)
+
+
+def test_the_journal_loses_only_a_torn_last_line(tmp_path: Path) -> None:
+    """Cut at every byte of the last batch, the earlier ones are read, and new ones can be added."""
+    with StageFolder(tmp_path / "n", "n", {}) as out:
+        journal = out.journal()
+        journal.append(rows(2))
+        first = (tmp_path / "n" / JOURNAL).stat().st_size
+        journal.append(rows(3))
+        whole = (tmp_path / "n" / JOURNAL).read_bytes()
+        for cut in range(first, len(whole), 7):
+            (tmp_path / "n" / JOURNAL).write_bytes(whole[:cut])
+            torn = out.journal()
+            assert list(torn.rows()) == rows(2), cut
+            torn.append(rows(1))
+            assert list(out.journal().rows()) == rows(2) + rows(1)
+
+
+def test_an_altered_journal_line_is_noticed(tmp_path: Path) -> None:
+    with StageFolder(tmp_path / "n", "n", {}) as out:
+        out.journal().append(rows(2))
+        path = tmp_path / "n" / JOURNAL
+        path.write_bytes(path.read_bytes().replace(b"row 1", b"row 7"))
+        with pytest.raises(IntegrityError, match=r"journal\.jsonl:1"):
+            out.journal()
+
+
+def test_only_folders_of_the_kit_are_deleted(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(StageConflictError, match="not deleted"):
+        delete_stage(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+    delete_stage(make(tmp_path / "numbers"))
+    assert not (tmp_path / "numbers").exists()
+
+
+@pytest.mark.parametrize("at_line", [3, 40, 150])
+def test_a_process_killed_while_it_writes_loses_no_finished_batch(tmp_path: Path, at_line: int) -> None:
+    code = """
+import sys
+from pathlib import Path
+from distill.storage import StageFolder
+with StageFolder(Path(sys.argv[1]), "n", {}) as out:
+    journal = out.journal()
+    for index in range(10_000):
+        journal.append([{"number": index, "text": "x" * 500}])
+        print(index, flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "n")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    acknowledged = -1
+    for line in process.stdout:
+        acknowledged = int(line)
+        if acknowledged >= at_line:
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.wait()
+    with StageFolder(tmp_path / "n", "n", {}) as out:
+        found = [row["number"] for row in out.journal().rows()]
+    assert found == list(range(len(found))) and len(found) > acknowledged
