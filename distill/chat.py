@@ -16,9 +16,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from distill.errors import ModelError
-from distill.schema import Message
+from distill.schema import THINK_OPEN, Message
 
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 IGNORE = -100  # label of a position without loss, as in torch and transformers
 
 # Tokens that exist in common vocabularies for padding, or that a text model never reads or writes.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 
 from distill.recipe import Recipe
-from distill.recipe_io import dump_recipe
+from distill.recipe_io import recipe_text
 from distill.runlog import is_main_process, ledger, nothing_to_do, say
 from distill.stages import FOLDERS, folder, run_dir
-from distill.storage import MANIFEST, Manifest, delete_stage
+from distill.storage import MANIFEST, Manifest, delete_stage, write_text
 
 _UNITS = {"prompts": "prompts", "generate": "traces", "curate": "traces", "train": "rows", "evaluate": "answers"}
 
@@ -32,7 +32,7 @@ def run_stage(name: str, recipe: Recipe, *, redo: bool = False) -> Manifest:
         if redo:
             delete_stage(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        dump_recipe(recipe, run_dir(recipe) / "recipe.yaml")
+        write_text(run_dir(recipe) / "recipe.yaml", recipe_text(recipe))
     module = "import_traces" if name == "generate" and recipe.traces is not None else name
     done_before = (target / MANIFEST).exists()
     manifest: Manifest = importlib.import_module(f"distill.stages.{module}").run(recipe)

@@ -6,6 +6,7 @@ YAML 1.2 through ruamel.yaml: `1e-5` is a number, a repeated key is an error, an
 from __future__ import annotations
 
 import difflib
+import io
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -83,14 +84,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError("\n".join(dict.fromkeys(problems))) from None
 
 
-def dump_recipe(recipe: Recipe, path: Path) -> None:
-    """Writes the resolved recipe, defaults included, as YAML that `load_recipe` reads back."""
-    yaml = YAML()
+def recipe_text(recipe: Recipe) -> str:
+    """The resolved recipe, defaults included, as YAML that `load_recipe` reads back."""
+    yaml, text = YAML(), io.StringIO()
     yaml.width = 120
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        yaml.dump(recipe.model_dump(mode="json"), file)
-    temporary.replace(path)
+    yaml.dump(recipe.model_dump(mode="json"), text)
+    return text.getvalue()
 
 
 def _read_yaml(path: Path) -> CommentedMap:

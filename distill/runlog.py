@@ -95,8 +95,8 @@ def ledger(manifest: Manifest, *, unit: str = "rows") -> str:
         parts.append(f"{manifest.rows_in:,} in")
     if manifest.rows_kept is not None:
         parts.append(f"{manifest.rows_kept:,} {unit} kept")
-    drops = ", ".join(f"{count:,} {reason}" for reason, count in sorted(manifest.drops.items()))
-    parts.append(f"{sum(manifest.drops.values()):,} dropped" + (f" ({drops})" if drops else ""))
+        drops = ", ".join(f"{count:,} {reason}" for reason, count in sorted(manifest.drops.items()))
+        parts.append(f"{sum(manifest.drops.values()):,} dropped" + (f" ({drops})" if drops else ""))
     if "tokens" in facts:
         parts.append(f"{facts['tokens']:,} tokens")
     if "wall_s" in facts:

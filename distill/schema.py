@@ -8,9 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 
-
 Message = dict[str, str]
 """One turn of a conversation: `role` and `content`."""
+
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+"""Around the reasoning in every completion, whatever a family's template does with it."""
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 

@@ -11,7 +11,7 @@ import pytest
 
 from distill.errors import RecipeError
 from distill.recipe import Recipe
-from distill.recipe_io import dump_recipe, keys, load_recipe
+from distill.recipe_io import keys, load_recipe, recipe_text
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,7 +54,9 @@ def test_a_good_recipe_says_what_it_says(tmp_path: Path) -> None:
 
 def test_overrides_are_typed_and_win(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
-    recipe = load_recipe(path, ["--generate.samples_per_prompt", "8", "--seed=9", "--student.adapter.use_dora", "true", "--evaluate", "null"])
+    recipe = load_recipe(
+        path, ["--generate.samples_per_prompt", "8", "--seed=9", "--student.adapter.use_dora", "true", "--evaluate", "null"]
+    )
     assert recipe.generate is not None and recipe.generate.samples_per_prompt == 8
     assert recipe.seed == 9
     assert recipe.student.adapter.type == "lora" and recipe.student.adapter.use_dora is True
@@ -63,7 +65,7 @@ def test_overrides_are_typed_and_win(tmp_path: Path) -> None:
 
 def test_the_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, GOOD))
-    dump_recipe(recipe, tmp_path / "resolved.yaml")
+    (tmp_path / "resolved.yaml").write_text(recipe_text(recipe))
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
 
 
@@ -119,7 +121,11 @@ def _unknown_keys() -> None:
         ("evaluate", "confidense", "confidence"),
     ]:
         text = GOOD.replace(f"{section}:\n", f"{section}:\n  {wrong}: 1\n", 1)
-        DAMAGED[f"unknown {section}.{wrong}"] = (text, [f"{section}.{wrong}", "unknown key", right], text.split("\n").index(f"  {wrong}: 1") + 1)
+        DAMAGED[f"unknown {section}.{wrong}"] = (
+            text,
+            [f"{section}.{wrong}", "unknown key", right],
+            text.split("\n").index(f"  {wrong}: 1") + 1,
+        )
     for wrong, right in [("sede", "seed"), ("studnet", "student"), ("promts", "prompts"), ("exports", "export"), ("rundir", "run_dir")]:
         DAMAGED[f"unknown {wrong}"] = (f"{wrong}: 1\n{GOOD}", [wrong, "unknown key", right], 1)
     for elsewhere in ("learning_rate", "num_train_epochs", "packing", "report_to"):
@@ -129,14 +135,26 @@ def _unknown_keys() -> None:
 
 def _missing_keys() -> None:
     DAMAGED["missing name"] = (_replace("name: good\n", ""), ["name", "missing"], None)
-    DAMAGED["missing student"] = (_replace("student:\n  model: some/student\n  adapter: {type: lora, r: 8}\n", ""), ["student", "missing"], None)
+    DAMAGED["missing student"] = (
+        _replace("student:\n  model: some/student\n  adapter: {type: lora, r: 8}\n", ""),
+        ["student", "missing"],
+        None,
+    )
     DAMAGED["missing student.model"] = (_replace("  model: some/student\n", ""), ["student.model", "missing"], 5)
     DAMAGED["missing teacher.model"] = (_replace("  model: some/teacher", "  dtype: auto"), ["teacher.model", "missing"], 3)
-    DAMAGED["missing prompts"] = (_replace("prompts:\n  source: problems.jsonl\n  columns: {prompt: question, reference: answer}\n", ""), ["prompts", "missing"], None)
+    DAMAGED["missing prompts"] = (
+        _replace("prompts:\n  source: problems.jsonl\n  columns: {prompt: question, reference: answer}\n", ""),
+        ["prompts", "missing"],
+        None,
+    )
     DAMAGED["missing prompts.source"] = (_replace("  source: problems.jsonl\n", ""), ["prompts.source", "missing"], 8)
     DAMAGED["missing teacher"] = (_replace("teacher:\n  model: some/teacher\n", ""), ["generate needs a teacher"], None)
     DAMAGED["neither generate nor traces"] = (_replace("generate:\n  temperature: 0.7\n", ""), ["exactly one", "generate", "traces"], None)
-    DAMAGED["no prompt column"] = (_replace("{prompt: question, reference: answer}", "{reference: answer}"), ["prompts.columns", "exactly one of prompt and messages"], 10)
+    DAMAGED["no prompt column"] = (
+        _replace("{prompt: question, reference: answer}", "{reference: answer}"),
+        ["prompts.columns", "exactly one of prompt and messages"],
+        10,
+    )
 
 
 def _mistyped_values() -> None:

@@ -100,7 +100,9 @@ def test_an_absent_and_an_unfinished_input_are_told_apart(tmp_path: Path) -> Non
 
 
 def test_two_processes_cannot_write_one_stage(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from distill.storage import StageFolder; StageFolder(Path(sys.argv[1]), 'n', {}).__enter__()"
+    code = (
+        "import sys; from pathlib import Path; from distill.storage import StageFolder; StageFolder(Path(sys.argv[1]), 'n', {}).__enter__()"
+    )
     with StageFolder(tmp_path / "n", "n", {}):
         other = subprocess.run([sys.executable, "-c", code, str(tmp_path / "n")], capture_output=True, text=True)
     assert "another process is working on this stage" in other.stderr

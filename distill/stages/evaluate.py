@@ -85,11 +85,11 @@ def _engine(recipe: Recipe, evaluate: Evaluate, role: str) -> tuple[Any, dict[st
 
 
 def _judge(traces: list[dict[str, Any]], evaluate: Evaluate) -> list[dict[str, Any]]:
-    from distill.checks.math import judge_math
+    from distill.checks.math import MathJudge
 
     pairs = [(trace["completion"], trace["reference"]) for trace in traces]
-    with progress(len(pairs), "answers", "check answers") as bar:
-        verdicts = judge_math(pairs, timeout_s=evaluate.check_timeout_s, on_done=lambda: bar.update())
+    with progress(len(pairs), "answers", "check answers") as bar, MathJudge(evaluate.check_timeout_s) as math:
+        verdicts = math.judge(pairs, bar.update)
     return [
         {
             "model_role": trace["author"],

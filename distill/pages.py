@@ -1,0 +1,32 @@
+"""Renders the kit's templates. HTML is escaped by jinja2; Markdown has its table and markup characters escaped."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of `distill/templates` with these values; a value it misses is an error.
+
+    Args:
+        template: File name; `.html.j2` is escaped as HTML.
+        values: What it shows.
+    """
+    environment = Environment(
+        loader=PackageLoader("distill"),
+        autoescape=lambda name: bool(name and name.endswith(".html.j2")),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["md"] = markdown_text
+    return environment.get_template(template).render(**values)
+
+
+def markdown_text(value: Any) -> str:
+    """Text that Markdown shows as it is: on one line, with nothing taken for markup."""
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(str(value).split()))

@@ -1,0 +1,99 @@
+"""Stage `report`: a page about the run, from its files alone. Reads every stage's folder, writes report/."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distill.pages import render
+from distill.recipe import Recipe
+from distill.recipe_io import recipe_text
+from distill.runlog import Clock
+from distill.schema import THINK_CLOSE, THINK_OPEN
+from distill.stages import FOLDERS, folder, run_dir
+from distill.storage import Manifest, StageFolder, read_rows, write_text
+from distill.summary import RESULT_COLUMNS, RunSummary, funnel, lineage, metrics, results_rows, results_text, summarise
+
+Row = dict[str, Any]
+_SOURCES = ("prompts", "generate", "curate", "train", "evaluate")
+
+
+def run(recipe: Recipe) -> Manifest:
+    """Writes `report.html`, `report.md` and `summary.txt`."""
+    stages = [stage for stage in _SOURCES if stage != "evaluate" or recipe.evaluate is not None]
+    inputs = [folder(recipe, stage) for stage in stages]
+    with StageFolder(folder(recipe, "report"), "report", {"report": recipe.report.identity()}, inputs) as out:
+        return out.manifest or _report(recipe, stages, out)
+
+
+def _report(recipe: Recipe, stages: list[str], out: StageFolder) -> Manifest:
+    clock = Clock()
+    summary = summarise(run_dir(recipe), {stage: FOLDERS[stage] for stage in stages})
+    page = _page(recipe, summary)
+    write_text(out.path / "report.html", render("report.html.j2", **page, **_pictures(recipe, summary)))
+    write_text(out.path / "report.md", render("report.md.j2", **page))
+    write_text(out.path / "summary.txt", results_text(summary))
+    return out.finish(files=[out.path / name for name in ("report.html", "report.md", "summary.txt")], facts=clock.facts())
+
+
+def _page(recipe: Recipe, summary: RunSummary) -> dict[str, Any]:
+    """Everything the two templates show, as text and numbers."""
+    return {
+        "name": recipe.name,
+        "summary": summary,
+        "columns": RESULT_COLUMNS,
+        "results": results_rows(summary),
+        "funnel": funnel(summary, recipe),
+        "drops": [(stage, reason, count) for stage, m in summary.manifests.items() for reason, count in sorted(m.drops.items())],
+        "costs": [_cost(manifest) for manifest in summary.manifests.values()],
+        "lineage": lineage(recipe, summary),
+        "examples": _examples(recipe),
+        "recipe": recipe_text(recipe),
+    }
+
+
+def _pictures(recipe: Recipe, summary: RunSummary) -> dict[str, str | None]:
+    from distill.plots import accuracy_bars, funnel_bars, loss_curve
+
+    logged = metrics(folder(recipe, "train") / "metrics.jsonl")
+    return {
+        "accuracy_svg": accuracy_bars(summary.results) if summary.results else None,
+        "loss_svg": loss_curve([entry["step"] for entry in logged], [entry["loss"] for entry in logged]) if logged else None,
+        "funnel_svg": funnel_bars(funnel(summary, recipe)),
+    }
+
+
+def _cost(manifest: Manifest) -> list[str]:
+    facts = manifest.facts
+    tokens = facts.get("tokens")
+    return [
+        manifest.stage,
+        f"{facts['wall_s']:,.1f} s",
+        str(facts.get("device", "cpu")),
+        "" if tokens is None else f"{tokens:,}",
+        facts["finished_at"],
+    ]
+
+
+def _examples(recipe: Recipe) -> list[Row]:
+    """Traces to look at: two of three kept, one of three dropped, evenly over the tables."""
+    count = recipe.report.examples
+    dropped = _evenly(read_rows(folder(recipe, "curate"), "dropped"), count // 3)
+    kept = _evenly(read_rows(folder(recipe, "curate"), "curated"), count - len(dropped))
+    return [_example(row) for row in (*kept, *dropped)]
+
+
+def _evenly(rows: list[Row], count: int) -> list[Row]:
+    count = min(count, len(rows))
+    return [rows[index * len(rows) // count] for index in range(count)]
+
+
+def _example(row: Row) -> Row:
+    completion = row["completion"]
+    before, closed, answer = completion.partition(THINK_CLOSE)
+    return {
+        "question": row["messages"][-1]["content"],
+        "reasoning": before.replace(THINK_OPEN, "", 1).strip() if closed else "",
+        "answer": answer.strip() if closed else completion,
+        "reference": row["reference"],
+        "reason": row.get("reason"),
+    }
