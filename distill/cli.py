@@ -86,7 +86,7 @@ _stage_command("export", "Write the merged student, its adapter and a model card
 def check(context: typer.Context, recipe: RecipePath) -> None:
     """Prove a recipe before anything is spent: keys, files, vocabulary, template, supervised tokens, lengths."""
     loaded = _load(recipe, context)
-    if not importlib.import_module("distill.stages.check").run(loaded):
+    if not importlib.import_module("distill.preflight").run(loaded):
         raise typer.Exit(1)
 
 

@@ -1,0 +1,250 @@
+"""`distill check`: proves a recipe before anything is spent. Loads tokenizers, never weights; writes nothing.
+
+Each line is one claim: proved, refuted, or not to be checked here (offline, say), which is not the same as proved.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from distill.errors import DistillError
+from distill.licences import check_terms
+from distill.recipe import ModelSpec, Recipe
+from distill.schema import THINK_CLOSE, THINK_OPEN, prompt_id
+from distill.stages import folder, run_dir
+from distill.storage import MANIFEST, read_rows
+
+if TYPE_CHECKING:
+    from distill.chat import ChatFormat
+
+Row = dict[str, Any]
+_MIN_FREE_GIB = 1.0
+_EXAMPLE_REASONING = "First this, then that."
+
+
+@dataclass
+class _Findings:
+    """What was found so far, printed as it is found."""
+
+    console: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=True))
+    failed: int = 0
+
+    def good(self, claim: str, detail: str = "") -> None:
+        self.console.print(Text.assemble(("  ok    ", "green"), claim, (f"  {detail}" if detail else "", "dim")))
+
+    def bad(self, claim: str, reason: str) -> None:
+        self.failed += 1
+        self.console.print(Text.assemble(("  FAIL  ", "bold red"), f"{claim}: {reason}"))
+
+    def unknown(self, claim: str, reason: str) -> None:
+        self.console.print(Text.assemble(("  ?     ", "yellow"), f"{claim}: not checked, {reason}"))
+
+    def prove(self, claim: str, attempt: Callable[[], str]) -> bool:
+        """Runs an attempt that returns a detail, or raises what refutes the claim."""
+        try:
+            self.good(claim, attempt())
+        except DistillError as error:
+            self.bad(claim, str(error))
+            return False
+        return True
+
+
+def run(recipe: Recipe) -> bool:
+    """Prints every finding; true if none refutes the recipe."""
+    from distill.models import load_chat_format
+
+    found = _Findings()
+    found.good("recipe", f"{recipe.name}, run folder {run_dir(recipe)}")
+    _check_folder(recipe, found)
+    found.prove("trainer arguments", lambda: _trainer_arguments(recipe))
+    found.prove("terms of the traces", lambda: _terms(recipe))
+    prompts = _check_prompts(recipe, found)
+    chats: dict[str, ChatFormat] = {}
+
+    def load(role: str, spec: ModelSpec) -> str:
+        chats[role] = load_chat_format(spec)
+        chat = chats[role]
+        name = chat.tokenizer.convert_ids_to_tokens
+        return f"{len(chat.tokenizer):,} entries, a turn ends with {name(chat.end_of_turn_id)!r}, padding {name(chat.pad_id)!r}"
+
+    for role, spec in (("student", recipe.student), ("teacher", recipe.teacher)):
+        if spec is not None and found.prove(f"{role}'s tokenizer and template", lambda r=role, s=spec: load(r, s)):  # type: ignore[misc]
+            _check_rows_of_head(role, spec, chats[role], found)
+    if len(chats) == 2:
+        _compare_vocabularies(chats["teacher"], chats["student"], found)
+    if "student" in chats and prompts:
+        rows = _check_traces(recipe, prompts, found)
+        example = rows[0] if rows else _made_up(prompts[0])
+        found.prove("supervised tokens", lambda: _supervision(chats["student"], example))
+        _print_example(chats["student"], example, found.console)
+        _check_lengths(recipe, chats["student"], rows, prompts, found)
+    found.console.print(f"\n{found.failed} of these claims failed" if found.failed else "\nnothing speaks against running this recipe")
+    return not found.failed
+
+
+def _check_folder(recipe: Recipe, found: _Findings) -> None:
+    place = run_dir(recipe).absolute()
+    while not place.exists():
+        place = place.parent
+    free_gib = shutil.disk_usage(place).free / 2**30
+    if not os.access(place, os.W_OK):
+        found.bad("run folder", f"{place} can't be written to. Set run_dir.")
+    elif free_gib < _MIN_FREE_GIB:
+        found.bad("run folder", f"only {free_gib:.2f} GiB are free at {place}. Free some, or set run_dir.")
+    else:
+        found.good("run folder", f"writable, {free_gib:,.0f} GiB free")
+
+
+def _trainer_arguments(recipe: Recipe) -> str:
+    from distill.models import pick_device
+    from distill.trainers.arguments import precision_name, training_arguments
+
+    device = pick_device()
+    arguments = training_arguments(recipe, run_dir(recipe) / "checkpoints", device)
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    return f"{precision_name(arguments)} on {device}, {batch} rows an optimizer step and process, learning rate {arguments.learning_rate:g}"
+
+
+def _terms(recipe: Recipe) -> str:
+    author = recipe.traces.author_model if recipe.traces else recipe.teacher.model if recipe.teacher else None
+    name = recipe.export.model_name if recipe.export and recipe.export.model_name else recipe.name
+    return "; ".join(check_terms(author, name)) or "nothing to note"
+
+
+def _check_prompts(recipe: Recipe, found: _Findings) -> list[Row]:
+    from distill.stages.prompts import split
+
+    train: list[Row] = []
+
+    def attempt() -> str:
+        rows, heldout, dropped, _ = split(recipe.prompts, recipe.seed)
+        train.extend(rows)
+        return f"{len(rows):,} to train on, {len(heldout):,} held out, {len(dropped):,} dropped"
+
+    found.prove("prompts", attempt)
+    if train and "math" in recipe.curate.checks and all(row["reference"] is None for row in train) and not recipe.curate.keep_unjudged:
+        found.bad("references", "curate.checks has math, but no prompt has a reference. Set prompts.columns.reference, or leave math out.")
+    return train
+
+
+def _check_rows_of_head(role: str, spec: ModelSpec, chat: ChatFormat, found: _Findings) -> None:
+    from distill.models import config_vocab_size
+
+    size = config_vocab_size(spec)
+    highest = max(chat.tokenizer.get_vocab().values())
+    claim = f"{role}'s embedding has a row for every token"
+    if size is None:
+        found.unknown(claim, f"the config of {spec.model} can't be reached from here")
+    elif highest >= size:
+        found.bad(claim, f"the tokenizer has id {highest:,}, the model {size:,} rows. They do not belong together; see {role}.tokenizer.")
+    else:
+        found.good(claim, f"{size:,} rows, {size - highest - 1:,} of them padding")
+
+
+def _compare_vocabularies(teacher: ChatFormat, student: ChatFormat, found: _Findings) -> None:
+    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    same = sum(ours.get(token) == index for token, index in theirs.items())
+    detail = f"{same:,} of the teacher's {len(theirs):,} tokens have the same id"
+    found.good("vocabularies", detail + ("" if same == len(theirs) == len(ours) else "; traces are carried over as text"))
+
+
+def _check_traces(recipe: Recipe, prompts: list[Row], found: _Findings) -> list[Row]:
+    """Rows with messages and completion: those an earlier run has curated, or brought ones; none before they are written."""
+    rows: list[Row] = []
+    curated = folder(recipe, "curate")
+    if (curated / MANIFEST).exists():
+        found.prove("traces", lambda: _curated(curated, rows))
+    elif recipe.traces is not None and found.prove("traces", lambda: _brought(recipe, prompts, rows)) and not rows:
+        found.bad("traces", "none has a prompt of this run. Their text must be the same; check traces.columns.")
+    return rows
+
+
+def _curated(curated: Path, rows: list[Row]) -> str:
+    rows.extend(read_rows(curated, "curated"))
+    return f"{len(rows):,} curated ones in {curated}"
+
+
+def _brought(recipe: Recipe, prompts: list[Row], rows: list[Row]) -> str:
+    from distill.sources import PromptMapping, read_source
+    from distill.stages.import_traces import completion_of
+
+    traces = recipe.traces
+    assert traces is not None
+    known = {row["prompt_id"] for row in prompts}
+    mapping = PromptMapping(recipe.prompts, traces.columns, traces.source)
+    source = read_source(traces.source, traces.subset, traces.split)
+    for number, raw in enumerate(source, start=1):
+        messages = mapping.messages(raw, number) or []
+        completion, reason = completion_of(traces, raw, number)
+        if reason is None and prompt_id(messages) in known:
+            rows.append({"messages": messages, "completion": completion})
+    return f"{len(rows):,} of {len(source):,} belong to a training prompt"
+
+
+def _made_up(prompt: Row) -> Row:
+    answer = f"\\boxed{{{prompt['reference'] or '...'}}}"
+    return {"messages": prompt["messages"], "completion": f"{THINK_OPEN}\n{_EXAMPLE_REASONING}\n{THINK_CLOSE}\n\n{answer}"}
+
+
+def _supervision(chat: ChatFormat, example: Row) -> str:
+    from distill.chat import IGNORE
+    from distill.errors import ModelError
+
+    input_ids, labels = chat.row(example["messages"], example["completion"])
+    supervised = [token for token, label in zip(input_ids, labels, strict=True) if label != IGNORE]
+    text = str(chat.tokenizer.decode(supervised))
+    reasoning = example["completion"].partition(THINK_OPEN)[2].partition(THINK_CLOSE)[0].strip()
+    if not supervised or supervised[-1] != chat.end_of_turn_id:
+        raise ModelError("the end of the turn is not among them: the student would never stop.")
+    if chat.pad_id in chat.stop_ids:
+        raise ModelError("padding and the end of a turn are the same token.")
+    if reasoning and reasoning not in text:
+        raise ModelError("the reasoning is not among them: the student would learn answers without thinking.")
+    if example["completion"].split(THINK_CLOSE)[-1].strip() not in text:
+        raise ModelError("the answer is not among them, or not as it was written.")
+    return f"{len(supervised)} of {len(input_ids)}: {'the reasoning, ' if reasoning else ''}the answer and the end of the turn"
+
+
+def _print_example(chat: ChatFormat, example: Row, console: Console) -> None:
+    """One training row as the student sees it, its supervised part marked: green on a terminal, between arrows elsewhere."""
+    from distill.chat import IGNORE
+
+    input_ids, labels = chat.row(example["messages"], example["completion"])
+    start = next(place for place, label in enumerate(labels) if label != IGNORE)
+    prompt, answer = (str(chat.tokenizer.decode(part)) for part in (input_ids[:start], input_ids[start:]))
+    marks = ("", "") if console.is_terminal else ("»»", "««")
+    console.print("\n  one training row, its supervised part marked:")
+    console.print(Text.assemble((prompt, "dim"), marks[0], (answer, "green"), marks[1]))
+    console.print()
+
+
+def _check_lengths(recipe: Recipe, chat: ChatFormat, rows: list[Row], prompts: list[Row], found: _Findings) -> None:
+    """The distribution of lengths against `train.max_length`, and how many rows would go."""
+    limit = recipe.train.max_length
+    if rows:
+        lengths = np.array([len(chat.row(row["messages"], row["completion"])[0]) for row in rows])
+    else:
+        lengths = np.array([len(chat.prompt_ids(row["messages"])) for row in prompts])
+    median, most, nearly_all, longest = np.quantile(lengths, [0.5, 0.9, 0.99, 1])
+    what = "prompt and completion" if rows else "prompt alone"
+    detail = f"{what}: median {median:,.0f}, 90 % {most:,.0f}, 99 % {nearly_all:,.0f}, longest {longest:,.0f} tokens"
+    over = int((lengths > limit).sum())
+    if over == len(lengths):
+        found.bad("lengths", f"{detail}; not one fits into train.max_length ({limit:,}). Raise it.")
+        return
+    fate = {"drop": "dropped", "cut": "cut"}[recipe.train.overlong]
+    found.good("lengths", f"{detail}; {over:,} of {len(lengths):,} rows are over train.max_length ({limit:,}) and would be {fate}")
+    if not rows and recipe.generate is not None and longest + recipe.generate.max_new_tokens > limit:
+        possible = int(longest) + recipe.generate.max_new_tokens
+        found.unknown(
+            "lengths of traces", f"none is written yet; with generate.max_new_tokens one can have {possible:,}, and would be {fate}"
+        )
