@@ -234,12 +234,7 @@ class Sampling(Section):
 
 
 class Generate(Sampling):
-    """The teacher writes traces."""
-
-    speed_only = Sampling.speed_only | {"engine"}
-
-    engine: Literal["hf"] = "hf"
-    """hf: transformers in this process, on CPU or GPU."""
+    """The teacher writes traces, through transformers in this process, on CPU or GPU."""
 
 
 class Curate(Section):

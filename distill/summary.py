@@ -160,10 +160,9 @@ def lineage(recipe: Recipe, summary: RunSummary) -> list[tuple[str, str]]:
         ("traces by", _model_text(author)),
         ("terms of the traces", str(traces.get("licence"))),
         ("student before training", f"{recipe.student.model}, {parameters_text(student.get('parameters'))} parameters with adapter"),
-        (
-            "trained",
-            f"{parameters_text(student.get('trainable_parameters'))} parameters, {recipe.student.adapter.type}, {student.get('precision')}",
-        ),
+        ("method", f"{recipe.train.method}, {recipe.student.adapter.type}"),
+        ("trained parameters", parameters_text(student.get("trainable_parameters"))),
+        ("precision", str(student.get("precision"))),
         ("problems", recipe.prompts.source),
         ("tokenizer of the student", f"SHA-256 {str(student.get('tokenizer_digest'))[:16]}"),
         ("chat template of the student", f"SHA-256 {str(student.get('template_digest'))[:16]}"),

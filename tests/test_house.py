@@ -1,0 +1,161 @@
+"""The rules of the house that a machine can hold: layers, names, sizes, documentation, a fast and torch-free command."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "distill"
+MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+# From the top down; a module imports only from rows below its own (ARCHITECTURE.md shows the same table).
+LAYERS = [
+    {"__main__"},
+    {"cli", "train"},
+    {"pipeline", "preflight"},
+    {f"stages.{name}" for name in ("prompts", "generate", "import_traces", "curate", "train", "evaluate", "report", "export")},
+    {"stages", "trainers.arguments", "trainers.callbacks", "trainers.rows", "plots", "pages"},
+    {"engines.hf", "checks.math", "summary", "sources"},
+    {"engines", "checks.form"},
+    {"trainers", "checks", "models", "batching"},
+    {"chat", "intervals", "licences"},
+    {"runlog"},
+    {"storage"},
+    {"recipe_io", "schema"},
+    {"recipe"},
+    {"trainer_args", "embedded"},
+    {"errors"},
+    {"__init__"},
+]
+TORCH_FREE = {name for row in LAYERS[8:] for name in row if name != "chat"} | {"cli", "pipeline", "preflight", "summary", "sources", "pages"}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def row_of(module: str) -> int:
+    rows = [index for index, row in enumerate(LAYERS) if module in row]
+    assert rows, f"{module} has no place in LAYERS (tests/test_house.py) and ARCHITECTURE.md"
+    return rows[0]
+
+
+def imports_of(path: Path, *, top_level_only: bool = False) -> Iterator[str]:
+    """Modules that a file imports; only those executed at its import, if asked."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if not top_level_only else (n for n in tree.body)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield node.module
+
+
+def ours(imported: str) -> str | None:
+    """The module of this package that an imported name belongs to."""
+    names = {name_of(path) for path in MODULES}
+    if imported == "distill":
+        return None
+    name = imported.removeprefix("distill.")
+    return name if imported.startswith("distill.") and name in names else None
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_module_imports_only_from_the_rows_below(path: Path) -> None:
+    own = row_of(name_of(path))
+    for imported in imports_of(path):
+        target = ours(imported)
+        if target and target != name_of(path):
+            assert row_of(target) > own, f"{name_of(path)} imports {target}, which is not below it"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if name_of(p) in TORCH_FREE], ids=name_of)
+def test_lower_modules_do_not_import_torch(path: Path) -> None:
+    heavy = {"torch", "transformers", "peft", "trl", "accelerate", "datasets"}
+    assert not heavy & {name.split(".")[0] for name in imports_of(path, top_level_only=True)}
+
+
+def test_top_level_names_hide_nothing() -> None:
+    """`accelerate launch distill/train.py` puts distill/ on sys.path: a module there must not be called like an installed one."""
+    installed = {name.split(".")[0] for names in importlib.metadata.packages_distributions() for name in [names]}
+    names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()} - {"__init__", "__main__"}
+    assert not names & (set(sys.stdlib_module_names) | installed)
+    assert not names & {"datasets", "evaluate", "logging", "tokenizers", "utils"}
+
+
+@pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT / "scripts").glob("*.py"))], ids=lambda path: path.name)
+def test_files_and_functions_stay_small_and_documented(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree), "a module says what it is for"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, f"{node.name} is over 60 lines"
+
+
+def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def test_help_loads_nothing_heavy() -> None:
+    """What makes `distill --help` answer in a fraction of a second: no torch, no numpy, no Arrow."""
+    code = """
+import json, sys
+sys.argv = ["distill", "--help"]
+from distill.cli import main
+try: main()
+except SystemExit: pass
+print(json.dumps(sorted({"torch", "transformers", "datasets", "pyarrow", "numpy", "pandas", "matplotlib", "pydantic"} & set(sys.modules))))
+"""
+    result = run("-c", code)
+    assert json.loads(result.stdout.splitlines()[-1]) == [], result.stdout
+    for command in ("run", "prompts", "generate", "curate", "train", "evaluate", "report", "export", "check", "keys"):
+        assert command in result.stdout
+
+
+@pytest.mark.parametrize("command", ["run", "train", "check", "keys"])
+def test_every_command_has_help(command: str) -> None:
+    result = run("-m", "distill", command, "--help")
+    assert result.returncode == 0 and "Usage" in result.stdout and len(result.stdout) > 200
+
+
+def test_errors_are_one_message_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("name: x\nteachr: {}\n")
+    for arguments in (["-m", "distill", "run", str(tmp_path / "r.yaml")], ["distill/train.py", "--config", str(tmp_path / "r.yaml")]):
+        result = run(*arguments)
+        assert result.returncode == 1
+        assert result.stderr.startswith(f"error: {tmp_path / 'r.yaml'}") and "Traceback" not in result.stderr
+        assert "teachr" in result.stderr and "teacher" in result.stderr
+
+
+def test_train_entry_explains_itself() -> None:
+    assert "--config RECIPE" in run("distill/train.py", "--help").stdout
+    assert run("distill/train.py").returncode == 2
+
+
+def test_every_setting_is_read() -> None:
+    """A key of the recipe that no code reads would be a promise not kept."""
+    from distill.recipe_io import keys
+
+    code = "\n".join(path.read_text() for path in MODULES if path.name not in ("recipe.py", "recipe_io.py"))
+    unread = [info.key for info in keys() if not re.search(rf"\.{info.key.rsplit('.', 1)[-1]}\b", code)]
+    assert unread == []
+
+
+def test_the_architecture_page_shows_every_module() -> None:
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    for path in MODULES:
+        name = name_of(path)
+        assert name.split(".")[-1] in page or name == "__init__", f"ARCHITECTURE.md does not mention {name}"
