@@ -1,0 +1,192 @@
+"""The whole pipeline through the command line: once, again without work, and with every stage killed on its way."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.stages import FOLDERS
+from distill.storage import MANIFEST, Manifest, read_manifest, read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def distill(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "distill", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+
+
+def write_recipe(folder: Path, model: Path) -> Path:
+    """A recipe over a random model: its answers are noise, so nothing is asked of them but that they exist."""
+    with (folder / "problems.jsonl").open("w") as file:
+        for index in range(72):
+            file.write(json.dumps({"question": f"What is {index} plus {2 * index}?", "answer": 3 * index}) + "\n")
+    path = folder / "recipe.yaml"
+    path.write_text(
+        f"name: test\nseed: 5\nteacher: {{model: {model}}}\nstudent: {{model: {model}, adapter: {{type: lora, r: 4}}}}\n"
+        f"prompts: {{source: {folder / 'problems.jsonl'}, heldout_size: 24}}\n"
+        "generate: {samples_per_prompt: 3, max_new_tokens: 24, temperature: 1.0, top_p: 1.0, batch_size: 8}\n"
+        "curate: {checks: [], max_per_prompt: 2}\n"
+        "train: {max_length: 256, trainer_args: {max_steps: 12, learning_rate: 1e-3, per_device_train_batch_size: 8, save_steps: 3}}\n"
+        "evaluate: {max_new_tokens: 16, batch_size: 8}\n"
+        "export: {parity_prompts: 4}\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> tuple[Path, Path]:
+    """A recipe and the run it made, undisturbed."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    recipe = write_recipe(folder, tiny_model_dir)
+    result = distill("run", recipe, "--run_dir", folder / "run")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "gap recovered" in result.stdout and str(folder / "run" / "report" / "report.html") in result.stdout
+    return recipe, folder / "run"
+
+
+def content(stage_folder: Path) -> Any:
+    """Everything in a stage's result that must not depend on how often it was interrupted."""
+    manifest: Manifest = read_manifest(stage_folder)
+    files = {name: digest for name, digest in manifest.files.items() if not name.endswith((".md", ".html"))}
+    tables = {table: read_rows(stage_folder, table) for table in manifest.tables}
+    return tables, files, manifest.rows_in, manifest.rows_kept, manifest.drops
+
+
+def test_every_stage_says_what_it_did(finished: tuple[Path, Path]) -> None:
+    recipe, run = finished
+    again = distill("run", recipe, "--run_dir", run)
+    assert again.returncode == 0
+    assert again.stdout.count("nothing to do") == len(FOLDERS)
+    for stage, name in FOLDERS.items():
+        manifest = read_manifest(run / name)
+        assert manifest.stage == stage and manifest.facts["wall_s"] >= 0 and manifest.facts["kit_version"]
+        if manifest.rows_in is not None and manifest.rows_kept is not None:
+            assert manifest.rows_in * (3 if stage == "generate" else 1) == manifest.rows_kept + sum(manifest.drops.values())
+
+
+def test_a_second_run_loads_no_torch(finished: tuple[Path, Path]) -> None:
+    recipe, run = finished
+    code = """
+import sys
+from distill.pipeline import run_pipeline
+from distill.recipe_io import load_recipe
+run_pipeline(load_recipe(sys.argv[1], ["--run_dir", sys.argv[2]]))
+assert "torch" not in sys.modules
+"""
+    result = subprocess.run([sys.executable, "-c", code, str(recipe), str(run)], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_run_can_be_moved(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, run = finished
+    shutil.copytree(run, tmp_path / "moved")
+    assert distill("run", recipe, "--run_dir", tmp_path / "moved").stdout.count("nothing to do") == len(FOLDERS)
+
+
+def test_other_settings_are_refused_and_redo_makes_them(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, run = finished
+    shutil.copytree(run, tmp_path / "copy")
+    changed = [recipe, "--run_dir", tmp_path / "copy", "--curate.max_per_prompt", "1"]
+    refused = distill("curate", *changed)
+    assert refused.returncode == 1
+    assert "max_per_prompt is 2 there and 1 here" in refused.stderr and "--redo" in refused.stderr
+    redone = distill("curate", *changed, "--redo")
+    assert redone.returncode == 0 and read_manifest(tmp_path / "copy" / "curated").rows_kept == 48
+    stale = distill("train", *changed)
+    assert stale.returncode == 1 and "inputs.curated" in stale.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", list(FOLDERS))
+def test_a_killed_stage_ends_with_the_same_rows(stage: str, finished: tuple[Path, Path], tmp_path: Path) -> None:
+    """Killed twice, each time when its folder has grown to a random share of what it will be, then run to its end."""
+    recipe, run = finished
+    name = FOLDERS[stage]
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / name)
+    final_size = sum(path.stat().st_size for path in (run / name).rglob("*") if path.is_file())
+    rng = random.Random(f"{stage}/kill")
+    killed = 0
+    for _ in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "distill", stage, str(recipe), "--run_dir", str(copy)],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        threshold = rng.uniform(0.0, 0.5) * final_size
+        while process.poll() is None:
+            if size_of(copy / name) > threshold:
+                os.kill(process.pid, signal.SIGKILL)
+                killed += 1
+                break
+        process.wait()
+    if stage in ("generate", "train", "evaluate"):
+        assert killed and not (copy / name / MANIFEST).exists(), "the kill came too late to test anything"
+    result = distill(stage, recipe, "--run_dir", copy)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert content(copy / name) == content(run / name)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes in a folder that another process is writing."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for file in names:
+            try:
+                total += (Path(place) / file).stat().st_size
+            except FileNotFoundError:
+                continue
+    return total
+
+
+def test_a_stage_before_its_input_says_what_to_run(tmp_path: Path, tiny_model_dir: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_model_dir)
+    result = distill("train", recipe, "--run_dir", tmp_path / "empty")
+    assert result.returncode == 1 and "this stage is not there" in result.stderr and "distill run" in result.stderr
+
+
+def test_check_proves_a_recipe_and_refutes_a_broken_one(tmp_path: Path, tiny_model_dir: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_model_dir)
+    good = distill("check", recipe, "--run_dir", tmp_path / "run")
+    assert good.returncode == 0, good.stdout + good.stderr
+    assert "nothing speaks against" in good.stdout and "»»<think>" in good.stdout and "<|im_end|>««" in good.stdout
+    assert not (tmp_path / "run").exists()  # it writes nothing
+    for broken, words in [
+        (["--prompts.source", str(tmp_path / "absent.jsonl")], "there is no such file"),
+        (["--prompts.heldout_size", "500"], "500"),
+        (["--train.max_length", "5"], "not one fits"),
+        (["--student.tokenizer", str(tmp_path)], "the tokenizer can't be loaded"),
+        (["--train.trainer_args.optim", "adamm"], "train.trainer_args"),
+        (["--student.pad_token", "<|im_end|>"], "also ends a turn"),
+        (["--run_dir", "/proc/nowhere"], "can't be written to"),
+    ]:
+        result = distill("check", recipe, *broken)
+        assert result.returncode == 1 and words in result.stdout, (broken, result.stdout, result.stderr)
+        assert "FAIL" in result.stdout and "Traceback" not in result.stderr
+
+
+def test_check_passes_the_recipes_for_real_models(shared: Path) -> None:
+    data = shared / "data"
+    for recipe, teacher, student in [
+        ("r1-distill-qwen-7b-to-qwen2.5-1.5b", "deepseek-r1-distill-qwen", "qwen2.5-instruct"),
+        ("qwen3-8b-to-0.6b", "qwen3", "qwen3"),
+    ]:
+        result = distill(
+            *("check", f"recipes/{recipe}.yaml"),
+            *("--prompts.source", data / "gsm8k" / "train.jsonl", "--prompts.heldout_source", data / "gsm8k" / "test.jsonl"),
+            *("--teacher.tokenizer", data / "tokenizers" / teacher, "--student.tokenizer", data / "tokenizers" / student),
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "7,473 to train on" in result.stdout and "»»<think>" in result.stdout and "<|im_end|>««" in result.stdout
