@@ -36,7 +36,14 @@ LAYERS = [
     {"errors"},
     {"__init__"},
 ]
-TORCH_FREE = {name for row in LAYERS[8:] for name in row if name != "chat"} | {"cli", "pipeline", "preflight", "summary", "sources", "pages"}
+TORCH_FREE = {name for row in LAYERS[8:] for name in row if name != "chat"} | {
+    "cli",
+    "pipeline",
+    "preflight",
+    "summary",
+    "sources",
+    "pages",
+}
 
 
 def name_of(path: Path) -> str:

@@ -160,7 +160,9 @@ def test_packing_leaks_nothing(recipe: Callable[..., Path]) -> None:
     student = train(recipe("packed", trainer_args=one_batch | {"packing": True}))
     assert losses(student) == pytest.approx(padded, rel=1e-5)
     # The rows really were packed: 48 of them are far fewer sequences, so one epoch is over before the first step ends.
-    [entry] = [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines() if "loss" in line and "train_loss" not in line]
+    [entry] = [
+        json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines() if "loss" in line and "train_loss" not in line
+    ]
     assert entry["num_tokens"] == sum(map(len, _row_ids()))
 
 
@@ -169,10 +171,13 @@ def _row_ids() -> list[list[int]]:
 
     assert CHATML
     texts = [f"<|im_start|>user\n{r['messages'][0]['content']}<|im_end|>\n<|im_start|>assistant\n" for r in traces(48)]
-    specials = [text.count("<|im_start|>") * (len("<|im_start|>") - 1) + text.count("<|im_end|>") * (len("<|im_end|>") - 1) for text in texts]
+    specials = [
+        text.count("<|im_start|>") * (len("<|im_start|>") - 1) + text.count("<|im_end|>") * (len("<|im_end|>") - 1) for text in texts
+    ]
     tags = len("<think>") + len("</think>") - 2
     return [
-        [0] * (len(text) - special + len(row["completion"]) - tags + 1) for text, special, row in zip(texts, specials, traces(48), strict=True)
+        [0] * (len(text) - special + len(row["completion"]) - tags + 1)
+        for text, special, row in zip(texts, specials, traces(48), strict=True)
     ]
 
 
@@ -263,7 +268,9 @@ def test_nothing_that_fits_is_an_error_that_says_so(recipe: Callable[..., Path])
 
 
 def test_a_loss_that_is_no_number_ends_training(recipe: Callable[..., Path]) -> None:
-    path = recipe("nan", trainer_args={"max_steps": 40, "learning_rate": 1e6, "max_grad_norm": 1e30, "optim": "sgd", "lr_scheduler_type": "constant"})
+    path = recipe(
+        "nan", trainer_args={"max_steps": 40, "learning_rate": 1e6, "max_grad_norm": 1e30, "optim": "sgd", "lr_scheduler_type": "constant"}
+    )
     command = [sys.executable, str(ROOT / "distill" / "train.py"), "--config", str(path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1 and "Lower train.trainer_args.learning_rate" in result.stderr, result.stderr[-1500:]

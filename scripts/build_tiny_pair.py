@@ -1,0 +1,261 @@
+"""Makes the pair that is shipped in distill/embedded: a tiny teacher, a tiny base student, and problems neither has seen.
+
+    python scripts/build_tiny_pair.py
+
+Both are of the Qwen3 architecture, share a byte-level tokenizer and a ChatML template, and are trained on worked solutions
+drawn anew for every step (scripts/tiny_task.py). The teacher sees problems of one to four operations until it solves them.
+The base student sees easier ones, and fewer: it knows the facts, the form and single steps, and stumbles where
+several follow on each other, which is what it is to learn from the teacher. The problems are drawn before any training, and
+left out of it. Seeded; the digests in RECORD.json are those of one machine, since sums round differently on another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import platform
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny_task
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from distill import __version__
+from distill.chat import IGNORE, ChatFormat, chat_format
+from distill.engines import requests_for
+from distill.engines.hf import HFEngine
+from distill.recipe import Sampling
+from distill.runlog import versions
+from distill.schema import prompt_id
+
+TEMPLATE = (
+    "{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+PROBLEM_OPERATIONS = (2, 2, 2, 2, 3, 3, 3, 3, 3, 4)  # of the shipped problems, drawn from evenly
+NUM_PROBLEMS = 2_400
+NUM_MEASURED = 800
+BATCH = 64
+VOCABULARY = 512
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A model of the pair and how it is trained."""
+
+    hidden_size: int
+    num_layers: int
+    steps: int
+    learning_rate: float
+    operations: tuple[int, ...]
+    """Of its training problems, drawn from evenly."""
+    seed: int
+
+
+TEACHER = ModelPlan(128, 4, 3_200, 2e-3, (1, 2, 2, 3, 3, 3, 4, 4), seed=1)
+STUDENT = ModelPlan(96, 3, 1_100, 3e-3, (1, 2, 2, 3), seed=2)
+
+
+def main() -> None:
+    """Builds everything into the folder asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Path(__file__).resolve().parent.parent / "distill" / "embedded"
+    parser.add_argument("--out", type=Path, default=default, help="folder to write (default: distill/embedded)")
+    parser.add_argument("--threads", type=int, default=2, help="of torch; another number can change the last bits")
+    parser.add_argument("--steps", type=int, help="train both models only so long, to try the script")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    start = time.perf_counter()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    problems = draw_problems(NUM_PROBLEMS, seed=7)
+    lines = [json.dumps({"question": problem.question, "answer": str(problem.answer)}) for problem in problems]
+    (arguments.out / "problems.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    chat = chat_format(make_tokenizer(seed=0))
+    measured = {}
+    for name, plan in (("teacher", TEACHER), ("student", STUDENT)):
+        model = make_model(plan, chat)
+        train(model, chat, plan, arguments.steps or plan.steps, {problem.question for problem in problems}, name)
+        folder = arguments.out / name
+        save(model, chat, folder)
+        measured[name] = measure(folder, chat, problems[:NUM_MEASURED], sampled=name == "teacher")
+        print(name, measured[name])
+    write_record(arguments.out, measured, time.perf_counter() - start, arguments.threads)
+
+
+def draw_problems(count: int, seed: int) -> list[tiny_task.Problem]:
+    """Distinct problems, none of which is used in training."""
+    rng = random.Random(seed)
+    found: dict[str, tiny_task.Problem] = {}
+    while len(found) < count:
+        problem = tiny_task.problem(rng, rng.choice(PROBLEM_OPERATIONS))
+        found[problem.question] = problem
+    return list(found.values())
+
+
+def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `VOCABULARY` entries, digits one by one, learned from the task's own text."""
+    rng = random.Random(seed)
+    texts = []
+    for _ in range(4_000):
+        problem = tiny_task.problem(rng, rng.randint(1, 4))
+        solution = tiny_task.solution(rng, problem.expression)
+        texts += [problem.question, solution.replace("<think>", "").replace("</think>", "")]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tags = ["<think>", "</think>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(tags), special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.add_tokens(tags)  # not special, as in Qwen3: decoding keeps them
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def make_model(plan: ModelPlan, chat: ChatFormat) -> Qwen3ForCausalLM:
+    """A randomly initialised model of a plan."""
+    torch.manual_seed(plan.seed)
+    config = Qwen3Config(
+        vocab_size=64 * math.ceil(len(chat.tokenizer) / 64),
+        hidden_size=plan.hidden_size,
+        intermediate_size=3 * plan.hidden_size,
+        num_hidden_layers=plan.num_layers,
+        num_attention_heads=plan.hidden_size // 32,
+        num_key_value_heads=max(1, plan.hidden_size // 64),
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=chat.end_of_turn_id,
+        pad_token_id=chat.pad_id,
+        bos_token_id=None,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def train(model: Qwen3ForCausalLM, chat: ChatFormat, plan: ModelPlan, steps: int, left_out: set[str], name: str) -> None:
+    """Trains by the negative log-likelihood of the completion, AdamW with warm-up and cosine decay."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(steps))
+    model.train()
+    bar = tqdm(_batches(chat, plan, steps, left_out), total=steps, desc=name, unit=" steps")
+    for input_ids, labels in bar:
+        hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+        targets = labels[:, 1:]
+        supervised = targets != IGNORE
+        loss = cross_entropy(model.lm_head(hidden[supervised]), targets[supervised])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix_str(f"loss {loss.item():.3f}")
+    model.eval()
+
+
+def _warmup_cosine(steps: int) -> Callable[[int], float]:
+    def factor(step: int) -> float:
+        return min(1.0, (step + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+    return factor
+
+
+def _batches(chat: ChatFormat, plan: ModelPlan, steps: int, left_out: set[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """`input_ids` and `labels` of `BATCH` rows of similar length, drawn anew each time."""
+    rng = random.Random(plan.seed)
+    pool: list[list[tuple[list[int], list[int]]]] = []
+    for _ in range(steps):
+        if not pool:
+            rows = sorted((_row(chat, plan, rng, left_out) for _ in range(16 * BATCH)), key=lambda row: len(row[0]))
+            pool = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
+            rng.shuffle(pool)
+        batch = pool.pop()
+        longest = max(len(input_ids) for input_ids, _ in batch)
+        yield (
+            torch.tensor([ids + [chat.pad_id] * (longest - len(ids)) for ids, _ in batch]),
+            torch.tensor([labels + [IGNORE] * (longest - len(labels)) for _, labels in batch]),
+        )
+
+
+def _row(chat: ChatFormat, plan: ModelPlan, rng: random.Random, left_out: set[str]) -> tuple[list[int], list[int]]:
+    while True:
+        problem = tiny_task.problem(rng, rng.choice(plan.operations))
+        if problem.question not in left_out:
+            return chat.row(_messages(problem), tiny_task.solution(rng, problem.expression))
+
+
+def _messages(problem: tiny_task.Problem) -> list[dict[str, str]]:
+    return [{"role": "user", "content": problem.question}]
+
+
+def save(model: Qwen3ForCausalLM, chat: ChatFormat, folder: Path) -> None:
+    """Writes the model in half precision, with its tokenizer and generation config."""
+    shutil.rmtree(folder, ignore_errors=True)
+    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, eos_token_id=list(chat.stop_ids), pad_token_id=chat.pad_id)
+    model.half().save_pretrained(folder)
+    chat.tokenizer.save_pretrained(folder)
+
+
+def measure(folder: Path, chat: ChatFormat, problems: list[tiny_task.Problem], *, sampled: bool) -> dict[str, Any]:
+    """Accuracies of what was saved, as it will be loaded: in single precision, through the kit's own engine."""
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    record: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters()), "problems": len(problems)}
+    for name, temperature in (("greedy", 0.0), *((("temperature_1", 1.0),) if sampled else ())):
+        sampling = Sampling(temperature=temperature, max_new_tokens=192) if not temperature else Sampling(
+            temperature=temperature, top_p=1.0, max_new_tokens=192
+        )  # fmt: skip
+        engine = HFEngine(model, chat, sampling)
+        rows = [{"prompt_id": prompt_id(_messages(p)), "messages": _messages(p), "reference": str(p.answer)} for p in problems]
+        requests = requests_for(rows, 1, seed=0)
+        right, tokens = [], []
+        for start in range(0, len(requests), 128):
+            batch = requests[start : start + 128]
+            for request, completion in zip(batch, engine.complete(batch), strict=True):
+                right.append(completion.finish_reason == "stop" and completion.text.endswith(f"\\boxed{{{request.reference}}}"))
+                tokens.append(len(completion.completion_ids))
+        record[name] = {"accuracy": round(float(np.mean(right)), 4), "mean_tokens": round(float(np.mean(tokens)), 1)}
+    return record
+
+
+def write_record(out: Path, measured: dict[str, Any], wall_s: float, threads: int) -> None:
+    """Writes RECORD.json: plans, accuracies, digests and what they were made with."""
+    files = sorted(path for path in out.rglob("*") if path.is_file() and path.suffix in (".json", ".jsonl", ".jinja", ".safetensors"))
+    record = {
+        "plans": {"teacher": asdict(TEACHER), "student": asdict(STUDENT)},
+        "measured": measured,
+        "sha256": {str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.name != "RECORD.json"},
+        "made": {
+            "date": datetime.now(UTC).date().isoformat(),
+            "kit": __version__,
+            "wall_s": round(wall_s),
+            "threads": threads,
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+            "packages": versions(("torch", "transformers", "tokenizers")),
+        },
+    }
+    (out / "RECORD.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
