@@ -4,8 +4,8 @@
 
 Both are of the Qwen3 architecture, share a byte-level tokenizer and a ChatML template, and are trained on worked solutions
 drawn anew for every step (scripts/tiny_task.py). The teacher sees problems of one to four operations until it solves them.
-The base student sees easier ones, and fewer: it knows the facts, the form and single steps, and stumbles where
-several follow on each other, which is what it is to learn from the teacher. The problems are drawn before any training, and
+The base student sees easier ones, and is stopped when it first solves a quarter of some that are not shipped: it knows
+the facts, the form and single steps, and stumbles where several follow on each other, which is what it is to learn. The problems are drawn before any training, and
 left out of it. Seeded; the digests in RECORD.json are those of one machine, since sums round differently on another.
 """
 
@@ -50,6 +50,7 @@ NUM_PROBLEMS = 2_400
 NUM_MEASURED = 800
 BATCH = 64
 VOCABULARY = 512
+STOP_EVERY = 50
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,13 @@ class ModelPlan:
     operations: tuple[int, ...]
     """Of its training problems, drawn from evenly."""
     seed: int
+    stop_at: float | None = None
+    """Greedy accuracy at which training ends early, measured every `STOP_EVERY` steps."""
 
 
-TEACHER = ModelPlan(128, 4, 3_200, 2e-3, (1, 2, 2, 3, 3, 3, 4, 4), seed=1)
-STUDENT = ModelPlan(96, 3, 1_100, 3e-3, (1, 2, 2, 3), seed=2)
+TEACHER = ModelPlan(128, 4, 2_400, 2e-3, (1, 2, 2, 3, 3, 3, 4, 4), seed=1)
+STUDENT = ModelPlan(96, 3, 3_000, 2e-3, (1, 2, 2, 3), seed=2, stop_at=0.27)
+PLANS = {"teacher": TEACHER, "student": STUDENT}
 
 
 def main() -> None:
@@ -74,25 +78,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(__file__).resolve().parent.parent / "distill" / "embedded"
     parser.add_argument("--out", type=Path, default=default, help="folder to write (default: distill/embedded)")
+    parser.add_argument("--models", nargs="+", choices=list(PLANS), default=list(PLANS), help="build only these")
     parser.add_argument("--threads", type=int, default=2, help="of torch; another number can change the last bits")
     parser.add_argument("--steps", type=int, help="train both models only so long, to try the script")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    start = time.perf_counter()
     arguments.out.mkdir(parents=True, exist_ok=True)
     problems = draw_problems(NUM_PROBLEMS, seed=7)
     lines = [json.dumps({"question": problem.question, "answer": str(problem.answer)}) for problem in problems]
     (arguments.out / "problems.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     chat = chat_format(make_tokenizer(seed=0))
-    measured = {}
-    for name, plan in (("teacher", TEACHER), ("student", STUDENT)):
+    record = arguments.out / "RECORD.json"
+    measured = json.loads(record.read_text(encoding="utf-8"))["measured"] if record.exists() else {}
+    for name in arguments.models:
+        start, plan = time.perf_counter(), PLANS[name]
         model = make_model(plan, chat)
         train(model, chat, plan, arguments.steps or plan.steps, {problem.question for problem in problems}, name)
         folder = arguments.out / name
         save(model, chat, folder)
         measured[name] = measure(folder, chat, problems[:NUM_MEASURED], sampled=name == "teacher")
+        measured[name] |= {"wall_s": round(time.perf_counter() - start), "threads": arguments.threads}
         print(name, measured[name])
-    write_record(arguments.out, measured, time.perf_counter() - start, arguments.threads)
+    write_record(arguments.out, measured)
 
 
 def draw_problems(count: int, seed: int) -> list[tiny_task.Problem]:
@@ -156,7 +163,7 @@ def make_model(plan: ModelPlan, chat: ChatFormat) -> Qwen3ForCausalLM:
 def train(model: Qwen3ForCausalLM, chat: ChatFormat, plan: ModelPlan, steps: int, left_out: set[str], name: str) -> None:
     """Trains by the negative log-likelihood of the completion, AdamW with warm-up and cosine decay."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(steps) if plan.stop_at is None else _warmup)
     model.train()
     bar = tqdm(_batches(chat, plan, steps, left_out), total=steps, desc=name, unit=" steps")
     for input_ids, labels in bar:
@@ -170,12 +177,27 @@ def train(model: Qwen3ForCausalLM, chat: ChatFormat, plan: ModelPlan, steps: int
         optimizer.step()
         schedule.step()
         bar.set_postfix_str(f"loss {loss.item():.3f}")
+        if plan.stop_at is not None and bar.n % STOP_EVERY == STOP_EVERY - 1 and _solved(model, chat, left_out) >= plan.stop_at:
+            break
     model.eval()
+
+
+def _solved(model: Qwen3ForCausalLM, chat: ChatFormat, left_out: set[str]) -> float:
+    """Greedy accuracy on problems that are neither shipped nor used for anything else."""
+    problems = [problem for problem in draw_problems(260, seed=11) if problem.question not in left_out][:200]
+    model.eval()
+    share = float(accuracy(model, chat, problems, Sampling(temperature=0.0, max_new_tokens=160))["accuracy"])
+    model.train()
+    return share
+
+
+def _warmup(step: int) -> float:
+    return min(1.0, (step + 1) / 100)
 
 
 def _warmup_cosine(steps: int) -> Callable[[int], float]:
     def factor(step: int) -> float:
-        return min(1.0, (step + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+        return _warmup(step) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
     return factor
 
@@ -220,35 +242,36 @@ def measure(folder: Path, chat: ChatFormat, problems: list[tiny_task.Problem], *
     """Accuracies of what was saved, as it will be loaded: in single precision, through the kit's own engine."""
     model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     record: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters()), "problems": len(problems)}
-    for name, temperature in (("greedy", 0.0), *((("temperature_1", 1.0),) if sampled else ())):
-        sampling = Sampling(temperature=temperature, max_new_tokens=192) if not temperature else Sampling(
-            temperature=temperature, top_p=1.0, max_new_tokens=192
-        )  # fmt: skip
-        engine = HFEngine(model, chat, sampling)
-        rows = [{"prompt_id": prompt_id(_messages(p)), "messages": _messages(p), "reference": str(p.answer)} for p in problems]
-        requests = requests_for(rows, 1, seed=0)
-        right, tokens = [], []
-        for start in range(0, len(requests), 128):
-            batch = requests[start : start + 128]
-            for request, completion in zip(batch, engine.complete(batch), strict=True):
-                right.append(completion.finish_reason == "stop" and completion.text.endswith(f"\\boxed{{{request.reference}}}"))
-                tokens.append(len(completion.completion_ids))
-        record[name] = {"accuracy": round(float(np.mean(right)), 4), "mean_tokens": round(float(np.mean(tokens)), 1)}
+    record["greedy"] = accuracy(model, chat, problems, Sampling(temperature=0.0, max_new_tokens=192))
+    if sampled:
+        record["temperature_1"] = accuracy(model, chat, problems, Sampling(temperature=1.0, top_p=1.0, max_new_tokens=192))
     return record
 
 
-def write_record(out: Path, measured: dict[str, Any], wall_s: float, threads: int) -> None:
+def accuracy(model: Qwen3ForCausalLM, chat: ChatFormat, problems: list[tiny_task.Problem], sampling: Sampling) -> dict[str, float]:
+    """Share of problems whose answer ends, and ends in the right box; and the mean number of tokens written."""
+    engine = HFEngine(model, chat, sampling)
+    rows = [{"prompt_id": prompt_id(_messages(p)), "messages": _messages(p), "reference": str(p.answer)} for p in problems]
+    requests = requests_for(rows, 1, seed=0)
+    right, tokens = [], []
+    for start in range(0, len(requests), 128):
+        batch = requests[start : start + 128]
+        for request, completion in zip(batch, engine.complete(batch), strict=True):
+            right.append(completion.finish_reason == "stop" and completion.text.endswith(f"\\boxed{{{request.reference}}}"))
+            tokens.append(len(completion.completion_ids))
+    return {"accuracy": round(float(np.mean(right)), 4), "mean_tokens": round(float(np.mean(tokens)), 1)}
+
+
+def write_record(out: Path, measured: dict[str, Any]) -> None:
     """Writes RECORD.json: plans, accuracies, digests and what they were made with."""
     files = sorted(path for path in out.rglob("*") if path.is_file() and path.suffix in (".json", ".jsonl", ".jinja", ".safetensors"))
     record = {
-        "plans": {"teacher": asdict(TEACHER), "student": asdict(STUDENT)},
+        "plans": {name: asdict(plan) for name, plan in PLANS.items()},
         "measured": measured,
         "sha256": {str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.name != "RECORD.json"},
         "made": {
             "date": datetime.now(UTC).date().isoformat(),
             "kit": __version__,
-            "wall_s": round(wall_s),
-            "threads": threads,
             "machine": platform.machine(),
             "python": platform.python_version(),
             "packages": versions(("torch", "transformers", "tokenizers")),

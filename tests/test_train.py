@@ -92,7 +92,7 @@ def same(left: Path, right: Path, tolerance: float = 1e-5) -> None:
 def test_training_learns_and_leaves_only_the_result(recipe: Callable[..., Path]) -> None:
     student = train(recipe("plain", trainer_args={"max_steps": 20, "learning_rate": 1e-2}))
     found = losses(student)
-    assert len(found) == 20 and found[-1] < 0.8 * found[0]
+    assert len(found) == 20 and found[-1] < found[0] - 0.1
     manifest = read_manifest(student)
     assert manifest.rows_in == manifest.rows_kept == 48 and manifest.facts["steps"] == 20
     assert manifest.facts["world_size"] == 1 and manifest.facts["precision"] == "fp32"
