@@ -5,8 +5,9 @@
 Both are of the Qwen3 architecture, share a byte-level tokenizer and a ChatML template, and are trained on worked solutions
 drawn anew for every step (scripts/tiny_task.py). The teacher sees problems of one to four operations until it solves them.
 The base student sees easier ones, and is stopped when it first solves a quarter of some that are not shipped: it knows
-the facts, the form and single steps, and stumbles where several follow on each other, which is what it is to learn. The problems are drawn before any training, and
-left out of it. Seeded; the digests in RECORD.json are those of one machine, since sums round differently on another.
+the facts, the form and single steps, and stumbles where several follow on each other, which is what it is to learn.
+The shipped problems are drawn before any training, and left out of it. Seeded; the digests in RECORD.json are those of one
+machine and number of threads, since sums round differently on another.
 """
 
 from __future__ import annotations
