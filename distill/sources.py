@@ -8,8 +8,11 @@ from __future__ import annotations
 import csv
 import difflib
 import gzip
+import io
 import json
 import re
+import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +27,7 @@ from distill.storage import digest_file
 
 Row = dict[str, Any]
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+csv.field_size_limit(sys.maxsize)  # a long trace is over the 128 KiB that the module allows for a field
 
 
 def read_source(name: str, subset: str | None = None, split: str = "train") -> list[Row]:
@@ -40,6 +44,8 @@ def read_source(name: str, subset: str | None = None, split: str = "train") -> l
     path = Path(embedded.resolve(name)).expanduser()
     if path.is_file():
         rows = list(_read_file(path))
+    elif path.is_dir():
+        raise DataError(f"{name}: is a folder. Name one file in it.")
     elif path.suffix in (*_SUFFIXES, ".gz") or path.is_absolute() or name.startswith((".", "~")):
         raise DataError(f"{name}: there is no such file. Paths are relative to the folder the command is run in ({Path.cwd()}).")
     else:
@@ -56,25 +62,25 @@ def source_digest(name: str) -> str | None:
 
 
 def _read_file(path: Path) -> Iterator[Row]:
-    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    packed = path.suffix == ".gz"
+    kind = path.with_suffix("").suffix if packed else path.suffix
+    if kind not in _SUFFIXES or (packed and kind == ".parquet"):
+        raise DataError(f"{path}: its kind is not known by its name. Use {', '.join(_SUFFIXES)}; the first three also with .gz.")
     if kind == ".parquet":
         try:
             yield from pq.read_table(path).to_pylist()
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: can't be read as parquet: {error}.") from None
         return
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8", newline="") as file:
-        try:
-            if kind == ".jsonl":
-                yield from _read_json_lines(path, file)
-            elif kind == ".json":
-                yield from _read_json(path, file)
-            elif kind == ".csv":
-                yield from csv.DictReader(file)
-            else:
-                raise DataError(f"{path}: its kind is not known by its name. Use {', '.join(_SUFFIXES)}.")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: is not UTF-8 text (byte {error.start}). Convert it first.") from None
+    reader = {".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv}[kind]
+    try:
+        with gzip.open(path) if packed else path.open("rb") as data:
+            # A byte-order mark, which spreadsheets write, is no part of the first column's name.
+            yield from reader(path, io.TextIOWrapper(data, encoding="utf-8-sig", newline=""))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text ({error.reason} {error.object[error.start]:#04x}). Convert it first.") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: can't be read: {error}.") from None
 
 
 def _read_json_lines(path: Path, file: IO[str]) -> Iterator[Row]:
@@ -86,7 +92,7 @@ def _read_json_lines(path: Path, file: IO[str]) -> Iterator[Row]:
         except ValueError as error:
             raise DataError(f"{path}:{number}: not valid JSON: {error}. Correct or remove the line.") from None
         if not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: holds {type(row).__name__}, not an object with columns.")
+            raise DataError(f"{path}:{number}: holds {type(row).__name__}, not an object with columns. Correct or remove the line.")
         yield row
 
 
@@ -99,6 +105,20 @@ def _read_json(path: Path, file: IO[str]) -> Iterator[Row]:
     if len(lists) != 1 or not isinstance(lists[0], list) or not all(isinstance(row, dict) for row in lists[0]):
         raise DataError(f"{path}: must hold a list of objects, or an object with one such list.")
     yield from lists[0]
+
+
+def _read_csv(path: Path, file: IO[str]) -> Iterator[Row]:
+    reader = csv.DictReader(file, strict=True)
+    try:
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            raise DataError(f"{path}:1: two columns have the same name, got {names!r:.200}. Rename one.")
+        for row in reader:
+            if None in row or None in row.values():  # how the module marks too many and too few fields
+                raise DataError(f"{path}:{reader.line_num}: has not as many fields as there are columns ({len(names)}). Correct the line.")
+            yield row
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num + 1}: not valid CSV: {error}. Correct the row that begins there.") from None
 
 
 def _read_hub(name: str, subset: str | None, split: str) -> list[Row]:
@@ -137,52 +157,62 @@ class PromptMapping:
         if self._columns.messages is not None:
             return self._from_messages(row, number)
         assert self._columns.prompt is not None  # the recipe was validated
-        text = as_text(column(row, self._columns.prompt, self._name, number))
-        if text is None or not text.strip():
-            return None
-        return [*self._system(), {"role": "user", "content": self._prompts.template.replace("{prompt}", text)}]
+        text = text_in(row, self._columns.prompt, self._name, number)
+        return [*self._system(), self._user(text)] if text else None
 
     def prompt_row(self, row: Row, number: int) -> tuple[Row, str | None]:
         """A PROMPT row, and the reason to drop it or null."""
         messages = self.messages(row, number)
-        reference = self._reference(row, number)
-        tags = column(row, self._columns.tags, self._name, number) if self._columns.tags else []
+        reference = text_in(row, self._columns.reference, self._name, number) if self._columns.reference else None
         mapped: Row = {
             "prompt_id": prompt_id(messages or []),
             "messages": messages or [],
-            "reference": reference,
+            "reference": reference.strip() if reference else None,
             "source": self._name,
-            "tags": [str(tag) for tag in tags] if isinstance(tags, list) else [str(tags)],
+            "tags": self._tags(row, number),
         }
         if messages is None:
             return mapped, "empty_prompt"
         if reference is not None and self._prompts.answer_pattern is not None:
-            matches = re.findall(self._prompts.answer_pattern, reference)
-            if not matches:
+            matches = [match.strip() for match in re.findall(self._prompts.answer_pattern, reference)]
+            if not matches or not matches[-1]:
                 return mapped, "no_answer_match"
-            mapped["reference"] = matches[-1].strip()
+            mapped["reference"] = matches[-1]
         return mapped, None
 
     def _system(self) -> list[Message]:
         return [{"role": "system", "content": self._prompts.system_prompt}] if self._prompts.system_prompt is not None else []
 
-    def _reference(self, row: Row, number: int) -> str | None:
-        if self._columns.reference is None:
-            return None
-        text = as_text(column(row, self._columns.reference, self._name, number))
-        return text.strip() if text and text.strip() else None
+    def _user(self, text: str) -> Message:
+        return {"role": "user", "content": self._prompts.template.replace("{prompt}", text)}
+
+    def _tags(self, row: Row, number: int) -> list[str]:
+        if self._columns.tags is None:
+            return []
+        value = column(row, self._columns.tags, self._name, number)
+        tags = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(tag, str) for tag in tags):
+            raise DataError(f"{self._name}: row {number}: {self._columns.tags} must be a string or a list of strings, got {value!r:.80}.")
+        return tags
 
     def _from_messages(self, row: Row, number: int) -> list[Message] | None:
         """Turns up to the last of the user's; what an assistant answered to it is no part of the prompt."""
+        where = f"{self._name}: row {number}: {self._columns.messages}"
         turns = column(row, self._columns.messages or "", self._name, number)
-        if not isinstance(turns, list) or not all(isinstance(t, dict) and {"role", "content"} <= set(t) for t in turns):
-            raise DataError(f"{self._name}: row {number}: {self._columns.messages} must be a list of {{role, content}}, got {turns!r:.80}.")
+        if not isinstance(turns, list) or not all(_is_turn(turn) for turn in turns):
+            raise DataError(f"{where} must be a list of {{role, content}} with text in both, got {turns!r:.80}.")
         users = [place for place, turn in enumerate(turns) if turn["role"] == "user"]
-        if not users or not str(turns[users[-1]]["content"]).strip():
+        if not users or not turns[users[-1]]["content"].strip():
             return None
-        kept: list[Message] = [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in turns[: users[-1] + 1]]
-        kept[-1]["content"] = self._prompts.template.replace("{prompt}", kept[-1]["content"])
-        return kept if kept[0]["role"] == "system" else [*self._system(), *kept]
+        before: list[Message] = [{"role": turn["role"], "content": turn["content"]} for turn in turns[: users[-1]]]
+        has_system = bool(before) and before[0]["role"] == "system"
+        if has_system and self._prompts.system_prompt is not None:
+            raise DataError(f"{where} has a system turn of its own, and prompts.system_prompt is set. Leave one of them out.")
+        return [*self._system(), *before, self._user(turns[users[-1]]["content"])]
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
 
 
 def column(row: Row, name: str, source: str, number: int) -> Any:
@@ -193,15 +223,22 @@ def column(row: Row, name: str, source: str, number: int) -> Any:
     """
     if name not in row:
         close = difflib.get_close_matches(name, row, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise DataError(f"{source}: row {number}: there is no column {name!r}, only {', '.join(map(repr, row))}.{hint}")
+        hint = f"Did you mean {close[0]!r}?" if close else "Name the right one in the recipe."
+        raise DataError(f"{source}: row {number}: there is no column {name!r}, only {', '.join(map(repr, row))}. {hint}")
     return row[name]
 
 
-def as_text(value: Any) -> str | None:
-    """A value as text: whole floats without their `.0`, null as null."""
-    if value is None:
+def text_in(row: Row, name: str, source: str, number: int) -> str | None:
+    """A row's text in a column; null where it is empty. Numbers become text, whole ones without `.0`.
+
+    Raises:
+        DataError: there is no such column, or it holds something else.
+    """
+    value = column(row, name, source, number)
+    if value is None or value != value:  # not a number is how pandas writes an absent value
         return None
     if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
+        value = int(value)
+    if not isinstance(value, str | int | float):
+        raise DataError(f"{source}: row {number}: {name} must be text or a number, got {type(value).__name__}: {value!r:.80}.")
+    return str(value) if str(value).strip() else None

@@ -126,9 +126,9 @@ class StageFolder:
             manifest = read_manifest(self.path)
             self._refuse_other_plan(manifest.model_dump(include=set(plan)), plan)
             self.manifest = manifest
-        elif (self.path / PLAN).exists():
+        elif (self.path / PLAN).exists() and any(file.name not in (PLAN, LOCK) for file in self.path.iterdir()):
             self._refuse_other_plan(_read_json(self.path / PLAN), plan)
-        else:
+        else:  # nothing is there yet, or only the plan of a run that failed before it made anything
             write_text(self.path / PLAN, json.dumps(plan, indent=2))
 
     def _refuse_other_plan(self, found: dict[str, Any], asked: dict[str, Any]) -> None:

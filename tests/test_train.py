@@ -137,14 +137,17 @@ def test_all_ranks_end_with_the_same_parameters(recipe: Callable[..., Path], tmp
 
 
 @pytest.mark.slow
-def test_a_launch_that_would_train_alone_is_refused(recipe: Callable[..., Path]) -> None:
-    """Without a backend each process of a launch sees only itself, and nothing in the libraries complains."""
-    path = recipe("alone")
-    environment = os.environ | {"WORLD_SIZE": "2", "RANK": "0"}
-    environment.pop("LOCAL_RANK", None)
-    command = [sys.executable, str(ROOT / "distill" / "train.py"), "--config", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert result.returncode == 1 and "each would train alone" in result.stderr, result.stderr[-2000:]
+def test_processes_on_cpus_find_each_other_without_a_setting(recipe: Callable[..., Path]) -> None:
+    """Without `use_cpu` each process of a launch on CPUs trains alone, and nothing in the libraries complains."""
+    path = recipe("together", trainer_args={"max_steps": 1})
+    assert read_manifest(train(path, processes=2, environment={"ACCELERATE_USE_CPU": ""})).facts["world_size"] == 2
+
+
+def test_a_launch_that_would_train_alone_is_refused() -> None:
+    code = "from accelerate import PartialState\nPartialState()\nimport os\nos.environ['WORLD_SIZE'] = '2'\n"
+    code += "from distill.stages.train import _check_world_size\n_check_world_size()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "2 processes were launched, but this one sees 1: each would train alone" in result.stderr
 
 
 def test_accumulation_does_not_change_the_loss(recipe: Callable[..., Path]) -> None:

@@ -6,10 +6,10 @@ from distill.checks import Verdict
 from distill.schema import THINK_CLOSE, THINK_OPEN
 
 
-def check_finish(finish_reason: str | None) -> Verdict:
-    """Whether the author ended the trace; one that was brought along is taken to be whole."""
+def check_finish(finish_reason: str | None, completion: str) -> Verdict:
+    """Whether the author ended the trace; one that was brought along is taken to be whole unless it is empty."""
     if finish_reason is None:
-        return Verdict("finish", True, "brought")
+        return Verdict("finish", bool(completion.strip()), "brought" if completion.strip() else "empty")
     return Verdict("finish", finish_reason == "stop", {"stop": "ended", "length": "truncated"}.get(finish_reason, finish_reason))
 
 
@@ -30,7 +30,6 @@ def check_think(completion: str) -> Verdict:
 
 
 def answer_of(completion: str) -> str | None:
-    """What stands after the reasoning; the whole text where there is none; null where the reasoning never ends."""
-    if THINK_CLOSE in completion:
-        return completion.rpartition(THINK_CLOSE)[2]
-    return None if THINK_OPEN in completion else completion
+    """What stands after the last reasoning; the whole text where there is none; null where the reasoning never ends."""
+    answer = completion.rpartition(THINK_CLOSE)[2]
+    return None if THINK_OPEN in answer else answer

@@ -18,7 +18,7 @@ from distill.stages import folder
 from distill.storage import Journal, Manifest, StageFolder, read_manifest, read_rows
 
 Row = dict[str, Any]
-_BATCH = 256  # answers checked between two writes to the journal
+_BATCH = 64  # answers checked between two writes to the journal
 
 
 def run(recipe: Recipe) -> Manifest:
@@ -33,14 +33,12 @@ def run(recipe: Recipe) -> Manifest:
         kept, dropped = choose(rows, verdicts, recipe.curate)
         drops = dict(Counter(row["reason"] for row in dropped))
         if not kept:
-            counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(drops.items()))
-            raise DataError(f"{out.path}: none of {len(rows):,} traces is kept: {counts}. Look at the traces, or change curate.checks.")
+            raise DataError(_nothing_kept(out, len(rows), drops))
         out.write_table("curated", kept, TRACE)
         out.write_table("dropped", dropped, DROPPED_TRACE)
         out.write_table("verdicts", [_verdict_row(row, v) for row, found in zip(rows, verdicts, strict=True) for v in found], VERDICT)
-        earlier = read_manifest(traces).facts
-        carried = {name: earlier[name] for name in ("author", "licence") if name in earlier}
-        return out.finish(rows_in=len(rows), rows_kept=len(kept), drops=drops, facts=clock.facts(verdicts=_summary(verdicts), **carried))
+        facts = clock.facts(verdicts=_summary(verdicts), **_carried(read_manifest(traces).facts, kept))
+        return out.finish(rows_in=len(rows), rows_kept=len(kept), drops=drops, facts=facts)
 
 
 def choose(rows: list[Row], verdicts: list[list[Verdict]], curate: Curate) -> tuple[list[Row], list[Row]]:
@@ -53,14 +51,15 @@ def choose(rows: list[Row], verdicts: list[list[Verdict]], curate: Curate) -> tu
     """
     reasons = [_failure(found, curate.keep_unjudged) for found in verdicts]
     seen: set[tuple[str, str]] = set()
-    for place, row in enumerate(rows):
-        content = (row["prompt_id"], row["completion"])
-        if reasons[place] is None and content in seen:
-            reasons[place] = "duplicate"
-        seen |= {content} if reasons[place] is None else set()
     passing: dict[str, list[int]] = defaultdict(list)
     for place, row in enumerate(rows):
-        if reasons[place] is None:
+        if reasons[place] is not None:
+            continue
+        content = (row["prompt_id"], row["completion"])
+        if content in seen:
+            reasons[place] = "duplicate"
+        else:
+            seen.add(content)
             passing[row["prompt_id"]].append(place)
     sign = {"first": 0, "shortest": 1, "longest": -1}[curate.prefer]
     for places in passing.values():
@@ -81,34 +80,45 @@ def _failure(verdicts: list[Verdict], keep_unjudged: bool) -> str | None:
 
 def _verdicts(rows: list[Row], curate: Curate, journal: Journal) -> list[list[Verdict]]:
     """Verdicts of each trace in the order of `curate.checks`."""
-    answers = _answer_verdicts(rows, curate, journal) if "math" in curate.checks else {}
-    return [
-        [
-            check_finish(row["finish_reason"])
-            if name == "finish"
-            else check_think(row["completion"])
-            if name == "think"
-            else answers[place]
-            for name in curate.checks
-        ]
-        for place, row in enumerate(rows)
-    ]
+    by_check: dict[str, list[Verdict]] = {}
+    for name in curate.checks:
+        if name == "finish":
+            by_check[name] = [check_finish(row["finish_reason"], row["completion"]) for row in rows]
+        elif name == "think":
+            by_check[name] = [check_think(row["completion"]) for row in rows]
+        else:
+            by_check[name] = _answer_verdicts(rows, curate, journal)
+    return [[by_check[name][place] for name in curate.checks] for place in range(len(rows))]
 
 
-def _answer_verdicts(rows: list[Row], curate: Curate, journal: Journal) -> dict[int, Verdict]:
-    """The math verdict of each row by its place, a batch at a time; finished batches are in the journal."""
+def _answer_verdicts(rows: list[Row], curate: Curate, journal: Journal) -> list[Verdict]:
+    """The math verdict of each row, a batch at a time; finished batches are in the journal, in the order of the rows."""
     from distill.checks.math import MathJudge
 
-    done = {entry["place"]: Verdict("math", entry["passed"], entry["reason"]) for entry in journal.rows()}
+    done = [Verdict("math", entry["passed"], entry["reason"]) for entry in journal.rows()]
     bar = progress(len(rows), "traces", "check answers", done=len(done))
     with bar, MathJudge(curate.check_timeout_s, curate.workers) as math:
         for start in range(len(done), len(rows), _BATCH):
-            batch = rows[start : start + _BATCH]
-            pairs = [(row["completion"], row["reference"]) for row in batch]
+            pairs = [(row["completion"], row["reference"]) for row in rows[start : start + _BATCH]]
             found = math.judge(pairs, bar.update)
-            journal.append([{"place": start + offset, "passed": v.passed, "reason": v.reason} for offset, v in enumerate(found)])
-            done |= {start + offset: verdict for offset, verdict in enumerate(found)}
+            journal.append([{"passed": verdict.passed, "reason": verdict.reason} for verdict in found])
+            done += found
     return done
+
+
+def _nothing_kept(out: StageFolder, rows_in: int, drops: dict[str, int]) -> str:
+    counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(drops.items()))
+    return (
+        f"{out.path}: none of {rows_in:,} traces is kept: {counts}. Look at the traces; then correct what they are made from, "
+        "or change curate.checks, or set curate.keep_unjudged for those that could not be judged, and add --redo."
+    )
+
+
+def _carried(earlier: dict[str, Any], kept: list[Row]) -> dict[str, Any]:
+    """What the traces' manifest says of their author, and the tokens that are left, where tokens are known."""
+    carried: dict[str, Any] = {name: earlier[name] for name in ("author", "licence") if name in earlier}
+    ids = [row["completion_ids"] for row in kept]
+    return carried if None in ids else {**carried, "tokens": sum(map(len, ids))}
 
 
 def _verdict_row(row: Row, verdict: Verdict) -> Row:

@@ -11,7 +11,7 @@ from distill.errors import DataError
 from distill.recipe import Recipe, Traces
 from distill.runlog import Clock
 from distill.schema import DROPPED_TRACE, THINK_CLOSE, THINK_OPEN, TRACE, prompt_id
-from distill.sources import PromptMapping, Row, as_text, column, read_source, source_digest
+from distill.sources import PromptMapping, Row, read_source, source_digest, text_in
 from distill.stages import folder
 from distill.storage import Manifest, StageFolder, read_rows
 
@@ -40,8 +40,10 @@ def _import(recipe: Recipe, traces: Traces, out: StageFolder) -> Manifest:
         messages = mapping.messages(raw, number) or []
         identity = prompt_id(messages)
         completion, reason = completion_of(traces, raw, number)
-        if not reason and identity not in prompts:
-            reason = "in_heldout" if identity in heldout else "no_such_prompt"
+        if identity in heldout:  # before any other reason, so that the count says how much was kept out
+            reason = "in_heldout"
+        elif identity not in prompts:
+            reason = "no_such_prompt" if messages else "empty_prompt"
         row = {
             "prompt_id": identity,
             "sample_index": seen[identity],
@@ -57,9 +59,10 @@ def _import(recipe: Recipe, traces: Traces, out: StageFolder) -> Manifest:
             kept.append(row)
     drops = dict(Counter(row["reason"] for row in dropped))
     if not kept:
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(drops.items()))
         raise DataError(
-            f"{traces.source}: none of {len(source):,} traces fits a prompt of this run: {drops}. "
-            "Their prompts must be the same text as those of prompts.source; check traces.columns."
+            f"{traces.source}: none of {len(source):,} traces can be used: {counts}. Their prompts must be the same text as "
+            "training prompts of this run: check traces.columns, and the keys of traces that say where reasoning and answer are."
         )
     out.write_table("traces", kept, TRACE)
     out.write_table("dropped", dropped, DROPPED_TRACE)
@@ -76,19 +79,23 @@ def completion_of(traces: Traces, row: Row, number: int) -> tuple[str, str | Non
         row: Of the source.
         number: Of the row, from 1, for errors.
     """
-    text = (as_text(column(row, traces.completion, traces.source, number)) or "").strip()
+    text = (text_in(row, traces.completion, traces.source, number) or "").strip()
     if not text:
         return "", "empty_completion"
     if traces.answer_separator is not None:
         reasoning, found, answer = text.rpartition(traces.answer_separator)
         if not found:
             return text, "no_answer_separator"
-        text = f"\\boxed{{{answer.strip()}}}"
+        if not answer.strip():
+            return text, "empty_answer"
+        answer = answer.strip() if "\\boxed" in answer else f"\\boxed{{{answer.strip()}}}"
     elif traces.reasoning is not None:
-        reasoning = as_text(column(row, traces.reasoning, traces.source, number)) or ""
+        reasoning, answer = text_in(row, traces.reasoning, traces.source, number) or "", text
+        if THINK_OPEN in text or THINK_CLOSE in text:
+            return text, "reasoning_in_completion"
     else:
         return text, None
-    reasoning = reasoning.strip().removeprefix(THINK_OPEN).removesuffix(THINK_CLOSE).strip()
+    reasoning = reasoning.replace(THINK_OPEN, "").replace(THINK_CLOSE, "").strip()
     if not reasoning:
         return text, "empty_reasoning"
-    return f"{THINK_OPEN}\n{reasoning}\n{THINK_CLOSE}\n\n{text}", None
+    return f"{THINK_OPEN}\n{reasoning}\n{THINK_CLOSE}\n\n{answer}", None

@@ -88,8 +88,7 @@ def _draw(rows: list[Row], count: int, salt: str, name: str) -> tuple[list[Row],
     """`count` rows of the lowest hash, and the others, both in their order."""
     if count > len(rows):
         raise DataError(f"{name}: prompts.heldout_size asks for {count:,} prompts, but there are {len(rows):,}. Lower it.")
-    ranked = sorted(row["prompt_id"] for row in rows)
-    ranked.sort(key=lambda identity: hashlib.sha256(f"{salt}/{identity}".encode()).digest())
+    ranked = sorted((row["prompt_id"] for row in rows), key=lambda identity: hashlib.sha256(f"{salt}/{identity}".encode()).digest())
     drawn = set(ranked[:count])
     return [row for row in rows if row["prompt_id"] in drawn], [row for row in rows if row["prompt_id"] not in drawn]
 

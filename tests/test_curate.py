@@ -1,0 +1,169 @@
+"""The stage `curate`: checks in order, drops with their first reason, a choice per prompt, and a kill half-way."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.checks import Verdict
+from distill.errors import DataError, StageConflictError
+from distill.recipe import Curate, Recipe
+from distill.schema import TRACE
+from distill.stages.curate import choose, run
+from distill.storage import JOURNAL, MANIFEST, Manifest, StageFolder, read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+RIGHT = "<think>\n1+1=2\n</think>\n\n\\boxed{2}"
+
+
+def trace(completion: str = RIGHT, prompt: str = "p", sample: int = 0, **more: Any) -> dict[str, Any]:
+    row = {
+        "prompt_id": prompt,
+        "sample_index": sample,
+        "author": "teacher",
+        "messages": [{"role": "user", "content": "1+1?"}],
+        "reference": "2",
+        "completion": completion,
+        "completion_ids": [1, 2, 3],
+        "finish_reason": "stop",
+    }
+    return {**row, **more}
+
+
+def recipe(run_dir: Path, **curate: Any) -> Recipe:
+    sections = {"student": {"model": "none"}, "prompts": {"source": "x.jsonl"}, "traces": {"source": "x.jsonl"}, "evaluate": None}
+    return Recipe.model_validate({"name": "test", "run_dir": str(run_dir), **sections, "curate": {"workers": 1, **curate}})
+
+
+def write_traces(run_dir: Path, rows: list[dict[str, Any]], facts: dict[str, Any] | None = None) -> None:
+    with StageFolder(run_dir / "traces", "generate", {}) as out:
+        out.write_table("traces", rows, TRACE)
+        out.finish(facts=facts)
+
+
+def curated(run_dir: Path, rows: list[dict[str, Any]], **curate: Any) -> tuple[Manifest, dict[str, list[dict[str, Any]]]]:
+    write_traces(run_dir, rows, {"author": {"model": "t"}, "licence": "MIT", "device": "cpu"})
+    manifest = run(recipe(run_dir, **curate))
+    tables = {table: read_rows(run_dir / "curated", table) for table in ("curated", "dropped", "verdicts")}
+    assert manifest.rows_in == len(rows) == (manifest.rows_kept or 0) + sum(manifest.drops.values())
+    assert (manifest.rows_kept, sum(manifest.drops.values())) == (len(tables["curated"]), len(tables["dropped"]))
+    return manifest, tables
+
+
+def test_the_first_failing_check_is_the_reason(tmp_path: Path) -> None:
+    rows = [
+        trace(sample=0),
+        trace("<think>\nso", sample=1, finish_reason="length"),  # fails all three
+        trace("\\boxed{3}", sample=2),  # fails think and math
+        trace(RIGHT.replace("{2}", "{3}"), sample=3),
+        trace(sample=4, reference=None),
+        trace(sample=5),
+    ]
+    manifest, tables = curated(tmp_path, rows)
+    assert [row["sample_index"] for row in tables["curated"]] == [0]
+    assert {row["sample_index"]: row["reason"] for row in tables["dropped"]} == {
+        1: "finish:truncated",
+        2: "think:no_reasoning",
+        3: "math:wrong_answer",
+        4: "math:no_reference",
+        5: "duplicate",
+    }
+    assert manifest.facts["verdicts"] == {
+        "finish": {"passed": 5, "failed": 1, "unjudged": 0},
+        "think": {"passed": 4, "failed": 2, "unjudged": 0},
+        "math": {"passed": 2, "failed": 3, "unjudged": 1},
+    }
+    of_second = [(row["check"], row["passed"], row["reason"]) for row in tables["verdicts"] if row["sample_index"] == 1]
+    assert of_second == [("finish", False, "truncated"), ("think", False, "reasoning_not_closed"), ("math", False, "no_answer")]
+    assert len(tables["verdicts"]) == 3 * len(rows)
+    assert (manifest.facts["author"], manifest.facts["licence"], manifest.facts["tokens"]) == ({"model": "t"}, "MIT", 3)
+
+
+def test_the_order_of_the_recipe_counts_and_unjudged_can_be_kept(tmp_path: Path) -> None:
+    rows = [trace("\\boxed{3}", sample=0), trace(sample=1, reference=None, completion_ids=None), trace(sample=2)]
+    manifest, _ = curated(tmp_path / "a", rows, checks=["math", "finish", "think"])
+    assert manifest.drops == {"math:wrong_answer": 1, "math:no_reference": 1}
+    manifest, tables = curated(tmp_path / "b", rows, checks=["math"], keep_unjudged=True)
+    assert [row["sample_index"] for row in tables["curated"]] == [1]
+    assert manifest.drops == {"math:wrong_answer": 1, "duplicate": 1}
+    assert "tokens" not in manifest.facts  # those of a brought trace are not known
+    manifest, _ = curated(tmp_path / "c", rows, checks=["finish"])
+    assert manifest.drops == {"duplicate": 1}
+
+
+@pytest.mark.parametrize(("prefer", "kept"), [("first", [0, 1]), ("shortest", [1, 4]), ("longest", [2, 3])])
+def test_so_many_of_a_prompt_are_kept(prefer: str, kept: list[int]) -> None:
+    lengths = [7, 3, 9, 9, 5]
+    rows = [trace("x" * (length - 1) + str(index), sample=index) for index, length in enumerate(lengths)]
+    rows.append(trace("another prompt's", prompt="q", sample=0))
+    verdicts = [[Verdict("finish", True, "ended")]] * len(rows)
+    chosen, dropped = choose(rows, verdicts, Curate.model_validate({"max_per_prompt": 2, "prefer": prefer}))
+    assert [row["sample_index"] for row in chosen if row["prompt_id"] == "p"] == kept
+    assert [row["sample_index"] for row in chosen if row["prompt_id"] == "q"] == [0]
+    assert {row["reason"] for row in dropped} == {"over_max_per_prompt"} and len(dropped) == 3
+
+
+def test_a_duplicate_takes_no_place_from_others_and_a_failing_one_none_from_a_passing_one() -> None:
+    rows = [trace("a", sample=0), trace("a", sample=1), trace("b", sample=2), trace("a", prompt="q"), trace("b", sample=3)]
+    passed = [True, True, False, True, True]
+    verdicts = [[Verdict("math", value, "x")] for value in passed]
+    chosen, dropped = choose(rows, verdicts, Curate(max_per_prompt=2))
+    assert [(row["prompt_id"], row["sample_index"]) for row in chosen] == [("p", 0), ("q", 0), ("p", 3)]
+    assert [(row["sample_index"], row["reason"]) for row in dropped] == [(1, "duplicate"), (2, "math:x")]
+
+
+def test_none_kept_is_an_error_that_counts_the_reasons_and_loses_nothing(tmp_path: Path) -> None:
+    write_traces(tmp_path, [trace("\\boxed{3}", sample=index) for index in range(3)] + [trace("\\boxed{2}", sample=3, reference=None)])
+    with pytest.raises(DataError, match=r"none of 4 traces is kept: 1 math:no_reference, 3 math:wrong_answer.*curate\.keep_unjudged"):
+        run(recipe(tmp_path, checks=["math"]))
+    assert (tmp_path / "curated" / JOURNAL).exists() and not (tmp_path / "curated" / MANIFEST).exists()
+    with pytest.raises(StageConflictError, match=r"curate\.keep_unjudged is False there and True here.*--redo"):
+        run(recipe(tmp_path, checks=["math"], keep_unjudged=True))
+
+
+def test_the_number_of_workers_makes_no_other_stage(tmp_path: Path) -> None:
+    first, _ = curated(tmp_path, [trace()])
+    assert run(recipe(tmp_path, workers=2)) == first
+
+
+def test_a_killed_curation_ends_with_the_same_rows_and_redoes_no_finished_batch(tmp_path: Path) -> None:
+    """Every 20th answer is wrong, 1 in 50 has no reference; the batches that the killed run finished are taken as they are."""
+    rows = []
+    for index in range(400):
+        right = index if index % 20 else index + 1
+        text = f"<think>\nIt is {index}.\n</think>\n\n\\boxed{{{right}}}"
+        rows.append(trace(text, prompt=f"p{index}", reference=None if index % 50 == 7 else str(index)))
+    write_traces(tmp_path / "run", rows)
+    (tmp_path / "recipe.yaml").write_text(
+        "name: test\nstudent: {model: none}\nprompts: {source: x.jsonl}\ntraces: {source: x.jsonl}\nevaluate: null\n"
+    )
+    command = [sys.executable, "-m", "distill", "curate", str(tmp_path / "recipe.yaml"), "--curate.workers", "1"]
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    subprocess.run([*command, "--run_dir", str(tmp_path / "whole")], cwd=ROOT, check=True, capture_output=True)
+    killed = [*command, "--run_dir", str(tmp_path / "run")]
+    process = subprocess.Popen(killed, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    journal = tmp_path / "run" / "curated" / JOURNAL
+    while process.poll() is None and not (journal.exists() and b"\n" in journal.read_bytes()):
+        pass
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "run" / "curated" / MANIFEST).exists(), "it ended before it was killed"
+    before = journal.read_bytes()
+    finished = before[: before.rfind(b"\n") + 1].count(b"\n")
+    assert 0 < finished < 7
+    result = subprocess.run(killed, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    counted = [int(number) for number in re.findall(r"(\d+)/400", result.stderr)]  # by the progress bar
+    assert (counted[0], counted[-1]) == (64 * finished, 400)
+    for table in ("curated", "dropped", "verdicts"):
+        assert read_rows(tmp_path / "run" / "curated", table) == read_rows(tmp_path / "whole" / "curated", table)
+    assert [row["reason"] for row in read_rows(tmp_path / "run" / "curated", "dropped")].count("math:no_reference") == 8
+    assert len(read_rows(tmp_path / "run" / "curated", "curated")) == 400 - 20 - 8

@@ -1,0 +1,149 @@
+"""Traces from elsewhere: matched to the run's prompts, brought into one form, never on held-out prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.errors import DataError
+from distill.recipe import Recipe, Traces
+from distill.stages import import_traces, prompts
+from distill.stages.import_traces import completion_of
+from distill.storage import Manifest, digest_file, read_manifest, read_rows
+
+
+def write(path: Path, source: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in source))
+    return path
+
+
+def recipe(tmp_path: Path, **traces: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "test",
+            "run_dir": str(tmp_path / "run"),
+            "student": {"model": "none"},
+            "prompts": {
+                "source": str(tmp_path / "prompts.jsonl"),
+                "heldout_size": 5,
+                "system_prompt": "Think {hard}.",
+                "template": "Q: {prompt}",
+            },
+            "traces": {"source": str(tmp_path / "traces.jsonl"), "columns": {"prompt": "problem"}, **traces},
+        }
+        | {"evaluate": None}
+    )
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> tuple[list[str], list[str]]:
+    """Texts of twenty prompts: those to train on and the five held out, already written by the stage `prompts`."""
+    write(tmp_path / "prompts.jsonl", [{"question": f"{index}+{index}?", "answer": 2.0 * index} for index in range(20)])
+    prompts.run(recipe(tmp_path))
+    train, heldout = (
+        [row["messages"][-1]["content"].removeprefix("Q: ") for row in read_rows(tmp_path / "run" / "prompts", table)]
+        for table in ("train", "heldout")
+    )
+    assert (len(train), len(heldout)) == (15, 5)
+    return train, heldout
+
+
+def brought(tmp_path: Path, source: list[dict[str, Any]], **traces: Any) -> tuple[Manifest, list[dict[str, Any]], list[dict[str, Any]]]:
+    write(tmp_path / "traces.jsonl", source)
+    manifest = import_traces.run(recipe(tmp_path, **traces))
+    kept, dropped = (read_rows(tmp_path / "run" / "traces", table) for table in ("traces", "dropped"))
+    assert manifest.rows_in == len(source) == len(kept) + len(dropped) == (manifest.rows_kept or 0) + sum(manifest.drops.values())
+    return manifest, kept, dropped
+
+
+def test_traces_find_their_prompts(tmp_path: Path, split: tuple[list[str], list[str]]) -> None:
+    train, _ = split
+    source = [{"problem": text, "completion": f"{text} a"} for text in train] + [{"problem": train[0], "completion": "again"}]
+    manifest, kept, dropped = brought(tmp_path, source, author_model="deepseek-ai/DeepSeek-R1", licence=None)
+    assert dropped == [] and manifest.stage == "generate"
+    by_id = {row["prompt_id"]: row for row in read_rows(tmp_path / "run" / "prompts", "train")}
+    for row, given in zip(kept, source, strict=True):
+        prompt = by_id[row["prompt_id"]]
+        assert (
+            row["messages"]
+            == prompt["messages"]
+            == [
+                {"role": "system", "content": "Think {hard}."},
+                {"role": "user", "content": f"Q: {given['problem']}"},
+            ]
+        )
+        assert row["reference"] == prompt["reference"] == str(2 * int(given["problem"].partition("+")[0]))
+        assert (row["author"], row["completion"]) == ("teacher", given["completion"])
+        assert [row[name] for name in ("prompt_ids", "completion_ids", "finish_reason", "seed")] == [None] * 4
+    assert [row["sample_index"] for row in kept] == [0] * 15 + [1]
+    assert manifest.facts["author"]["model"] == "deepseek-ai/DeepSeek-R1" and manifest.facts["licence"] == "MIT"
+    assert manifest.settings["source_sha256"] == digest_file(tmp_path / "traces.jsonl")
+
+
+def test_a_trace_of_a_heldout_prompt_never_gets_in(tmp_path: Path, split: tuple[list[str], list[str]]) -> None:
+    train, heldout = split
+    source = [{"problem": text, "completion": "a"} for text in [train[0], *heldout, "unheard of", " "]]
+    source.append({"problem": heldout[0], "completion": ""})
+    manifest, kept, dropped = brought(tmp_path, source)
+    assert manifest.drops == {"in_heldout": 6, "no_such_prompt": 1, "empty_prompt": 1}
+    assert len(kept) == 1
+    assert sorted({row["messages"][-1]["content"] for row in dropped if row["reason"] == "in_heldout"}) == sorted(
+        f"Q: {t}" for t in heldout
+    )
+    heldout_ids = {row["prompt_id"] for row in read_rows(tmp_path / "run" / "prompts", "heldout")}
+    assert not heldout_ids & {row["prompt_id"] for row in kept}
+
+
+def completed(row: dict[str, Any], **keys: Any) -> tuple[str, str | None]:
+    return completion_of(Traces(source="t.jsonl", **keys), row, 2)
+
+
+def test_the_reasoning_of_a_column_goes_between_the_tags() -> None:
+    for reasoning in ("1+1\nis 2", " <think>\n1+1\nis 2\n</think>\n", "1+1\nis 2</think>"):
+        assert completed({"completion": " It is 2. ", "thoughts": reasoning}, reasoning="thoughts") == (
+            "<think>\n1+1\nis 2\n</think>\n\nIt is 2.",
+            None,
+        )
+    assert completed({"completion": "2", "thoughts": None}, reasoning="thoughts")[1] == "empty_reasoning"
+    assert completed({"completion": "<think>a</think>2", "thoughts": "b"}, reasoning="thoughts")[1] == "reasoning_in_completion"
+
+
+def test_the_answer_after_the_last_separator_goes_into_a_box() -> None:
+    keys = {"completion": "answer", "answer_separator": "####"}
+    assert completed({"answer": "a #### b\n#### 1,000\n"}, **keys) == ("<think>\na #### b\n</think>\n\n\\boxed{1,000}", None)
+    assert completed({"answer": "a #### \\boxed{7}"}, **keys) == ("<think>\na\n</think>\n\n\\boxed{7}", None)
+    assert completed({"answer": "<think>a</think> so #### 7"}, **keys) == ("<think>\na so\n</think>\n\n\\boxed{7}", None)
+    for text, reason in (
+        ("no mark", "no_answer_separator"),
+        ("a ####", "empty_answer"),
+        ("#### 7", "empty_reasoning"),
+        ("", "empty_completion"),
+    ):
+        assert completed({"answer": text}, **keys)[1] == reason
+
+
+def test_a_completion_with_its_reasoning_inside_stays_as_it_is() -> None:
+    text = "<think>\na\n</think>\n\n\\boxed{7}"
+    assert completed({"completion": text}) == (text, None)
+
+
+def test_dropped_traces_say_why_and_none_left_is_an_error(tmp_path: Path, split: tuple[list[str], list[str]]) -> None:
+    train, heldout = split
+    source = [{"problem": train[0], "completion": "7"}, {"problem": heldout[0], "completion": "a #### 7"}]
+    with pytest.raises(DataError, match=r"none of 2 traces can be used: 1 in_heldout, 1 no_answer_separator.*check traces\.columns"):
+        brought(tmp_path, source, answer_separator="####")
+    source.append({"problem": train[1], "completion": "a #### 7"})  # another file now, and no --redo is needed
+    assert brought(tmp_path, source, answer_separator="####")[0].drops == {"no_answer_separator": 1, "in_heldout": 1}
+    assert read_manifest(tmp_path / "run" / "traces").stage == "generate"
+
+
+def test_an_absent_column_is_named(tmp_path: Path, split: tuple[list[str], list[str]]) -> None:
+    with pytest.raises(
+        DataError, match=r"traces\.jsonl: row 1: there is no column 'completion', only 'problem', 'completions'. Did you mean"
+    ):
+        brought(tmp_path, [{"problem": split[0][0], "completions": "7"}])
+    with pytest.raises(DataError, match="row 1: completion must be text or a number, got list"):
+        brought(tmp_path, [{"problem": split[0][0], "completion": ["7"]}])

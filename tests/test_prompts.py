@@ -1,0 +1,156 @@
+"""The stage `prompts`: what is trained on, what is held out, what is dropped and why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.errors import DataError, StageConflictError
+from distill.recipe import Recipe
+from distill.schema import prompt_id
+from distill.stages.prompts import run
+from distill.storage import MANIFEST, Manifest, read_rows
+
+COUNT = 60
+
+
+def rows(count: int = COUNT) -> list[dict[str, Any]]:
+    return [{"question": f"What is {index}+1?", "answer": index + 1} for index in range(count)]
+
+
+def write(path: Path, source: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in source))
+    return path
+
+
+def recipe(run_dir: Path, source: Path, *, seed: int = 0, **prompts: Any) -> Recipe:
+    section = {"source": str(source), "heldout_size": 10, **prompts}
+    return Recipe.model_validate(
+        {
+            "name": "test",
+            "run_dir": str(run_dir),
+            "seed": seed,
+            "student": {"model": "none"},
+            "prompts": section,
+            "traces": {"source": "x.jsonl"},
+            "evaluate": None,
+        }
+    )
+
+
+def made(
+    tmp_path: Path, source: list[dict[str, Any]], name: str = "run", **options: Any
+) -> tuple[Manifest, dict[str, list[dict[str, Any]]]]:
+    """The stage's manifest and tables over a source."""
+    manifest = run(recipe(tmp_path / name, write(tmp_path / f"{name}.jsonl", source), **options))
+    tables = {table: read_rows(tmp_path / name / "prompts", table) for table in ("train", "heldout", "dropped")}
+    assert manifest.rows_in == sum(map(len, tables.values()))
+    assert manifest.rows_kept == len(tables["train"]) + len(tables["heldout"])
+    assert manifest.drops == {reason: [row["reason"] for row in tables["dropped"]].count(reason) for reason in manifest.drops}
+    assert sum(manifest.drops.values()) == len(tables["dropped"])
+    return manifest, tables
+
+
+def texts(table: list[dict[str, Any]]) -> list[str]:
+    return [row["messages"][-1]["content"] for row in table]
+
+
+def test_rows_are_split_once_and_keep_their_order(tmp_path: Path) -> None:
+    manifest, tables = made(tmp_path, rows())
+    order = [row["question"] for row in rows()]
+    train, heldout = texts(tables["train"]), texts(tables["heldout"])
+    assert (len(train), len(heldout)) == (COUNT - 10, 10)
+    assert sorted(train + heldout, key=order.index) == order
+    assert train == sorted(train, key=order.index) and heldout == sorted(heldout, key=order.index)
+    assert heldout != order[:10] and heldout != order[-10:]
+    assert {row["reference"] for row in tables["train"] + tables["heldout"]} == {str(index + 1) for index in range(COUNT)}
+    for row in tables["train"]:
+        assert row["prompt_id"] == prompt_id(row["messages"])
+    assert manifest.facts["train"] == COUNT - 10 and manifest.facts["heldout"] == 10
+
+
+def test_the_split_follows_content_and_seed_alone(tmp_path: Path) -> None:
+    _, tables = made(tmp_path, rows(), "whole")
+    whole, spare = set(texts(tables["heldout"])), texts(tables["train"])[0]
+    assert set(texts(made(tmp_path, rows()[::-1], "reversed")[1]["heldout"])) == whole
+    assert set(texts(made(tmp_path, rows(), "seed", seed=1)[1]["heldout"])) != whole
+    # Leaving out a row that was not held out changes nothing; adding n rows moves at most n.
+    fewer = [row for row in rows() if row["question"] != spare]
+    assert set(texts(made(tmp_path, fewer, "fewer")[1]["heldout"])) == whole
+    more = set(texts(made(tmp_path, rows(COUNT + 3), "more")[1]["heldout"]))
+    assert len(more - whole) <= 3
+
+
+def test_max_prompts_draws_anew(tmp_path: Path) -> None:
+    """The second draw must not follow the first: else training prompts would be those that were nearly held out."""
+    _, large = made(tmp_path, rows(1000), "large", heldout_size=250)
+    manifest, small = made(tmp_path, rows(1000), "small", heldout_size=100, max_prompts=300)
+    assert len(small["train"]) == 300 and manifest.drops == {"not_drawn": 600}
+    assert set(texts(small["heldout"])) < set(texts(large["heldout"]))
+    next_150 = set(texts(large["heldout"])) - set(texts(small["heldout"]))
+    common = len(next_150 & set(texts(small["train"])))
+    assert 25 < common < 75  # a third of 150, give or take 4.5 standard deviations; all of them if the draws were one
+
+
+def test_every_dropped_row_is_readable_with_its_reason(tmp_path: Path) -> None:
+    odd = [
+        {"question": " ", "answer": "#### 1"},
+        {"question": "twice", "answer": "#### 1"},
+        {"question": "twice", "answer": "so #### 1"},
+        {"question": "twice", "answer": "#### 2"},
+        {"question": "no mark", "answer": "5"},
+        {"question": "no mark", "answer": "#### 5"},
+        {"question": "unknown", "answer": None},
+    ]
+    manifest, tables = made(tmp_path, odd, heldout_size=0, answer_pattern=r"####\s*(.+)")
+    assert manifest.drops == {"empty_prompt": 1, "duplicate": 1, "duplicate_other_reference": 1, "no_answer_match": 1}
+    assert [(text, row["reference"]) for text, row in zip(texts(tables["train"]), tables["train"], strict=True)] == [
+        ("twice", "1"),
+        ("no mark", "5"),
+        ("unknown", None),
+    ]
+    kept_reading = {row["reason"]: row for row in tables["dropped"]}
+    assert kept_reading["duplicate_other_reference"]["reference"] == "2"
+    assert kept_reading["no_answer_match"]["messages"][-1]["content"] == "no mark"
+
+
+def test_prompts_of_the_heldout_source_are_not_trained_on(tmp_path: Path) -> None:
+    other = write(tmp_path / "test.jsonl", [*rows(30)[20:], {"question": "new", "answer": 0}, {"question": "", "answer": 0}])
+    manifest, tables = made(tmp_path, rows(30), heldout_source=str(other), heldout_size=4)
+    assert len(tables["heldout"]) == 4
+    assert set(texts(tables["heldout"])) < {*(row["question"] for row in rows(30)[20:]), "new"}
+    assert texts(tables["train"]) == [row["question"] for row in rows(20)]  # also those of the ten that were not drawn are gone
+    assert manifest.drops == {"in_heldout_source": 10, "not_drawn": 7, "empty_prompt": 1}
+    assert {row["source"] for row in tables["heldout"]} == {str(other)}
+
+
+@pytest.mark.parametrize(("size", "message"), [(61, "asks for 61 prompts, but there are 60"), (60, "no prompt is left to train on")])
+def test_too_large_a_heldout_size_names_both_numbers(tmp_path: Path, size: int, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        run(recipe(tmp_path / "run", write(tmp_path / "p.jsonl", rows()), heldout_size=size))
+
+
+def test_a_second_run_does_nothing_and_an_edited_source_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "p.jsonl", rows())
+    first = run(recipe(tmp_path / "run", source))
+    written = (tmp_path / "run" / "prompts" / MANIFEST).stat().st_mtime_ns
+    assert run(recipe(tmp_path / "run", source)) == first
+    assert (tmp_path / "run" / "prompts" / MANIFEST).stat().st_mtime_ns == written
+    write(source, rows()[1:])
+    with pytest.raises(StageConflictError, match=r"settings\.source_sha256 is '[0-9a-f]{64}' there and '[0-9a-f]{64}' here"):
+        run(recipe(tmp_path / "run", source))
+
+
+def test_a_corrected_source_needs_no_redo(tmp_path: Path) -> None:
+    """A run that failed before it made anything does not tie the folder to the broken source."""
+    source = tmp_path / "p.jsonl"
+    for attempt in (None, '{"question": \n', '{"qestion": "a", "answer": 1}\n'):
+        if attempt is not None:
+            source.write_text(attempt)
+        with pytest.raises(DataError):
+            run(recipe(tmp_path / "run", source))
+    write(source, rows())
+    assert run(recipe(tmp_path / "run", source)).rows_kept == COUNT
