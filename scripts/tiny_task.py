@@ -25,6 +25,11 @@ class Problem(NamedTuple):
     expression: str
     answer: int
 
+    @property
+    def operations(self) -> int:
+        """How many operations its expression has."""
+        return sum(self.expression.count(sign) for sign in "+-*")
+
 
 @dataclass(frozen=True)
 class Node:
@@ -63,22 +68,25 @@ def problem(rng: random.Random, operations: int) -> Problem:
 
 def solution(rng: random.Random, expression: str) -> str:
     """A worked solution: reasoning between think tags, then the answer in a box."""
-    tree = parse(expression)
-    lines, first = [], True
-    checked = tree
+    tree = start = parse(expression)
+    lines: list[str] = []
     while not tree.is_number:
-        place = rng.choice(_ready(tree))
-        node = _at(tree, place)
-        opener = "First" if first and rng.random() < 0.5 else rng.choice(OPENERS[1:])
-        step = _step(rng, node)
-        lines.append(f"{opener} {step}." if rng.random() < 0.6 else f"{step}.")
-        tree, first = _put(tree, place, Node(node.value)), False
-        if not tree.is_number:
-            lines[-1] += f" Left: {tree.text()}."
-    if rng.random() < 0.25 and checked.left is not None and checked.right is not None and checked.sign in "+-":
-        lines.append(_check(checked))
+        line, tree = _line(rng, tree, first=not lines)
+        lines.append(line)
+    if rng.random() < 0.25 and start.left is not None and start.right is not None and start.sign in "+-":
+        lines.append(_check(start))
     ending = rng.choice(("The answer is ", "So it is ", ""))
     return "<think>\n" + "\n".join(lines) + f"\n</think>\n\n{ending}\\boxed{{{tree.value}}}"
+
+
+def next_step(rng: random.Random, expression: str) -> str:
+    """One line of a worked solution: an operation of an expression, and what is left of it."""
+    return _line(rng, parse(expression), first=rng.random() < 0.5)[0]
+
+
+def guess(answer: int) -> str:
+    """An answer without reasoning."""
+    return f"<think>\n</think>\n\n\\boxed{{{answer}}}"
 
 
 def parse(expression: str) -> Node:
@@ -126,6 +134,17 @@ def _story(rng: random.Random, operations: int) -> Problem:
         text += f"-{gone}"
         question += f" {name} gives {gone} away."
     return Problem(f"{question} How many {thing} now?", text, parse(text).value)
+
+
+def _line(rng: random.Random, tree: Node, *, first: bool) -> tuple[str, Node]:
+    """A line that works one operation, and the tree that is left."""
+    place = rng.choice(_ready(tree))
+    node = _at(tree, place)
+    opener = "First" if first and rng.random() < 0.5 else rng.choice(OPENERS[1:])
+    step = _step(rng, node)
+    line = f"{opener} {step}." if rng.random() < 0.6 else f"{step}."
+    tree = _put(tree, place, Node(node.value))
+    return (line if tree.is_number else f"{line} Left: {tree.text()}."), tree
 
 
 def _ready(tree: Node, path: tuple[int, ...] = ()) -> list[tuple[int, ...]]:
