@@ -13,8 +13,8 @@ help:  ## list the targets
 quickstart: $(VENV)/installed  ## the whole pipeline on the embedded tiny pair: about 4 minutes on 2 cores, no network
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} HF_HUB_OFFLINE=1 $(BIN)/distill run recipes/quickstart.yaml
 
-test: $(VENV)/installed-dev  ## all tests
-	$(BIN)/python -m pytest
+test: $(VENV)/installed-dev  ## the tests; the slow ones too where CI is set
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(if $(CI),,-m "not slow")
 
 lint: $(VENV)/installed-dev  ## ruff: rules and format
 	$(BIN)/ruff check .
