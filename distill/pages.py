@@ -23,10 +23,22 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["md"] = markdown_text
+    environment.filters |= {"md": markdown_text, "fenced": fenced, "excerpt": excerpt}
     return environment.get_template(template).render(**values)
 
 
 def markdown_text(value: Any) -> str:
-    """Text that Markdown shows as it is: on one line, with nothing taken for markup."""
-    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(str(value).split()))
+    """Text that Markdown shows as it is: on one line, with nothing taken for markup or mathematics."""
+    return re.sub(r"([\\`*_{}\[\]<>|#&$~])", r"\\\1", " ".join(str(value).split()))
+
+
+def excerpt(text: str, length: int = 1500) -> str:
+    """The beginning of a long text, and how much of it is left out."""
+    return text if len(text) <= length else f"{text[:length]} ... ({len(text) - length:,} more characters)"
+
+
+def fenced(text: str, language: str = "") -> str:
+    """A Markdown code block, with a fence longer than any run of backticks in the text."""
+    longest = max(map(len, re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from contextlib import AbstractContextManager
 from typing import Any
 
 import matplotlib as mpl
@@ -18,7 +19,7 @@ _COLOURS = {"base": "#9aa3ad", "student": "#2f7ed8", "teacher": "#e08a1e"}
 _STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
-    "font.size": 11,
+    "font.size": 10,
     "text.color": _INK,
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
@@ -31,57 +32,65 @@ _STYLE: Any = {
 
 def accuracy_bars(results: list[ModelResult]) -> str:
     """A bar a model with its interval."""
-    figure, axes = _figure("accuracy", 2.0 + 0.2 * len(results))
-    places = np.arange(len(results))[::-1]
-    values = [100 * (result.accuracy.value or 0) for result in results]
-    axes.barh(places, values, color=[_COLOURS[result.role] for result in results], height=0.62)
-    for place, result, value in zip(places, results, values, strict=True):
-        estimate = result.accuracy
-        if estimate.low is not None and estimate.high is not None:
-            axes.plot([100 * estimate.low, 100 * estimate.high], [place, place], color=_INK, linewidth=1.4, marker="|", markersize=9)
-        axes.text(min(100 * (estimate.high or 0) + 1.5, 101), place, f"{value:.1f} %", va="center")
-    axes.set(yticks=places, yticklabels=[result.role for result in results], xlim=(0, 112), xlabel="held-out prompts answered correctly, %")
-    axes.set_xticks(range(0, 101, 20))
-    return _svg(figure, "accuracy")
+    with _style("accuracy"):
+        figure, axes = _figure(0.75 + 0.36 * len(results))
+        places = np.arange(len(results))[::-1]
+        values = [100 * (result.accuracy.value or 0) for result in results]
+        axes.barh(places, values, color=[_COLOURS[result.role] for result in results], height=0.62)
+        for place, result, value in zip(places, results, values, strict=True):
+            low, high = result.accuracy.low, result.accuracy.high
+            if low is not None and high is not None:
+                axes.plot([100 * low, 100 * high], [place, place], color=_INK, linewidth=1.4, marker="|", markersize=9)
+            axes.text(100 * (high or 0) + 1.5, place, f"{value:.1f} %", va="center")
+        axes.set(yticks=places, yticklabels=[result.role for result in results], xlim=(0, 122))
+        axes.set(xticks=range(0, 101, 20), xlabel="held-out prompts answered correctly, %")
+        axes.spines["bottom"].set_bounds(0, 100)
+        return _svg(figure, "accuracy", "Bars: share of held-out prompts that each model answers correctly, with its interval")
 
 
 def loss_curve(steps: list[int], losses: list[float]) -> str:
     """Training loss over optimizer steps: as logged, and its running mean."""
-    figure, axes = _figure("loss", 2.9)
-    axes.plot(steps, losses, color=_COLOURS["student"], alpha=0.3, linewidth=1)
-    window = max(1, len(losses) // 25)
-    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-    axes.plot(steps[window - 1 :], smooth, color=_COLOURS["student"], linewidth=2)
-    axes.set(xlabel="optimizer step", ylabel="loss, nats a token")
-    axes.set_ylim(bottom=0)
-    return _svg(figure, "loss")
+    with _style("loss"):
+        figure, axes = _figure(2.3)
+        axes.plot(steps, losses, color=_COLOURS["student"], alpha=0.4, linewidth=1, marker="." if len(steps) == 1 else "")
+        window = max(1, len(losses) // 25)
+        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+        axes.plot(steps[window - 1 :], smooth, color=_COLOURS["student"], linewidth=2)
+        axes.set(xlabel="optimizer step", ylabel="loss, nats a token", ylim=(0, 1.05 * max(losses)))
+        return _svg(figure, "loss", "Line: training loss over optimizer steps")
 
 
 def funnel_bars(steps: list[tuple[str, int]]) -> str:
     """What is left after each step of the curation."""
-    figure, axes = _figure("funnel", 1.0 + 0.38 * len(steps))
-    places = np.arange(len(steps))[::-1]
-    counts = [count for _, count in steps]
-    axes.barh(places, counts, color=[_COLOURS["base"]] + [_COLOURS["student"]] * (len(steps) - 1), height=0.66)
-    for place, count in zip(places, counts, strict=True):
-        axes.text(count + max(counts) * 0.012, place, f"{count:,}", va="center")
-    axes.set(yticks=places, yticklabels=[name for name, _ in steps], xlim=(0, max(counts) * 1.12), xticks=[])
-    axes.spines["bottom"].set_visible(False)
-    return _svg(figure, "funnel")
+    with _style("funnel"):
+        figure, axes = _figure(0.3 + 0.3 * len(steps))
+        places = np.arange(len(steps))[::-1]
+        counts = [count for _, count in steps]
+        axes.barh(places, counts, color=[_COLOURS["base"]] + [_COLOURS["student"]] * (len(steps) - 1), height=0.66)
+        for place, count in zip(places, counts, strict=True):
+            axes.text(count + max(counts) * 0.012, place, f"{count:,}", va="center")
+        axes.set(yticks=places, yticklabels=[name for name, _ in steps], xlim=(0, max(counts) * 1.12), xticks=[])
+        axes.spines["bottom"].set_visible(False)
+        return _svg(figure, "funnel", "Bars: prompts, traces, and what is left of the traces after each check")
 
 
-def _figure(salt: str, height: float) -> tuple[Figure, Axes]:
-    """A transparent figure; the salt keeps the ids of several pictures on a page apart."""
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": salt}):
-        figure = Figure(figsize=(7.2, height), layout="constrained")
-        axes = figure.add_subplot()
-    return figure, axes
+def _style(salt: str) -> AbstractContextManager[None]:
+    """The look of all pictures; without a salt their ids would differ from run to run."""
+    return mpl.rc_context(_STYLE | {"svg.hashsalt": salt})
 
 
-def _svg(figure: Figure, salt: str) -> str:
+def _figure(height: float) -> tuple[Figure, Axes]:
+    """A figure as wide as a telephone, with its height in inches: so its text can still be read there."""
+    figure = Figure(figsize=(5.2, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _svg(figure: Figure, name: str, description: str) -> str:
+    """A figure as SVG that scales with the page; the name keeps the ids of several pictures on one page apart."""
     text = io.StringIO()
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": salt}):
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()[text.getvalue().index("<svg") :].replace(_INK, "currentColor")
-    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt" ', "", svg, count=1)  # the viewBox alone: it scales with the page
-    return re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt" ', "", svg, count=1)  # the viewBox alone
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)

@@ -115,9 +115,12 @@ def _trainer_arguments(recipe: Recipe) -> str:
 
 
 def _terms(recipe: Recipe) -> str:
-    author = recipe.traces.author_model if recipe.traces else recipe.teacher.model if recipe.teacher else None
+    if recipe.traces:
+        author, licence = recipe.traces.author_model, recipe.traces.licence
+    else:
+        author, licence = (recipe.teacher.model, recipe.teacher.licence) if recipe.teacher else (None, None)
     name = recipe.export.model_name if recipe.export and recipe.export.model_name else recipe.name
-    return "; ".join(check_terms(author, name)) or "nothing to note"
+    return "; ".join(check_terms(author, name, licence=licence, student=recipe.student.model)) or "nothing to note"
 
 
 def _check_prompts(recipe: Recipe, found: _Findings) -> list[Row]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distill.intervals import Estimate
+from distill.licences import UNKNOWN, licence_of
 from distill.recipe import Recipe
 from distill.storage import MANIFEST, Manifest, read_manifest, read_rows
 
@@ -54,10 +55,40 @@ class RunSummary:
         student = by_role["student"].accuracy
         text = f"The student answers {_percent(student.value)} of {self.num_prompts:,} held-out prompts correctly"
         if "base" in by_role:
-            text += f", up from {_percent(by_role['base'].accuracy.value)} before training"
+            text += f"; before training it was {_percent(by_role['base'].accuracy.value)}"
         if "teacher" in by_role:
-            text += f"; its teacher {_percent(by_role['teacher'].accuracy.value)}"
+            text += f", and its teacher answers {_percent(by_role['teacher'].accuracy.value)}"
         return text + "."
+
+    @property
+    def course(self) -> str:
+        """What was done, in words: traces, author, steps, time."""
+        curated, trained = self.manifests["curate"], self.manifests["train"]
+        author = (self.manifests["generate"].facts.get("author") or {}).get("model") or "an author not recorded"
+        text = f"It learned from {trained.rows_kept or 0:,} of {curated.rows_in or 0:,} traces by {author}"
+        steps = trained.facts.get("steps")
+        text += "" if steps is None else f", in {steps:,} optimizer steps"
+        return f"{text}. All stages together took {duration_text(self.wall_s)}."
+
+    @property
+    def wall_s(self) -> float:
+        """Wall seconds of all stages."""
+        return sum(float(manifest.facts["wall_s"]) for manifest in self.manifests.values())
+
+    @property
+    def finished_at(self) -> str:
+        """When the last of the stages was finished, ISO 8601."""
+        return max(str(manifest.facts["finished_at"]) for manifest in self.manifests.values())
+
+    @property
+    def samples_text(self) -> str:
+        """How many answers each prompt got."""
+        return "1 answer a prompt" if self.samples_per_prompt == 1 else f"{self.samples_per_prompt:,} answers a prompt"
+
+    @property
+    def confidence_text(self) -> str:
+        """Coverage of the intervals."""
+        return f"{100 * self.confidence:g} %"
 
     @property
     def gap_text(self) -> str:
@@ -67,7 +98,7 @@ class RunSummary:
         if self.gap.value is None:
             return "gap recovered: not defined, the teacher is no better than the base"
         interval = "no interval" if self.gap.low is None else f"[{self.gap.low:.2f}, {self.gap.high:.2f}]"
-        basis = f"{self.confidence:.0%} interval, paired bootstrap over {self.num_prompts:,} prompts"
+        basis = f"{self.confidence_text} interval, paired bootstrap over {self.num_prompts:,} prompts"
         return f"gap recovered: {self.gap.value:.2f} {interval} ({basis})"
 
 
@@ -137,7 +168,7 @@ def results_text(summary: RunSummary) -> str:
         table.add_row(*row)
     text = io.StringIO()
     Console(file=text, width=110, no_color=True).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines()) + f"\n\n{summary.gap_text}\n"
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n") + f"\n\n{summary.gap_text}\n"
 
 
 def funnel(summary: RunSummary, recipe: Recipe) -> list[tuple[str, int]]:
@@ -152,32 +183,44 @@ def funnel(summary: RunSummary, recipe: Recipe) -> list[tuple[str, int]]:
     return [*steps, ("kept", curated.rows_kept or 0)]
 
 
+def verdict_counts(summary: RunSummary) -> list[tuple[str, int, int, int]]:
+    """For each check: its name, and how many traces passed, failed and could not be judged."""
+    counts: dict[str, dict[str, int]] = summary.manifests["curate"].facts.get("verdicts", {})
+    return [(check, count["passed"], count["failed"], count["unjudged"]) for check, count in counts.items()]
+
+
 def lineage(recipe: Recipe, summary: RunSummary) -> list[tuple[str, str]]:
     """Where the student comes from: models, terms, digests and versions, as name and text."""
-    traces, student = summary.manifests["generate"].facts, summary.manifests["train"].facts
-    author = traces.get("author") or {}
-    lines = [
-        ("traces by", _model_text(author)),
-        ("terms of the traces", str(traces.get("licence"))),
-        ("student before training", f"{recipe.student.model}, {parameters_text(student.get('parameters'))} parameters with adapter"),
-        ("method", f"{recipe.train.method}, {recipe.student.adapter.type}"),
-        ("trained parameters", parameters_text(student.get("trainable_parameters"))),
-        ("precision", str(student.get("precision"))),
+    traces, trained = summary.manifests["generate"].facts, summary.manifests["train"].facts
+    student = recipe.student
+    measured = summary.manifests["evaluate"].facts["models"] if "evaluate" in summary.manifests else {}
+    base = measured.get("base") or {"model": student.model, "revision": student.revision}
+    trainable = parameters_text(trained.get("trainable_parameters"))
+    return [
+        ("traces by", _model_text(traces.get("author") or {})),
+        ("terms of the traces", traces.get("licence") or UNKNOWN),
+        ("student before training", _model_text(base)),
+        ("its terms", licence_of(student.model, student.licence)),
+        ("method", f"{recipe.train.method}, {student.adapter.type}, {trainable} trained parameters"),
+        ("precision", trained.get("precision") or UNKNOWN),
         ("problems", recipe.prompts.source),
-        ("tokenizer of the student", f"SHA-256 {str(student.get('tokenizer_digest'))[:16]}"),
-        ("chat template of the student", f"SHA-256 {str(student.get('template_digest'))[:16]}"),
-        ("kit", f"{student.get('kit_version')}, git {student.get('git_revision') or 'unknown'}"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in student.get("packages", {}).items())),
+        ("tokenizer of the student", _digest_text(trained.get("tokenizer_digest"))),
+        ("chat template of the student", _digest_text(trained.get("template_digest"))),
+        ("kit", f"{trained.get('kit_version') or UNKNOWN}, git {trained.get('git_revision') or UNKNOWN}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in trained.get("packages", {}).items()) or UNKNOWN),
     ]
-    return [(name, value) for name, value in lines if value]
 
 
 def _model_text(record: Row) -> str:
     if not record.get("model"):
-        return "unknown"
+        return UNKNOWN
     revision = f" at {record['revision']}" if record.get("revision") else ""
     size = f", {parameters_text(record['parameters'])} parameters" if record.get("parameters") else ""
     return f"{record['model']}{revision}{size}"
+
+
+def _digest_text(digest: str | None) -> str:
+    return f"SHA-256 {digest[:16]}" if digest else UNKNOWN
 
 
 def metrics(path: Path) -> list[Row]:
@@ -191,7 +234,7 @@ def metrics(path: Path) -> list[Row]:
 def parameters_text(count: int | None) -> str:
     """A number of parameters as people write it: 0.85M, 7.6B."""
     if count is None:
-        return "unknown"
+        return UNKNOWN
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.2f}".rstrip("0").rstrip(".") + letter
@@ -203,4 +246,12 @@ def _estimate(score: Row) -> Estimate:
 
 
 def _percent(share: float | None) -> str:
-    return "unknown" if share is None else f"{100 * share:.1f} %"
+    return UNKNOWN if share is None else f"{100 * share:.1f} %"
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds as people read them: 4.2 s, 3 min 05 s, 2 h 10 min."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,4 +1,4 @@
-"""Stage `export`: the student as others will load it. Reads student/, writes export/.
+"""Stage `export`: the student as others will load it. Reads student/ and, for the card, the other stages; writes export/.
 
     export/model/     merged safetensors with tokenizer, template and generation config
     export/adapter/   the adapter alone
@@ -9,14 +9,16 @@ What is written is read back and compared with base + adapter before the stage c
 
 from __future__ import annotations
 
+import math
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.errors import DataError, ModelError
-from distill.licences import check_terms, licence_of
+from distill.licences import UNKNOWN, check_terms, hub_licence, licence_of
 from distill.pages import render
-from distill.recipe import Export, Recipe
+from distill.recipe import Export, Recipe, Sampling
 from distill.recipe_io import recipe_text
 from distill.runlog import Clock, progress, say
 from distill.stages import FOLDERS, folder, run_dir
@@ -25,13 +27,13 @@ from distill.summary import RESULT_COLUMNS, lineage, results_rows, summarise
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
     from distill.chat import ChatFormat
 
     Answer = tuple[list[int], int, torch.Tensor]
 
 _ANSWER_TOKENS = 64  # of each parity prompt's answer that are compared
+_HEADROOM = 1.5  # times the weights: what merging and a forward pass take beside them
 
 
 def run(recipe: Recipe) -> Manifest:
@@ -51,68 +53,64 @@ def model_name(recipe: Recipe, export: Export) -> str:
 
 
 def _export(recipe: Recipe, export: Export, out: StageFolder) -> Manifest:
-    from distill.models import free_memory, load_chat_format, load_model, num_parameters, pick_device
-
-    clock, device, trained = Clock(), pick_device(), folder(recipe, "train")
-    check_files(trained)
-    notes = check_terms(_author(recipe), model_name(recipe, export))
+    clock = Clock()
+    author, licence = _author(recipe)
+    notes = check_terms(author, model_name(recipe, export), licence=licence, student=recipe.student.model)
+    check_files(folder(recipe, "train"))
     for leftover in ("model", "adapter"):
         shutil.rmtree(out.path / leftover, ignore_errors=True)
+
+    from distill.models import free_memory, load_chat_format, load_model, num_parameters
+
     chat = load_chat_format(recipe.student)
-    original = _load_original(recipe, trained, device)
-    _refuse_nan(original, "the trained weights")
+    original = _load_original(recipe)
+    device = original.device
+    _refuse_non_finite(original, "trained", "Train again with a lower learning rate.")
     expected = _answers(original, chat, _parity_prompts(recipe, export))
-    parameters = num_parameters(original)
-    _save(recipe, export, original, chat, out.path)
-    del original
+    merged = _save(recipe, export, original, chat, out.path)
+    parameters = num_parameters(merged)
+    del original, merged
     free_memory()
-    written = load_model(recipe.student.model_copy(update=_AS_WRITTEN | {"model": str(out.path / "model")}), device, _float32())
-    _refuse_nan(written, "the merged weights")
+    written = load_model(recipe.student.model_copy(update=_PLAIN | {"model": str(out.path / "model"), "revision": None}), device)
+    _refuse_non_finite(written, "merged", "Export with export.dtype: bfloat16 or float32 and --redo.")
     parity = _compare(written, expected)
-    say(f"export    merged against adapter on {len(expected)} prompts: {parity['token_agreement']:.1%} of next tokens equal, "
-        f"KL {parity['mean_kl_nats']:.2e} nats a token")  # fmt: skip
-    if parity["token_agreement"] < export.min_token_agreement:
-        raise ModelError(
-            f"{out.path}: the merged model agrees with base + adapter on {parity['token_agreement']:.1%} of the tokens, less than "
-            f"export.min_token_agreement ({export.min_token_agreement:.1%}). Export with export.dtype: float32."
-        )
-    facts = clock.facts(device=str(device), parity=parity, parameters=parameters, notes=notes, author=_author(recipe))
+    _refuse_difference(export, parity, out.path)
+    facts = clock.facts(device=str(device), parity=parity, parameters=parameters, notes=notes, author=author, licence=licence)
     write_text(out.path / "README.md", _card(recipe, export, facts))
     files = [path for path in out.path.rglob("*") if path.is_file() and path.parent != out.path] + [out.path / "README.md"]
     return out.finish(files=files, facts=facts)
 
 
-_AS_WRITTEN = {"revision": None, "tokenizer": None, "quantization": "none"}
+_PLAIN = {"quantization": "none", "dtype": "float32", "attn_implementation": "auto"}
+"""How both models are loaded: FlashAttention has no fp32, and an adapter is merged into whole weights."""
 
 
-def _float32() -> torch.dtype:
+def _author(recipe: Recipe) -> tuple[str | None, str]:
+    """The model that wrote the traces and their terms, as the trace folder says."""
+    facts = read_manifest(folder(recipe, "generate")).facts
+    name = (facts.get("author") or {}).get("model")
+    return None if name is None else str(name), str(facts.get("licence") or UNKNOWN)
+
+
+def _load_original(recipe: Recipe) -> Any:
+    """Base with adapter, or the fully trained model, in fp32; on the GPU if it has room, else on the CPU."""
     import torch
 
-    return torch.float32
+    from distill.models import load_trained, num_parameters, pick_device
+
+    spec, device = recipe.student.model_copy(update=_PLAIN), pick_device()
+    model: Any = load_trained(spec, recipe.student.adapter, folder(recipe, "train"), torch.device("cpu"), merge=False)
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > _HEADROOM * 4 * num_parameters(model):
+        model.to(device)
+    return model
 
 
-def _author(recipe: Recipe) -> str | None:
-    """The model that wrote the traces, as the trace folder says."""
-    author = read_manifest(folder(recipe, "generate")).facts.get("author") or {}
-    name = author.get("model")
-    return None if name is None else str(name)
-
-
-def _load_original(recipe: Recipe, trained: Path, device: torch.device) -> PreTrainedModel:
-    """Base with adapter, or the fully trained model, in fp32; a 4-bit student's adapter goes onto whole weights."""
-    from distill.models import load_trained
-
-    spec = recipe.student.model_copy(update={"quantization": "none", "dtype": "float32"})
-    model: Any = load_trained(spec, recipe.student.adapter, trained, device, merge=False)
-    return model  # type: ignore[no-any-return]
-
-
-def _refuse_nan(model: Any, what: str) -> None:
+def _refuse_non_finite(model: Any, which: str, advice: str) -> None:
     import torch
 
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise ModelError(f"export: {what} are not all numbers: {name} has NaN or infinity. Train again with a lower learning rate.")
+            raise ModelError(f"export: the {which} weights are not all numbers: {name} has NaN or infinity. {advice}")
 
 
 def _parity_prompts(recipe: Recipe, export: Export) -> list[list[dict[str, str]]]:
@@ -125,7 +123,6 @@ def _answers(model: Any, chat: ChatFormat, prompts: list[list[dict[str, str]]]) 
     """For each prompt the ids of prompt and greedy answer, where the answer begins, and the log-probabilities there."""
     from distill.engines import requests_for
     from distill.engines.hf import HFEngine
-    from distill.recipe import Sampling
 
     rows = [{"prompt_id": str(index), "messages": messages, "reference": None} for index, messages in enumerate(prompts)]
     engine = HFEngine(model, chat, Sampling(temperature=0.0, max_new_tokens=_ANSWER_TOKENS))
@@ -160,52 +157,84 @@ def _compare(model: Any, expected: list[Answer]) -> dict[str, Any]:
         "prompts": len(expected),
         "positions": positions,
         "token_agreement": equal / positions,
-        "mean_kl_nats": max(0.0, kl_sum / positions),
+        "mean_kl_nats": kl_sum / positions if math.isnan(kl_sum) else max(0.0, kl_sum / positions),  # rounding goes below 0
         "max_log_prob_difference": largest,
     }
 
 
-def _save(recipe: Recipe, export: Export, model: Any, chat: ChatFormat, target: Path) -> None:
-    """Writes the merged weights with tokenizer and generation config, and the adapter as it was trained."""
+def _refuse_difference(export: Export, parity: dict[str, Any], target: Path) -> None:
+    agreement, kl_nats = parity["token_agreement"], parity["mean_kl_nats"]
+    say(f"export    written model against base + adapter on {parity['prompts']} prompts: {agreement:.1%} of "
+        f"{parity['positions']:,} next tokens equal, KL {kl_nats:.1e} nats a token")  # fmt: skip
+    if agreement < export.min_token_agreement or not math.isfinite(kl_nats):
+        raise ModelError(
+            f"{target}: the written model agrees with base + adapter on {agreement:.1%} of the tokens (KL {kl_nats:.1e} nats a token), "
+            f"export.min_token_agreement asks for {export.min_token_agreement:.1%}. Export with export.dtype: float32 and --redo."
+        )
+
+
+def _save(recipe: Recipe, export: Export, model: Any, chat: ChatFormat, target: Path) -> Any:
+    """Writes the merged weights with tokenizer and generation config, and the adapter as it was trained; returns the merged."""
     import torch
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import AutoConfig
 
     from distill import embedded
 
-    if recipe.student.adapter.type == "lora":
+    student = recipe.student
+    if student.adapter.type == "lora":
         shutil.copytree(folder(recipe, "train") / "adapter", target / "adapter")
         model = model.merge_and_unload()
     dtype: str = export.dtype
     if dtype == "auto":
-        config = AutoConfig.from_pretrained(
-            embedded.resolve(recipe.student.model), revision=recipe.student.revision, trust_remote_code=recipe.student.trust_remote_code
+        own = AutoConfig.from_pretrained(
+            embedded.resolve(student.model), revision=student.revision, trust_remote_code=student.trust_remote_code
         )
-        dtype = str(config.dtype or torch.float32).removeprefix("torch.")
+        dtype = str(own.dtype or torch.float32).removeprefix("torch.")
     model = model.to(getattr(torch, dtype))
-    model.generation_config = GenerationConfig(eos_token_id=list(chat.stop_ids), pad_token_id=chat.pad_id, do_sample=True)
+    model.generation_config = _generation_config(recipe.evaluate or recipe.generate, chat)
     model.save_pretrained(target / "model")
     chat.tokenizer.save_pretrained(target / "model")
+    return model
+
+
+def _generation_config(sampling: Sampling | None, chat: ChatFormat) -> Any:
+    """Ends where the student learned to end, and draws tokens as they were drawn when it was measured."""
+    from transformers import GenerationConfig
+
+    ends = {"eos_token_id": list(chat.stop_ids), "pad_token_id": chat.pad_id}
+    if sampling is None or sampling.temperature == 0:
+        return GenerationConfig(**ends, do_sample=False)
+    drawing = {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k")}
+    return GenerationConfig(**ends, do_sample=True, **drawing, min_p=sampling.min_p or None)
 
 
 def _card(recipe: Recipe, export: Export, facts: dict[str, Any]) -> str:
     """The model card."""
-    stages = {stage: name for stage, name in FOLDERS.items() if stage not in ("report", "export")}
-    summary = summarise(run_dir(recipe), stages if recipe.evaluate is not None else {**stages, "evaluate": "left-out"})
+    student, prompts = recipe.student, recipe.prompts
+    stages = {name: place for name, place in FOLDERS.items() if name not in ("report", "export")}
+    if recipe.evaluate is None:
+        del stages["evaluate"]
+    summary = summarise(run_dir(recipe), stages)
+    licence = licence_of(student.model, student.licence)
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", student.model) and not Path(student.model).exists()
     return render(
         "model_card.md.j2",
         name=model_name(recipe, export),
-        base_model=recipe.student.model,
-        author=facts["author"] or "brought traces",
-        adapter=recipe.student.adapter.type == "lora",
-        quantised=recipe.student.quantization != "none",
+        keys=({"base_model": student.model} if on_hub else {}) | hub_licence(licence, facts["licence"]),
+        base_model=student.model,
+        author=facts["author"] or "traces brought from elsewhere",
+        adapter=student.adapter.type == "lora",
+        quantised=student.quantization != "none",
         summary=summary,
         columns=RESULT_COLUMNS,
         results=results_rows(summary),
         lineage=lineage(recipe, summary),
         parity=facts["parity"],
         notes=facts["notes"],
-        licence=licence_of(recipe.student.model, recipe.student.licence),
-        student_licence=licence_of(recipe.student.model, recipe.student.licence),
-        trace_licence=summary.manifests["generate"].facts.get("licence"),
+        student_licence=licence,
+        trace_licence=facts["licence"],
+        system_prompt=prompts.system_prompt,
+        user_template=prompts.template,
+        template_kwargs=student.chat_template_kwargs,
         recipe=recipe_text(recipe),
     )

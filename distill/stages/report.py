@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 from distill.pages import render
@@ -11,10 +13,22 @@ from distill.runlog import Clock
 from distill.schema import THINK_CLOSE, THINK_OPEN
 from distill.stages import FOLDERS, folder, run_dir
 from distill.storage import Manifest, StageFolder, read_rows, write_text
-from distill.summary import RESULT_COLUMNS, RunSummary, funnel, lineage, metrics, results_rows, results_text, summarise
+from distill.summary import (
+    RESULT_COLUMNS,
+    RunSummary,
+    duration_text,
+    funnel,
+    lineage,
+    metrics,
+    results_rows,
+    results_text,
+    summarise,
+    verdict_counts,
+)
 
 Row = dict[str, Any]
 _SOURCES = ("prompts", "generate", "curate", "train", "evaluate")
+_PASSED = {True: "passed", False: "failed", None: "not judged"}
 
 
 def run(recipe: Recipe) -> Manifest:
@@ -43,10 +57,12 @@ def _page(recipe: Recipe, summary: RunSummary) -> dict[str, Any]:
         "columns": RESULT_COLUMNS,
         "results": results_rows(summary),
         "funnel": funnel(summary, recipe),
+        "verdicts": verdict_counts(summary),
         "drops": [(stage, reason, count) for stage, m in summary.manifests.items() for reason, count in sorted(m.drops.items())],
         "costs": [_cost(manifest) for manifest in summary.manifests.values()],
+        "total_time": duration_text(summary.wall_s),
         "lineage": lineage(recipe, summary),
-        "examples": _examples(recipe),
+        "examples": _examples(folder(recipe, "curate"), recipe.report.examples),
         "recipe": recipe_text(recipe),
     }
 
@@ -67,19 +83,23 @@ def _cost(manifest: Manifest) -> list[str]:
     tokens = facts.get("tokens")
     return [
         manifest.stage,
-        f"{facts['wall_s']:,.1f} s",
-        str(facts.get("device", "cpu")),
+        duration_text(facts["wall_s"]),
         "" if tokens is None else f"{tokens:,}",
+        str(facts.get("device", "cpu")),
         facts["finished_at"],
+        manifest.digest[:12],
     ]
 
 
-def _examples(recipe: Recipe) -> list[Row]:
-    """Traces to look at: two of three kept, one of three dropped, evenly over the tables."""
-    count = recipe.report.examples
-    dropped = _evenly(read_rows(folder(recipe, "curate"), "dropped"), count // 3)
-    kept = _evenly(read_rows(folder(recipe, "curate"), "curated"), count - len(dropped))
-    return [_example(row) for row in (*kept, *dropped)]
+def _examples(curated: Path, count: int) -> list[Row]:
+    """Traces to look at, evenly over the tables: two of three kept and one of three dropped, as far as there are any."""
+    found: dict[tuple[str, int], list[Row]] = defaultdict(list)
+    for verdict in read_rows(curated, "verdicts"):
+        found[verdict["prompt_id"], verdict["sample_index"]].append(verdict)
+    kept, dropped = read_rows(curated, "curated"), sorted(read_rows(curated, "dropped"), key=lambda row: str(row["reason"]))
+    num_dropped = min(len(dropped), max(count // 3, count - len(kept)))
+    rows = [*_evenly(kept, count - num_dropped), *_evenly(dropped, num_dropped)]
+    return [_example(row, found[row["prompt_id"], row["sample_index"]]) for row in rows]
 
 
 def _evenly(rows: list[Row], count: int) -> list[Row]:
@@ -87,13 +107,15 @@ def _evenly(rows: list[Row], count: int) -> list[Row]:
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def _example(row: Row) -> Row:
-    completion = row["completion"]
-    before, closed, answer = completion.partition(THINK_CLOSE)
+def _example(row: Row, verdicts: list[Row]) -> Row:
+    """A trace in parts. One that began to reason and never ended has no answer."""
+    before, closed, after = row["completion"].partition(THINK_CLOSE)
+    reasons = bool(closed) or before.lstrip().startswith(THINK_OPEN)
     return {
         "question": row["messages"][-1]["content"],
-        "reasoning": before.replace(THINK_OPEN, "", 1).strip() if closed else "",
-        "answer": answer.strip() if closed else completion,
+        "reasoning": before.replace(THINK_OPEN, "", 1).strip() if reasons else "",
+        "answer": (after if reasons else before).strip(),
         "reference": row["reference"],
         "reason": row.get("reason"),
+        "verdicts": [f"{verdict['check']} {_PASSED[verdict['passed']]} ({verdict['reason']})" for verdict in verdicts],
     }
