@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-from distill.engines import requests_for, write_traces
 from distill.recipe import Generate, ModelSpec, Recipe
 from distill.runlog import Clock
 from distill.schema import TRACE
@@ -23,6 +22,7 @@ def run(recipe: Recipe) -> Manifest:
 
 def _generate(recipe: Recipe, teacher: ModelSpec, sampling: Generate, out: StageFolder) -> Manifest:
     # Imported here, so that a finished stage answers without loading torch.
+    from distill.engines import requests_for, write_traces
     from distill.engines.hf import HFEngine
     from distill.licences import licence_of
     from distill.models import load_chat_format, load_model, model_record, pick_device
