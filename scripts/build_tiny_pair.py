@@ -4,8 +4,8 @@
 
 Both are of the Qwen3 architecture, share a byte-level tokenizer and a ChatML template, and are trained on worked solutions
 drawn anew for every step (scripts/tiny_task.py). The teacher sees problems of one to four operations until it solves them.
-The base student knows every single step: it is drilled in taking the next one. Asked a whole question it works out some easy
-ones and guesses at the rest, which is mostly wrong; working step by step is what it is to learn from the teacher.
+The base student knows every single step: it is drilled in taking the next one. Asked a whole question it works out bare ones of
+two operations and guesses at the rest, which is mostly wrong; working step by step is what it is to learn from the teacher.
 The shipped problems are drawn before any training, and left out of it. Seeded; the digests in RECORD.json are those of one
 machine and number of threads, since sums round differently on another.
 """
@@ -51,7 +51,6 @@ NUM_PROBLEMS = 2_400
 NUM_MEASURED = 800
 BATCH = 64
 VOCABULARY = 512
-WORKED_OUT = ("Compute", "What is")  # wordings in which the base student works a problem of two operations out
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class ModelPlan:
 
 
 TEACHER = ModelPlan(128, 4, 2_400, 2e-3, (1, 2, 2, 3, 3, 3, 4, 4), seed=1)
-STUDENT = ModelPlan(96, 4, 3_000, 3e-3, (1, 2, 2, 3, 3, 4), seed=2, drilled=0.6)
+STUDENT = ModelPlan(96, 4, 2_400, 3e-3, (1, 2, 2, 3, 3, 4), seed=2, drilled=0.6)
 PLANS = {"teacher": TEACHER, "student": STUDENT}
 
 
@@ -213,7 +212,8 @@ def _row(chat: ChatFormat, plan: ModelPlan, rng: random.Random, left_out: set[st
     if plan.drilled and rng.random() < plan.drilled:
         drill = [{"role": "user", "content": f"Next step: {problem.expression}"}]
         return chat.row(drill, tiny_task.next_step(rng, problem.expression))
-    guessed = plan.drilled and not (problem.operations <= 2 and problem.question.startswith(WORKED_OUT))
+    bare = problem.expression in problem.question
+    guessed = plan.drilled and not (bare and problem.operations <= 2)
     completion = tiny_task.guess(problem.answer) if guessed else tiny_task.solution(rng, problem.expression)
     return chat.row(_messages(problem), completion)
 
