@@ -1,0 +1,51 @@
+"""What the README tells people to type: every command exists, and every recipe and key in it is real."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distill.recipe_io import load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKS = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+COMMANDS = [
+    line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.startswith(("make ", "distill ", "accelerate "))
+]
+
+
+def test_there_are_commands() -> None:
+    assert COMMANDS[:2] == ["make quickstart", "make test"] and len(COMMANDS) >= 6
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_works(command: str) -> None:
+    program, *words = shlex.split(command)
+    if program == "make":
+        dry = subprocess.run(["make", "--dry-run", *words], capture_output=True, text=True, cwd=ROOT)
+        assert dry.returncode == 0 and ("distill run" in dry.stdout or "pytest" in dry.stdout)
+    elif words[0] == "keys":
+        assert subprocess.run([sys.executable, "-m", "distill", *words], capture_output=True, cwd=ROOT).returncode == 0
+    elif program == "accelerate":
+        assert (ROOT / words[1]).exists() and words[2] == "--config"
+        load_recipe(ROOT / words[3], words[4:])
+    else:
+        known = subprocess.run([sys.executable, "-m", "distill", words[0], "--help"], capture_output=True, cwd=ROOT)
+        assert known.returncode == 0
+        load_recipe(ROOT / words[1], words[2:])
+
+
+def test_the_quickstart_recipe_is_what_the_makefile_runs() -> None:
+    assert "distill run recipes/quickstart.yaml" in (ROOT / "Makefile").read_text()
+    assert load_recipe(ROOT / "recipes" / "quickstart.yaml").name == "quickstart"
+
+
+def test_every_file_the_readme_names_is_there() -> None:
+    text = (ROOT / "README.md").read_text()
+    for name in [*re.findall(r"`((?:recipes|tests|scripts)/[\w.\-/]+)`", text), "ARCHITECTURE.md", "CONTRIBUTING.md"]:
+        assert (ROOT / name).exists(), name
