@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
 
-quickstart: $(VENV)/installed  ## the whole pipeline on the embedded tiny pair: about 4 minutes on 2 cores, no network
+quickstart: $(VENV)/installed  ## the whole pipeline on the embedded tiny pair, no network, no GPU
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} HF_HUB_OFFLINE=1 $(BIN)/distill run recipes/quickstart.yaml
 
 test: $(VENV)/installed-dev  ## the tests; the slow ones too where CI is set

@@ -18,10 +18,12 @@ from distill.storage import read_manifest, read_rows
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "gsm8k-worked-answers.yaml"
 pytestmark = pytest.mark.slow
+# glibc gives the 152k-row buffers back to the system at every step, and half of the time goes into getting them again.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 
 
 def run(*command: str | Path, **environment: str) -> str:
-    result = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, timeout=900)
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, timeout=2400)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -109,16 +111,16 @@ def test_a_random_student_learns_from_it_alike_in_one_process_and_in_two(sources
     overrides = [
         *sources,
         *("--student.model", str(student), "--student.adapter", "{type: full}", "--train.trainer_args.max_steps", "60"),
-        *("--train.trainer_args.learning_rate", "2e-3", "--train.max_length", "512"),
+        *("--train.trainer_args.learning_rate", "2e-3", "--train.max_length", "256"),
     ]
     accelerate = Path(sys.executable).parent / "accelerate"
     ends = {}
-    for processes, rows in ((1, 4), (2, 2)):
+    for processes, rows in ((1, 2), (2, 1)):
         folder = curated.parent / f"run-{processes}"
         shutil.copytree(curated, folder)
         launcher = [sys.executable] if processes == 1 else [accelerate, "launch", "--multi_gpu", "--num_processes", "2"]
         batch = ["--train.trainer_args.per_device_train_batch_size", str(rows), "--run_dir", str(folder)]
-        run(*launcher, ROOT / "distill" / "train.py", "--config", RECIPE, *overrides, *batch, ACCELERATE_USE_CPU="true")
+        run(*launcher, ROOT / "distill" / "train.py", "--config", RECIPE, *overrides, *batch, ACCELERATE_USE_CPU="true", **KEEP_MEMORY)
         manifest = read_manifest(folder / "student")
         assert manifest.facts["world_size"] == processes and manifest.facts["steps"] == 60
         logged = [json.loads(line) for line in (folder / "student" / "metrics.jsonl").read_text().splitlines()]

@@ -72,7 +72,7 @@ def train(recipe: Path, *, processes: int = 0, overrides: list[str] | None = Non
     launcher = [*LAUNCH, str(processes)] if processes else [sys.executable]
     command = [*launcher, str(ROOT / "distill" / "train.py"), "--config", str(recipe), *(overrides or [])]
     environment = {name: value for name, value in os.environ.items() if name != without}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]
     return recipe.with_suffix("") / "student"
 
@@ -138,7 +138,7 @@ def test_all_ranks_end_with_the_same_parameters(recipe: Callable[..., Path], tmp
         "run_stage('train', load_recipe(sys.argv[1]))\n"
     )
     command = [*LAUNCH, "2", str(script), str(path), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert first.keys() == second.keys() and any("lora" in name for name in first)
@@ -208,7 +208,7 @@ def test_ten_steps_equal_five_and_a_kill_and_five(recipe: Callable[..., Path]) -
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (student / "manifest.json").exists()
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0 and "going on from step 5" in result.stdout, result.stderr[-2000:]
     assert losses(student) == losses(undisturbed)  # to the last bit, and no step twice
     for name, value in adapter(undisturbed).items():
@@ -276,7 +276,7 @@ def test_over_long_rows_are_dropped_and_counted_or_cut_when_asked(recipe: Callab
 
 def test_nothing_that_fits_is_an_error_that_says_so(recipe: Callable[..., Path]) -> None:
     command = [sys.executable, str(ROOT / "distill" / "train.py"), "--config", str(recipe("none")), "--train.max_length", "3"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert result.returncode == 1 and "none of 48 traces fits into 3 tokens" in result.stderr and "Traceback" not in result.stderr
 
 
@@ -289,7 +289,7 @@ def test_a_loss_that_is_no_number_ends_training(recipe: Callable[..., Path], tin
     path = recipe("nan")
     path.write_text(path.read_text().replace(f"student:\n  model: {tiny_model_dir}", f"student:\n  model: {broken}"))
     command = [sys.executable, str(ROOT / "distill" / "train.py"), "--config", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert result.returncode == 1 and "Lower train.trainer_args.learning_rate" in result.stderr, result.stderr[-1500:]
     assert not (path.with_suffix("") / "student" / "manifest.json").exists()
 
@@ -297,7 +297,7 @@ def test_a_loss_that_is_no_number_ends_training(recipe: Callable[..., Path], tin
 def test_a_value_that_trl_refuses_is_an_error_of_the_recipe(recipe: Callable[..., Path]) -> None:
     path = recipe("refused", trainer_args={"lr_scheduler_type": "cosinus"})
     command = [sys.executable, str(ROOT / "distill" / "train.py"), "--config", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert result.returncode == 1 and "train.trainer_args" in result.stderr and "cosinus" in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -316,6 +316,6 @@ def test_a_finished_student_is_not_trained_again(recipe: Callable[..., Path]) ->
     student = train(path)
     before = (student / "manifest.json").stat().st_mtime_ns
     command = [sys.executable, str(ROOT / "distill" / "train.py"), "--config", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert "nothing to do" in result.stdout and (student / "manifest.json").stat().st_mtime_ns == before
     assert not math.isnan(read_manifest(student).facts["train_loss"])
