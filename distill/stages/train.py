@@ -7,6 +7,7 @@ checkpoint, and ends with the weights of an undisturbed one.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from distill.errors import ModelError
 from distill.recipe import Recipe
 from distill.runlog import Clock, is_main_process, say
 from distill.stages import folder
-from distill.storage import MANIFEST, Manifest, StageFolder, read_manifest, table_files
+from distill.storage import MANIFEST, Manifest, StageFolder, read_manifest, table_files, write_text
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
@@ -134,7 +135,17 @@ def _save(recipe: Recipe, target: Path, trainer: SFTTrainer) -> list[Path]:
         # Left by the trainer: a model card without results, its arguments as a pickle, a second copy of the tokenizer.
         if file.name in ("README.md", "training_args.bin") or (tokenizer / file.name).exists():
             file.unlink()
+    if recipe.student.adapter.type == "lora":
+        _order_modules(weights / "adapter_config.json")
     return [*weights.iterdir(), *tokenizer.iterdir()]
+
+
+def _order_modules(config: Path) -> None:
+    """Sorts the names in an adapter's config: peft writes a set, in another order each time."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    if isinstance(settings["target_modules"], list):
+        settings["target_modules"].sort()
+    write_text(config, json.dumps(settings, indent=2))
 
 
 def _check_world_size() -> None:
