@@ -72,13 +72,21 @@ class ChatFormat:
         ids = self._ids(completion)
         return [*ids, self.end_of_turn_id] if finished else ids
 
-    def row(self, messages: list[Message], completion: str) -> tuple[list[int], list[int]]:
+    def row(self, messages: list[Message], completion: str, *, finished: bool = True) -> tuple[list[int], list[int]]:
         """One training row: `input_ids` and `labels` of equal length, not shifted; `IGNORE` on the whole prompt."""
         text = self.prompt_text(messages)
         match = re.search(rf"{THINK_OPEN}\s*\Z", text)
-        prompt = self._ids(text)
-        answer = self.completion_ids(completion, match.group() if match else "")
-        return prompt + answer, [IGNORE] * len(prompt) + answer
+        return _labelled(self._ids(text), self.completion_ids(completion, match.group() if match else "", finished=finished))
+
+    def trace_row(self, trace: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """The training row of a trace.
+
+        What the student wrote itself is taken as the ids it drew: its text, tokenised anew, may be other ids, and a
+        cut-off text other letters. All others are read as text. A trace that did not end gets no end of turn.
+        """
+        if trace.get("author") == "student" and trace.get("completion_ids") is not None:
+            return _labelled(list(trace["prompt_ids"]), list(trace["completion_ids"]))
+        return self.row(trace["messages"], trace["completion"], finished=trace.get("finish_reason") != "length")
 
     def text_of(self, completion_ids: list[int], opening: str = "") -> str:
         """Generated ids as the whole text of the answer: without the end of the turn, with what the prompt opened."""
@@ -127,6 +135,10 @@ def chat_format(
     pad_id = _padding(tokenizer, stop_ids, pad_token)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
     return ChatFormat(tokenizer, kwargs, end_of_turn, stop_ids, pad_id)
+
+
+def _labelled(prompt_ids: list[int], completion_ids: list[int]) -> tuple[list[int], list[int]]:
+    return prompt_ids + completion_ids, [IGNORE] * len(prompt_ids) + completion_ids
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> int:

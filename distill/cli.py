@@ -29,6 +29,8 @@ app = typer.Typer(
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Redo = Annotated[bool, typer.Option("--redo", help="Delete this stage's folder first, and make it again.")]
+Round = Annotated[int, typer.Option("--round", min=0, help="The on-policy round, from 1; 0 is the training on traces before them.")]
+Shard = Annotated[str, typer.Option("--shard", metavar="I/N", help="Only the I-th of N parts, from 1, e.g. of a Slurm array.")]
 
 
 def main() -> None:
@@ -64,6 +66,14 @@ def run_all(context: typer.Context, recipe: RecipePath) -> None:
     run_pipeline(_load(recipe, context))
 
 
+@app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
+def rounds(context: typer.Context, recipe: RecipePath) -> None:
+    """The on-policy rounds: the student writes, the teacher scores, the student trains, and again."""
+    from distill.pipeline import run_rounds
+
+    run_rounds(_load(recipe, context))
+
+
 def _stage_command(name: str, help_text: str) -> None:
     def command(context: typer.Context, recipe: RecipePath, redo: Redo = False) -> None:
         from distill.pipeline import run_stage
@@ -76,7 +86,36 @@ def _stage_command(name: str, help_text: str) -> None:
 _stage_command("prompts", "Read the problems, and split held-out ones off.")
 _stage_command("generate", "Let the teacher write traces, or bring finished ones in.")
 _stage_command("curate", "Check the traces, and choose those to learn from.")
-_stage_command("train", "Train the student, in this process; for several: accelerate launch distill/train.py --config RECIPE.")
+
+
+@app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
+def score(context: typer.Context, recipe: RecipePath, redo: Redo = False, number: Round = 0, shard: Shard = "") -> None:
+    """Let the teacher read finished traces, and store its distributions; in several processes: accelerate launch -m distill score."""
+    from distill.pipeline import run_score_shard, run_stage
+
+    loaded = _load(recipe, context)
+    if shard:
+        run_score_shard(loaded, shard, number=number)
+    else:
+        run_stage("score", loaded, number=number, redo=redo)
+
+
+@app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
+def train(context: typer.Context, recipe: RecipePath, redo: Redo = False, number: Round = 0) -> None:
+    """Train the student, in this process; for several: accelerate launch distill/train.py --config RECIPE."""
+    from distill.pipeline import run_stage
+
+    run_stage("train", _load(recipe, context), number=number, redo=redo)
+
+
+@app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
+def rollouts(context: typer.Context, recipe: RecipePath, redo: Redo = False, number: Round = 1) -> None:
+    """Let the current student write the traces of an on-policy round."""
+    from distill.pipeline import run_stage
+
+    run_stage("rollouts", _load(recipe, context), number=number, redo=redo)
+
+
 _stage_command("evaluate", "Measure base, student and teacher on the held-out prompts.")
 _stage_command("report", "Make report.md and report.html from the run's files.")
 _stage_command("export", "Write the merged student, its adapter and a model card.")
@@ -88,6 +127,17 @@ def check(context: typer.Context, recipe: RecipePath) -> None:
     loaded = _load(recipe, context)
     if not importlib.import_module("distill.preflight").run(loaded):
         raise typer.Exit(1)
+
+
+@app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
+def pair(
+    context: typer.Context,
+    recipe: RecipePath,
+    prompts: Annotated[int, typer.Option(min=1, help="Training prompts to look at.")] = 32,
+) -> None:
+    """Measure on a few prompts whether this teacher can teach this student, before anything is spent."""
+    loaded = _load(recipe, context)
+    importlib.import_module("distill.pair").run(loaded, prompts)
 
 
 @app.command()

@@ -7,42 +7,70 @@ import importlib
 from distill.recipe import Recipe
 from distill.recipe_io import recipe_text
 from distill.runlog import is_main_process, ledger, nothing_to_do, say
-from distill.stages import FOLDERS, folder, run_dir
+from distill.stages import ROUND_STAGES, folder, run_dir, stages_of
 from distill.storage import MANIFEST, Manifest, delete_stage, write_text
 
-_UNITS = {"prompts": "prompts", "generate": "traces", "curate": "traces", "train": "rows", "evaluate": "answers"}
+_UNITS = {
+    "prompts": "prompts",
+    "generate": "traces",
+    "curate": "traces",
+    "score": "traces",
+    "train": "rows",
+    "rollouts": "traces",
+    "evaluate": "answers",
+}
 
 
-def stages_of(recipe: Recipe) -> list[str]:
-    """The stages a recipe asks for, in order."""
-    left_out = {name for name, section in (("evaluate", recipe.evaluate), ("export", recipe.export)) if section is None}
-    return [name for name in FOLDERS if name not in left_out]
-
-
-def run_stage(name: str, recipe: Recipe, *, redo: bool = False) -> Manifest:
+def run_stage(name: str, recipe: Recipe, *, number: int = 0, redo: bool = False) -> Manifest:
     """Runs a stage, or finds it done, and says so in one line.
 
     Args:
         name: A key of `FOLDERS`.
         recipe: The recipe.
+        number: Of the on-policy round, from 1; 0 for the stages outside the rounds.
         redo: Delete what an earlier run made of this stage.
     """
-    target = folder(recipe, name)
+    target = folder(recipe, name, number)
     if is_main_process():
         if redo:
             delete_stage(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_text(run_dir(recipe) / "recipe.yaml", recipe_text(recipe))
-    module = "import_traces" if name == "generate" and recipe.traces is not None else name
+    module = importlib.import_module(f"distill.stages.{_module(name, recipe)}")
     done_before = (target / MANIFEST).exists()
-    manifest: Manifest = importlib.import_module(f"distill.stages.{module}").run(recipe)
+    manifest: Manifest = module.run(recipe, number) if name in ROUND_STAGES else module.run(recipe)
     say(nothing_to_do(manifest, target) if done_before else ledger(manifest, unit=_UNITS.get(name, "rows")))
     return manifest
 
 
+def _module(name: str, recipe: Recipe) -> str:
+    return "import_traces" if name == "generate" and recipe.traces is not None else name
+
+
+def run_score_shard(recipe: Recipe, shard: str, *, number: int = 0) -> None:
+    """Scores one part of the traces, `i/n` counted from 1; whoever finds all parts there completes the stage."""
+    importlib.import_module("distill.stages.score").run_shard(recipe, shard, number)
+
+
+def run_rounds(recipe: Recipe) -> None:
+    """Runs the on-policy rounds that are still to do, until the last one or a stop condition of `rollouts`."""
+    for number in range(1, recipe.rounds + 1):
+        say(f"\nround {number} of {recipe.rounds}")
+        for name in ROUND_STAGES:
+            stop = run_stage(name, recipe, number=number).facts.get("stop")
+            if stop is not None:
+                say(f"\nthe rounds end here: {stop}")
+                return
+
+
 def run_pipeline(recipe: Recipe) -> None:
     """Runs all stages and ends with the table of results and the path of the report."""
-    for name in stages_of(recipe):
+    stages = stages_of(recipe)
+    measured_from = next(place for place, name in enumerate(stages) if name in ("evaluate", "report"))
+    for name in stages[:measured_from]:
+        run_stage(name, recipe)
+    run_rounds(recipe)
+    for name in stages[measured_from:]:
         run_stage(name, recipe)
     report = folder(recipe, "report")
     say("\n" + (report / "summary.txt").read_text(encoding="utf-8"))

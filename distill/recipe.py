@@ -7,28 +7,15 @@ are made but not which rows are made is named in `speed_only`, and so does not m
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from distill.trainer_args import check_trainer_args
+from distill.recipe_base import PositiveInt, Sampling, Section
+from distill.recipe_learning import Rollouts, Score, Train
 
-PositiveInt = Annotated[int, Field(ge=1)]
 CheckName = Literal["finish", "think", "math"]
 ModelRole = Literal["base", "student", "teacher"]
-
-
-class Section(BaseModel):
-    """Base of all recipe sections: unknown keys are errors, types are not coerced, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
-
-    speed_only: ClassVar[frozenset[str]] = frozenset()
-    """Fields that change how fast rows are made, not which."""
-
-    def identity(self) -> dict[str, Any]:
-        """The settings that decide which rows a stage makes, as plain JSON values."""
-        return self.model_dump(mode="json", exclude=set(self.speed_only))
 
 
 class ModelSpec(Section):
@@ -203,36 +190,6 @@ class Traces(Section):
         return self
 
 
-class Sampling(Section):
-    """How tokens are drawn."""
-
-    speed_only = frozenset({"batch_size"})
-
-    samples_per_prompt: PositiveInt = 1
-    """Traces for each prompt."""
-    max_new_tokens: PositiveInt = 4096
-    """Longest answer, in tokens of its author."""
-    temperature: Annotated[float, Field(ge=0)] = 0.6
-    """0 takes the most probable token."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    """Nucleus: the smallest set of tokens whose probability reaches this."""
-    top_k: Annotated[int, Field(ge=0)] = 0
-    """Only the k most probable tokens; 0 means all."""
-    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Only tokens at least this probable relative to the most probable one."""
-    batch_size: PositiveInt = 16
-    """Sequences at once; halved by itself when memory runs out."""
-
-    @model_validator(mode="after")
-    def _greedy_has_one_sample(self) -> Sampling:
-        if self.temperature == 0 and self.samples_per_prompt > 1:
-            raise ValueError("temperature 0 writes the same answer every time; use samples_per_prompt: 1")
-        fields = type(self).model_fields
-        if self.temperature == 0 and any(getattr(self, name) != fields[name].default for name in ("top_p", "top_k", "min_p")):
-            raise ValueError("temperature 0 ignores top_p, top_k and min_p; leave them out")
-        return self
-
-
 class Generate(Sampling):
     """The teacher writes traces, through transformers in this process, on CPU or GPU."""
 
@@ -242,7 +199,7 @@ class Curate(Section):
 
     speed_only = frozenset({"workers"})
 
-    checks: list[CheckName] = ["finish", "think", "math"]
+    checks: list[CheckName] = Field(default_factory=lambda: list(get_args(CheckName)))
     """Every one must pass. finish: ended by itself; think: reasoning, then an answer; math: the answer is right."""
     keep_unjudged: bool = False
     """Keep traces that a check could not judge (no reference, or the checker ran out of time)."""
@@ -256,28 +213,10 @@ class Curate(Section):
     """Processes that check answers; null means one a core."""
 
 
-class Train(Section):
-    """The student learns."""
-
-    method: Literal["sft"] = "sft"
-    """sft: negative log-likelihood on the traces."""
-    max_length: PositiveInt = 4096
-    """Longest prompt + completion, in the student's tokens."""
-    overlong: Literal["drop", "cut"] = "drop"
-    """What happens to longer rows: dropped and counted, or cut at the end (which loses the answer)."""
-    trainer_args: dict[str, Any] = Field(default_factory=dict)
-    """Any field of `trl.SFTConfig`: learning_rate, num_train_epochs, packing, report_to, ..."""
-
-    @field_validator("trainer_args")
-    @classmethod
-    def _known_fields(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return check_trainer_args(value)
-
-
 class Evaluate(Sampling):
     """Base, student and teacher answer the held-out prompts."""
 
-    models: list[ModelRole] = ["base", "student", "teacher"]
+    models: list[ModelRole] = Field(default_factory=lambda: list(get_args(ModelRole)))
     """Who is measured; base is the student before training."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 takes the most probable token."""
@@ -337,8 +276,14 @@ class Recipe(Section):
     """Finished traces from elsewhere. Exactly one of `generate` and `traces` is given."""
     curate: Curate = Curate()
     """Which traces are kept."""
+    score: Score | None = None
+    """What is stored of the teacher's thoughts on the traces; needed by train.method kd and by on-policy rounds."""
     train: Train = Train()
     """How the student learns."""
+    rounds: Annotated[int, Field(ge=0)] = 0
+    """On-policy rounds after the training on traces: the student writes, the teacher scores, the student trains (method kd)."""
+    rollouts: Rollouts | None = None
+    """What the student writes in the rounds, and when they end."""
     evaluate: Evaluate | None = Evaluate()
     """How it is measured; null leaves the stage out."""
     report: Report = Report()
@@ -346,10 +291,24 @@ class Recipe(Section):
     export: Export | None = Export()
     """How it is written out; null leaves the stage out."""
 
+    @property
+    def learns_from_traces(self) -> bool:
+        """Whether traces are written or brought before training: not where a student only learns from its own."""
+        only_own = self.rounds > 0 and self.rollouts is not None and self.rollouts.start == "base" and self.rollouts.teacher_share == 0
+        return self.train.method in ("sft", "kd") and not only_own
+
+    @property
+    def scores_traces(self) -> bool:
+        """Whether the teacher scores the curated traces, beside the student's own in the rounds."""
+        shared = self.rounds > 0 and self.rollouts is not None and self.rollouts.teacher_share > 0
+        return self.learns_from_traces and (self.train.method == "kd" or shared)
+
     @model_validator(mode="after")
     def _sections_fit(self) -> Recipe:
-        if (self.generate is None) == (self.traces is None):
+        if self.learns_from_traces and (self.generate is None) == (self.traces is None):
             raise ValueError("give exactly one of the sections generate (a teacher writes) and traces (you bring them)")
+        if not self.learns_from_traces and (self.generate is not None or self.traces is not None):
+            raise ValueError("nothing here learns from traces, so leave the sections generate and traces out")
         if self.generate is not None and self.teacher is None:
             raise ValueError("generate needs a teacher: add a section teacher with a key model")
         if self.evaluate is not None:
@@ -357,4 +316,24 @@ class Recipe(Section):
                 raise ValueError("evaluate.models names teacher, but there is no section teacher")
             if self.prompts.heldout_size == 0:
                 raise ValueError("evaluate needs held-out prompts: raise prompts.heldout_size, or set evaluate: null")
+        return self
+
+    @model_validator(mode="after")
+    def _distillation_fits(self) -> Recipe:
+        if (self.rounds > 0) != (self.rollouts is not None):
+            raise ValueError("rounds and the section rollouts go together: give both or neither")
+        if self.rounds and self.train.method not in ("sft", "kd"):
+            raise ValueError(f"rounds repeat stored-target distillation; train.method {self.train.method} is on-policy by itself")
+        uses_targets = self.rounds > 0 or self.train.method == "kd"
+        if uses_targets != (self.score is not None):
+            advice = "add it" if uses_targets else "leave it out"
+            raise ValueError(f"the section score goes with train.method kd or with rounds: {advice}")
+        if not uses_targets and "kd" in self.train.model_fields_set:
+            raise ValueError("train.kd would be ignored: set train.method kd, or rounds")
+        if self.score is not None:
+            if self.teacher is None:
+                raise ValueError("score needs a teacher: add a section teacher with a key model")
+            self.train.kd.objective(self.score.target)
+            if self.rollouts is not None and self.rollouts.stop_kl is not None and self.score.target.kind == "sampled":
+                raise ValueError("rollouts.stop_kl can't be measured from sampled targets; use top_k or chosen_token")
         return self

@@ -21,7 +21,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from distill.errors import RecipeError
 from distill.recipe import Recipe
 
-_TAGS = {"lora", "full"}  # pydantic puts the tag of a chosen union member into an error's location
+_TAGS = {"lora", "full", "top_k", "sampled", "chosen_token"}  # pydantic puts the tag of a chosen union member into an error's location
 
 
 class KeyInfo(typing.NamedTuple):

@@ -92,7 +92,7 @@ class StageFolder:
         self.path = path
         self.stage = stage
         self.settings = json.loads(json.dumps(settings))
-        self.inputs = {folder.name: read_manifest(folder).digest for folder in inputs}
+        self.inputs = {_name_in_run(folder): read_manifest(folder).digest for folder in inputs}
         self.manifest: Manifest | None = None
         self._tables: dict[str, list[Shard]] = {}
 
@@ -312,6 +312,12 @@ def digest_file(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _name_in_run(folder: Path) -> str:
+    """A stage's folder as its run names it: `curated`, or `rounds/01/targets`."""
+    *_, grandparent, parent, name = ("", "", *folder.parts)
+    return f"{grandparent}/{parent}/{name}" if grandparent == "rounds" else name
 
 
 def _commit(temporary: Path, final: Path) -> None:

@@ -38,7 +38,7 @@ from distill import __version__
 from distill.chat import IGNORE, ChatFormat, chat_format
 from distill.engines import requests_for
 from distill.engines.hf import HFEngine
-from distill.recipe import Sampling
+from distill.recipe_base import Sampling
 from distill.runlog import versions
 from distill.schema import prompt_id
 

@@ -15,7 +15,8 @@ from distill.engines import requests_for
 from distill.engines.hf import HFEngine
 from distill.errors import DataError
 from distill.models import load_chat_format, load_model
-from distill.recipe import ModelSpec, Sampling
+from distill.recipe import ModelSpec
+from distill.recipe_base import Sampling
 from distill.schema import prompt_id
 
 FOLDER = Path(embedded.__file__).parent

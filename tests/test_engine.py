@@ -14,7 +14,8 @@ from distill.chat import ChatFormat
 from distill.engines import Request, request_seed, requests_for, write_traces
 from distill.engines.hf import HFEngine, SeededSampler
 from distill.models import load_chat_format, load_model
-from distill.recipe import ModelSpec, Sampling
+from distill.recipe import ModelSpec
+from distill.recipe_base import Sampling
 from distill.schema import prompt_id
 from distill.storage import Journal
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from distill.batching import by_length
-from distill.recipe import Sampling
+from distill.recipe_base import Sampling
 from distill.runlog import progress
 from distill.schema import Message
 from distill.storage import Journal

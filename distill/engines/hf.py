@@ -22,7 +22,7 @@ from distill.batching import MemoryGuard
 from distill.chat import ChatFormat
 from distill.engines import Completion, Request
 from distill.models import free_memory
-from distill.recipe import Sampling
+from distill.recipe_base import Sampling
 
 
 class SeededSampler(LogitsProcessor):

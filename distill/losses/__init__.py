@@ -2,6 +2,7 @@
 
     distillation   the one public function: arguments, checks, what comes back
     sparse         the teacher's side: a few candidates for each position, and what the rest holds
+    settings       what can be asked for, and for which kind of targets
     objective      values and gradients at a position, on K candidates, the written token and all others
     divergences    the KL family between two such distributions
     chunked        the vocabulary: head, softmax and gradients, a few hundred positions at once

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distill.losses.objective import Objective, PositionLosses, position_losses
+from distill.losses.objective import PositionLosses, position_losses
+from distill.losses.settings import Objective
 from distill.losses.sparse import SparseTargets
 
 # 128 MiB of float32: above some hundred positions the products with the head don't get faster.

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from distill.errors import DataError, ModelError, RecipeError
 from distill.losses.chunked import ChunkedLoss, Head, Sums
-from distill.losses.objective import Divergence, Objective
+from distill.losses.settings import Divergence, Objective
 from distill.losses.sparse import SparseTargets, check_targets
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from distill.errors import DataError
-
-Kind = Literal["top_k", "sampled", "chosen_token"]
+from distill.losses.settings import Kind
 
 LOG_REST_FLOOR = -88.0
 """A rest that the teacher holds for impossible is taken as exp(-88), where float32 and the codec end. Without it a

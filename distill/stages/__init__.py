@@ -1,21 +1,33 @@
-"""Stages read folders and write a folder. They talk through files and never import each other."""
+"""Stages read folders and write a folder. They talk through files and never import each other.
+
+A run's stages stand side by side in its folder. An on-policy round repeats some of them, in `rounds/01`, `rounds/02`, ...
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from distill.errors import DataError
 from distill.recipe import Recipe
+from distill.storage import read_manifest
 
 FOLDERS = {
     "prompts": "prompts",
     "generate": "traces",
     "curate": "curated",
+    "score": "targets",
     "train": "student",
+    "rollouts": "rollouts",
     "evaluate": "eval",
     "report": "report",
     "export": "export",
 }
-"""Stage name and the folder it writes inside the run, in the order of the pipeline."""
+"""Stage name and the folder it writes inside the run or the round, in the order of the pipeline."""
+
+ROUND_STAGES = ("rollouts", "score", "train")
+"""What an on-policy round consists of: the student writes, the teacher scores, the student trains."""
+
+ROUNDS = "rounds"
 
 
 def run_dir(recipe: Recipe) -> Path:
@@ -23,6 +35,62 @@ def run_dir(recipe: Recipe) -> Path:
     return Path(recipe.run_dir or f"runs/{recipe.name}")
 
 
-def folder(recipe: Recipe, stage: str) -> Path:
-    """The folder that a stage writes."""
-    return run_dir(recipe) / FOLDERS[stage]
+def folder(recipe: Recipe, stage: str, number: int = 0) -> Path:
+    """The folder that a stage writes, in an on-policy round if a number from 1 is given."""
+    place = run_dir(recipe) / ROUNDS / f"{number:02d}" if number else run_dir(recipe)
+    return place / FOLDERS[stage]
+
+
+def stages_of(recipe: Recipe) -> list[str]:
+    """The stages a recipe asks for, in order, without those inside the rounds."""
+    learns = recipe.learns_from_traces
+    wanted = {
+        "prompts": True,
+        "generate": learns,
+        "curate": learns,
+        "score": recipe.scores_traces,
+        "train": learns or recipe.train.method in ("on_policy", "cross_tokenizer"),
+        "rollouts": False,
+        "evaluate": recipe.evaluate is not None,
+        "report": True,
+        "export": recipe.export is not None,
+    }
+    return [name for name in FOLDERS if wanted[name]]
+
+
+def last_round(recipe: Recipe) -> int:
+    """The round that trained the last student; 0 where there are no rounds, or the first was stopped before it trained.
+
+    Raises:
+        MissingStageError: the rounds are not finished.
+    """
+    for number in range(1, recipe.rounds + 1):
+        if "stop" in read_manifest(folder(recipe, "rollouts", number)).facts:
+            return number - 1
+        if "stop" in read_manifest(folder(recipe, "train", number)).facts:
+            return number
+    return recipe.rounds
+
+
+def student_folder(recipe: Recipe) -> Path:
+    """The folder of the student that is measured and exported: the last one trained.
+
+    Raises:
+        MissingStageError: the rounds are not finished.
+        DataError: the rounds ended before any student was trained.
+    """
+    number = last_round(recipe)
+    if number == 0 and "train" not in stages_of(recipe):
+        raise DataError(
+            f"{folder(recipe, 'rollouts', 1)}: the rounds were stopped before any training, so there is no student. "
+            "Raise the limit that stopped them (rollouts.stop_...), and run with another run_dir."
+        )
+    return folder(recipe, "train", number)
+
+
+def previous_student(recipe: Recipe, number: int) -> Path | None:
+    """The folder of the student that writes in a round; null for the one before any training."""
+    assert recipe.rollouts is not None  # the recipe was validated
+    if number == 1 and recipe.rollouts.start == "base":
+        return None
+    return folder(recipe, "train", number - 1)

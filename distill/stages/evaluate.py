@@ -16,7 +16,7 @@ from distill.intervals import gap_recovered, mean_interval, resampled_means
 from distill.recipe import Evaluate, Recipe
 from distill.runlog import Clock, progress
 from distill.schema import ANSWER, SCORE, TRACE
-from distill.stages import folder
+from distill.stages import folder, student_folder
 from distill.storage import Manifest, StageFolder, check_files, read_rows
 
 TASK = "heldout"
@@ -30,7 +30,7 @@ def run(recipe: Recipe) -> Manifest:
     specs = {"student": recipe.student.identity()}
     if recipe.teacher is not None and "teacher" in evaluate.models:
         specs["teacher"] = recipe.teacher.identity()
-    inputs = [folder(recipe, "prompts"), *([folder(recipe, "train")] if "student" in evaluate.models else [])]
+    inputs = [folder(recipe, "prompts"), *([student_folder(recipe)] if "student" in evaluate.models else [])]
     settings = {**specs, "evaluate": evaluate.identity(), "seed": recipe.seed}
     with StageFolder(folder(recipe, "evaluate"), "evaluate", settings, inputs) as out:
         return out.manifest or _evaluate(recipe, evaluate, out)
@@ -76,7 +76,7 @@ def _engine(recipe: Recipe, evaluate: Evaluate, role: str) -> tuple[Any, dict[st
     spec = recipe.teacher if role == "teacher" else recipe.student
     assert spec is not None  # the recipe was validated
     if role == "student":
-        trained = folder(recipe, "train")
+        trained = student_folder(recipe)
         check_files(trained)
         model = load_trained(spec, recipe.student.adapter, trained, device)
     else:

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from distill.errors import DataError, ModelError
 from distill.licences import UNKNOWN, check_terms, hub_licence, licence_of
 from distill.pages import render
-from distill.recipe import Export, Recipe, Sampling
+from distill.recipe import Export, Recipe
+from distill.recipe_base import Sampling
 from distill.recipe_io import recipe_text
 from distill.runlog import Clock, progress, say
-from distill.stages import FOLDERS, folder, run_dir
+from distill.stages import FOLDERS, folder, run_dir, stages_of, student_folder
 from distill.storage import Manifest, StageFolder, check_files, read_manifest, read_rows, write_text
 from distill.summary import RESULT_COLUMNS, lineage, results_rows, summarise
 
@@ -42,7 +43,7 @@ def run(recipe: Recipe) -> Manifest:
     if export is None:
         raise DataError("export: this recipe leaves the stage out (export: null). Give it a section export.")
     settings = {"export": export.identity(), "student": recipe.student.identity(), "name": model_name(recipe, export)}
-    inputs = [folder(recipe, "train"), *([folder(recipe, "evaluate")] if recipe.evaluate is not None else [])]
+    inputs = [student_folder(recipe), *([folder(recipe, "evaluate")] if recipe.evaluate is not None else [])]
     with StageFolder(folder(recipe, "export"), "export", settings, inputs) as out:
         return out.manifest or _export(recipe, export, out)
 
@@ -56,7 +57,7 @@ def _export(recipe: Recipe, export: Export, out: StageFolder) -> Manifest:
     clock = Clock()
     author, licence = _author(recipe)
     notes = check_terms(author, model_name(recipe, export), licence=licence, student=recipe.student.model)
-    check_files(folder(recipe, "train"))
+    check_files(student_folder(recipe))
     for leftover in ("model", "adapter"):
         shutil.rmtree(out.path / leftover, ignore_errors=True)
 
@@ -99,7 +100,7 @@ def _load_original(recipe: Recipe) -> Any:
     from distill.models import load_trained, num_parameters, pick_device
 
     spec, device = recipe.student.model_copy(update=_PLAIN), pick_device()
-    model: Any = load_trained(spec, recipe.student.adapter, folder(recipe, "train"), torch.device("cpu"), merge=False)
+    model: Any = load_trained(spec, recipe.student.adapter, student_folder(recipe), torch.device("cpu"), merge=False)
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > _HEADROOM * 4 * num_parameters(model):
         model.to(device)
     return model
@@ -182,7 +183,7 @@ def _save(recipe: Recipe, export: Export, model: Any, chat: ChatFormat, target: 
 
     student = recipe.student
     if student.adapter.type == "lora":
-        shutil.copytree(folder(recipe, "train") / "adapter", target / "adapter")
+        shutil.copytree(student_folder(recipe) / "adapter", target / "adapter")
         model = model.merge_and_unload()
     dtype: str = export.dtype
     if dtype == "auto":
@@ -211,9 +212,7 @@ def _generation_config(sampling: Sampling | None, chat: ChatFormat) -> Any:
 def _card(recipe: Recipe, export: Export, facts: dict[str, Any]) -> str:
     """The model card."""
     student, prompts = recipe.student, recipe.prompts
-    stages = {name: place for name, place in FOLDERS.items() if name not in ("report", "export")}
-    if recipe.evaluate is None:
-        del stages["evaluate"]
+    stages = {name: FOLDERS[name] for name in stages_of(recipe) if name not in ("report", "export")}
     summary = summarise(run_dir(recipe), stages)
     licence = licence_of(student.model, student.licence)
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", student.model) and not Path(student.model).exists()

@@ -11,7 +11,7 @@ from distill.recipe import Recipe
 from distill.recipe_io import recipe_text
 from distill.runlog import Clock
 from distill.schema import THINK_CLOSE, THINK_OPEN
-from distill.stages import FOLDERS, folder, run_dir
+from distill.stages import FOLDERS, folder, run_dir, stages_of, student_folder
 from distill.storage import Manifest, StageFolder, read_rows, write_text
 from distill.summary import (
     RESULT_COLUMNS,
@@ -27,13 +27,12 @@ from distill.summary import (
 )
 
 Row = dict[str, Any]
-_SOURCES = ("prompts", "generate", "curate", "train", "evaluate")
 _PASSED = {True: "passed", False: "failed", None: "not judged"}
 
 
 def run(recipe: Recipe) -> Manifest:
     """Writes `report.html`, `report.md` and `summary.txt`."""
-    stages = [stage for stage in _SOURCES if stage != "evaluate" or recipe.evaluate is not None]
+    stages = [stage for stage in stages_of(recipe) if stage not in ("report", "export")]
     inputs = [folder(recipe, stage) for stage in stages]
     with StageFolder(folder(recipe, "report"), "report", {"report": recipe.report.identity()}, inputs) as out:
         return out.manifest or _report(recipe, stages, out)
@@ -70,7 +69,7 @@ def _page(recipe: Recipe, summary: RunSummary) -> dict[str, Any]:
 def _pictures(recipe: Recipe, summary: RunSummary) -> dict[str, str | None]:
     from distill.plots import accuracy_bars, funnel_bars, loss_curve
 
-    logged = metrics(folder(recipe, "train") / "metrics.jsonl")
+    logged = metrics(student_folder(recipe) / "metrics.jsonl")
     return {
         "accuracy_svg": accuracy_bars(summary.results) if summary.results else None,
         "loss_svg": loss_curve([entry["step"] for entry in logged], [entry["loss"] for entry in logged]) if logged else None,

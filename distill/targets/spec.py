@@ -8,14 +8,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class TopK(_Spec):
     """The k most probable tokens with their log-probabilities, and the mass of all others."""
 
     kind: Literal["top_k"] = "top_k"
+    """`top_k`."""
     k: Annotated[int, Field(ge=1)] = 64
+    """Number of candidates a position."""
     min_probability: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Leave out candidates less probable than this (never the first); their mass counts as rest."""
 
@@ -24,6 +26,7 @@ class Sampled(_Spec):
     """N draws with replacement from the teacher: an unbiased estimate of its whole distribution (arXiv 2503.16870)."""
 
     kind: Literal["sampled"] = "sampled"
+    """`sampled`."""
     draws: Annotated[int, Field(ge=1, le=65_535)] = 50
     """N, the number of draws a position."""
     proposal_temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -31,6 +34,7 @@ class Sampled(_Spec):
     stratified: bool = False
     """One draw from each N-th of the distribution: as unbiased as independent draws, with less noise."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of the draws."""
 
     @property
     def weighted(self) -> bool:
@@ -42,6 +46,7 @@ class ChosenToken(_Spec):
     """The log-probability of the written token alone (arXiv 2604.13010)."""
 
     kind: Literal["chosen_token"] = "chosen_token"
+    """`chosen_token`."""
 
 
 TargetSpec = TopK | Sampled | ChosenToken

@@ -11,7 +11,7 @@ from datasets import Dataset, disable_progress_bars, enable_progress_bars, load_
 
 from distill.chat import IGNORE, ChatFormat
 from distill.errors import DataError
-from distill.recipe import Train
+from distill.recipe_learning import Train
 
 
 class TrainingRows(NamedTuple):

@@ -1,0 +1,63 @@
+"""A causal language model in two parts: the backbone that gives hidden states, and the head that makes logits of them.
+
+Taking the two apart is what lets a vocabulary of 152,000 tokens be worked on a few hundred positions at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from distill.errors import ModelError
+from distill.losses.distillation import StudentHead
+
+
+def backbone(model: PreTrainedModel) -> torch.nn.Module:
+    """The model without its head; its output's `last_hidden_state` lies behind the last norm."""
+    found: Any = model.base_model
+    if found is model:
+        raise ModelError(f"{type(model).__name__}: has no backbone apart from its head. Use a causal language model of transformers.")
+    return found  # type: ignore[no-any-return]
+
+
+def head_of(model: PreTrainedModel, vocab_size: int | None = None) -> StudentHead:
+    """The head of a model, with what its family does to the logits, as each config names it.
+
+    Args:
+        model: A causal language model.
+        vocab_size: Number of token ids; rows of the head behind it are padding. None takes every row for a token.
+
+    Raises:
+        ModelError: the model has no head, or one with fewer rows than there are tokens.
+    """
+    layer: Any = model.get_output_embeddings()
+    if layer is None:
+        raise ModelError(f"{type(model).__name__}: has no output embeddings. Use a causal language model.")
+    config = model.config.get_text_config()
+    rows = layer.weight.shape[0]
+    # Under DeepSpeed ZeRO-3 the shape is empty until the weight is gathered.
+    if vocab_size is not None and 0 < rows < vocab_size:
+        raise ModelError(f"{type(model).__name__}: has {rows:,} rows for {vocab_size:,} tokens. Its tokenizer is not its own.")
+    return StudentHead(layer.weight, layer.bias, vocab_size, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+
+
+def logits_of(hidden_nH: Tensor, head: StudentHead) -> Tensor:
+    """(n, V) logits of some positions, in the type of the head; without the rows that pad it."""
+    logits_nV = torch.nn.functional.linear(hidden_nH.to(head.weight_VH.dtype), head.weight_VH, head.bias_V)[:, : head.vocab_size]
+    if head.logit_scale != 1:
+        logits_nV = logits_nV * head.logit_scale
+    return logits_nV if head.softcap is None else (logits_nV / head.softcap).tanh() * head.softcap
+
+
+def _logit_scale(config: Any) -> float:
+    """Factor of the logits before any cap: Cohere, Muse and Falcon-H1 name one, Granite and MiniCPM3 a divisor."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is None:
+        return 1.0
+    return float(divisor) if config.model_type == "hyperclovax" else 1 / float(divisor)
