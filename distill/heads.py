@@ -38,8 +38,7 @@ def head_of(model: PreTrainedModel, vocab_size: int | None = None) -> StudentHea
         raise ModelError(f"{type(model).__name__}: has no output embeddings. Use a causal language model.")
     config = model.config.get_text_config()
     rows = layer.weight.shape[0]
-    # Under DeepSpeed ZeRO-3 the shape is empty until the weight is gathered.
-    if vocab_size is not None and 0 < rows < vocab_size:
+    if vocab_size is not None and rows < vocab_size:
         raise ModelError(f"{type(model).__name__}: has {rows:,} rows for {vocab_size:,} tokens. Its tokenizer is not its own.")
     return StudentHead(layer.weight, layer.bias, vocab_size, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
 

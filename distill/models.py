@@ -108,7 +108,14 @@ def lora_config(adapter: LoraAdapter) -> LoraConfig:
 
 
 def load_trained(
-    spec: ModelSpec, adapter: Adapter, folder: Path, device: torch.device, *, merge: bool = True
+    spec: ModelSpec,
+    adapter: Adapter,
+    folder: Path,
+    device: torch.device,
+    *,
+    merge: bool = True,
+    dtype: torch.dtype | None = None,
+    trainable: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """The student after training, from the folder of the train stage.
 
@@ -118,12 +125,15 @@ def load_trained(
         folder: Folder of the train stage.
         device: Where to put it.
         merge: Add the adapter into the weights, which makes inference faster; not done to 4-bit weights.
+        dtype: Overrides `spec.dtype`.
+        trainable: To be trained further.
     """
     if adapter.type == "full":
         # The folder holds whole weights; the spec's revision and quantisation belong to what it started from.
         trained = spec.model_copy(update={"model": str(folder / "model"), "revision": None, "quantization": "none"})
-        return load_model(trained, device)
-    model = PeftModel.from_pretrained(load_model(spec, device), str(folder / "adapter"))
+        return load_model(trained, device, dtype)
+    base = load_model(spec, device, dtype)
+    model = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=trainable)
     model = model.merge_and_unload() if merge and spec.quantization == "none" else model
     return model.eval()
 

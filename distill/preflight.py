@@ -109,7 +109,7 @@ def _trainer_arguments(recipe: Recipe) -> str:
     from distill.trainers.arguments import precision_name, training_arguments
 
     device = pick_device()
-    arguments = training_arguments(recipe, run_dir(recipe) / "checkpoints", device)
+    arguments = training_arguments(recipe, recipe.train, run_dir(recipe) / "checkpoints", device)
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     return f"{precision_name(arguments)} on {device}, {batch} rows an optimizer step and process, learning rate {arguments.learning_rate:g}"
 

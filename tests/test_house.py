@@ -27,6 +27,7 @@ LAYERS = [
     {f"stages.{name}" for name in STAGES},
     {"stages", "trainers.arguments", "trainers.callbacks", "plots", "pages"},
     {"scoring", "trainers.kd", "trainers.live", "trainers.rows"},
+    {"trainers.targets"},
     {"engines.hf", "checks.math", "summary", "sources", "targets.files", "targets.kinds", "heads", "vocabulary"},
     {"losses.distillation"},
     {"losses.chunked"},

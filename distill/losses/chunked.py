@@ -68,6 +68,7 @@ class ChunkedLoss(torch.autograd.Function):
         targets: SparseTargets,
         labels_N: Tensor,
         position_weights_N: Tensor | None,
+        falls_back_N: Tensor | None,
         chunk_size: int | None,
         with_gradient: bool,
     ) -> tuple[Tensor, ...]:
@@ -80,7 +81,8 @@ class ChunkedLoss(torch.autograd.Function):
             for start in range(0, len(rows_M), work.chunk_size):
                 rows_n = rows_M[start : start + work.chunk_size]
                 weights_n = None if position_weights_N is None else position_weights_N[rows_n].to(work.dtype)
-                sums += work.chunk(rows_n, labels_N[rows_n], targets.take(rows_n), weights_n)
+                falls_back_n = None if falls_back_N is None else falls_back_N[rows_n]
+                sums += work.chunk(rows_n, labels_N[rows_n], targets.take(rows_n), weights_n, falls_back_n)
         ctx.scale = work.scale
         ctx.dtypes = hidden_NH.dtype, weight_VH.dtype, None if bias_V is None else bias_V.dtype
         ctx.save_for_backward(work.grad_hidden_NH, work.grad_weight_VH, work.grad_bias_V)
@@ -101,7 +103,7 @@ class ChunkedLoss(torch.autograd.Function):
             None if gradient is None else gradient.mul_(factor).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *by_input, None, None, None, None, None, None, None
+        return *by_input, None, None, None, None, None, None, None, None
 
 
 class _Work:
@@ -128,7 +130,9 @@ class _Work:
             for needed, tensor in zip(needs, (hidden_NH, head.weight_VH, head.bias_V), strict=True)
         )
 
-    def chunk(self, rows_n: Tensor, labels_n: Tensor, targets: SparseTargets, weights_n: Tensor | None) -> Tensor:
+    def chunk(
+        self, rows_n: Tensor, labels_n: Tensor, targets: SparseTargets, weights_n: Tensor | None, falls_back_n: Tensor | None
+    ) -> Tensor:
         """The sums over some positions; adds their gradients to the accumulated ones."""
         hidden_nH = self._hidden_NH[rows_n].to(self._weight_VH.dtype)
         logits_nV = self._project(hidden_nH)
@@ -148,7 +152,7 @@ class _Work:
         log_other_n = (peak_n - highest_n1[:, 0] - log_total_n1[:, 0]).masked_fill(sum_n == 0, -math.inf)
         log_peak_n = torch.maximum(log_q_nO[:, :-1].amax(1), log_other_n)
         is_written_nO = torch.cat([is_label_nK, is_new_n1, torch.zeros_like(is_new_n1)], 1)
-        losses = position_losses(self._objective, targets, log_q_nO, is_written_nO, log_peak_n, logits_nV.shape[1])
+        losses = position_losses(self._objective, targets, log_q_nO, is_written_nO, log_peak_n, logits_nV.shape[1], falls_back_n)
         if self._needs_gradient:
             gradient_nO = losses.gradient_nO * (self._head.logit_scale * self.scale)
             gradient_nO = gradient_nO if weights_n is None else gradient_nO * weights_n[:, None]
@@ -197,7 +201,7 @@ class _Work:
 
     def _sums(self, losses: PositionLosses, entropy_n: Tensor, weights_n: Tensor | None) -> Tensor:
         kd_n, nll_n = (term_n if weights_n is None else term_n * weights_n for term_n in (losses.kd_n, losses.nll_n))
-        loss_n = self._objective.kd_weight * kd_n + self._objective.nll_weight * nll_n
+        loss_n = self._objective.kd_weight * kd_n + losses.nll_weight_n * nll_n
         by_name = {
             "loss": loss_n,
             "kd": kd_n,

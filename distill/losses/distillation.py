@@ -41,7 +41,7 @@ class DistillationLoss:
     """
 
     loss: Tensor
-    """kd_weight · kd + nll_weight · nll."""
+    """kd_weight · kd + nll_weight · nll, the nll of fallback positions added with kd_weight."""
     kd: Tensor
     """The distillation term. For `sampled` a cross-entropy, so the teacher's entropy is in it."""
     nll: Tensor
@@ -73,6 +73,7 @@ def distillation_loss(
     kd_weight: float = 1.0,
     nll_weight: float = 0.0,
     position_weights_N: Tensor | None = None,
+    falls_back_N: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> DistillationLoss:
     """Sum over positions of kd_weight · divergence(teacher, student) + nll_weight · (-log q(written token)), in nats.
@@ -109,6 +110,8 @@ def distillation_loss(
         kd_weight: Weight of the divergence.
         nll_weight: Weight of the negative log-likelihood; positions without a target keep this term.
         position_weights_N: Factors of both terms at each position; None for 1. The metrics beside `kd` and `nll` ignore them.
+        falls_back_N: (N,) bool: positions at which, if they have no target, the negative log-likelihood is added with
+            kd_weight: the written token then stands for the teacher's whole distribution. None for no position.
         chunk_size: Positions at once; None fills a buffer of 128 MiB. It changes speed and memory, not the result.
 
     Raises:
@@ -119,6 +122,9 @@ def distillation_loss(
     objective = Objective(targets.kind, divergence, jsd_beta, temperature, kd_weight, nll_weight)
     weight_VH, bias_V = _gathered(head.weight_VH), None if head.bias_V is None else _gathered(head.bias_V)
     vocab_size = _check(hidden_NH, head, labels_N, position_weights_N, chunk_size)
+    if falls_back_N is not None and (falls_back_N.shape != labels_N.shape or falls_back_N.dtype != torch.bool):
+        found = f"{tuple(falls_back_N.shape)} of {falls_back_N.dtype}"
+        raise DataError(f"loss: falls_back_N is {found}, labels {tuple(labels_N.shape)}. Give a bool each.")
     check_targets(targets, labels_N, vocab_size)
     if temperature != 1:
         _check_complete(targets, labels_N, vocab_size, temperature)
@@ -133,6 +139,7 @@ def distillation_loss(
             targets,
             labels_N,
             position_weights_N,
+            falls_back_N,
             chunk_size,
             torch.is_grad_enabled(),
         )

@@ -27,12 +27,19 @@ class PositionLosses(NamedTuple):
     log_ratio_n: Tensor
     agrees_n: Tensor
     has_target_n: Tensor
+    nll_weight_n: Tensor
     gradient_nO: Tensor
     """(n, K + 2) by the logit of each candidate, of the written token and, in sum, of all others."""
 
 
 def position_losses(
-    objective: Objective, targets: SparseTargets, log_q_nO: Tensor, is_written_nO: Tensor, log_peak_n: Tensor, vocab_size: int
+    objective: Objective,
+    targets: SparseTargets,
+    log_q_nO: Tensor,
+    is_written_nO: Tensor,
+    log_peak_n: Tensor,
+    vocab_size: int,
+    falls_back_n: Tensor | None = None,
 ) -> PositionLosses:
     """The loss at n positions.
 
@@ -44,22 +51,25 @@ def position_losses(
         is_written_nO: Where the written token stands, once a position.
         log_peak_n: The student's largest log-probability.
         vocab_size: Number of token ids.
+        falls_back_n: Whether the negative log-likelihood takes the divergence's place where there is no target.
     """
     filled_nK = targets.filled_NK()
     log_written_n = log_q_nO.masked_fill(~is_written_nO, 0).sum(-1)
     zeros_n = torch.zeros_like(log_written_n)
-    # The written token's pull: the gradient of -log q(written) is q - 1 there and q elsewhere, times this.
-    pull_n = zeros_n + objective.nll_weight
     kl_n = log_ratio_n = zeros_n
+    has_target_n = targets.log_probs_NK[:, 0] > -math.inf if objective.kind == "chosen_token" else filled_nK.any(-1)
+    nll_weight_n = zeros_n + objective.nll_weight
+    if falls_back_n is not None:
+        nll_weight_n = nll_weight_n + objective.kd_weight * (falls_back_n & ~has_target_n)
+    # The written token's pull: the gradient of -log q(written) is q - 1 there and q elsewhere, times this.
+    pull_n = nll_weight_n
     if objective.kind == "chosen_token":
         log_p_n = targets.log_probs_NK[:, 0].to(log_q_nO.dtype)
-        has_target_n = log_p_n > -math.inf
         advantage_n = (log_p_n - log_written_n).masked_fill(~has_target_n, 0)
         kd_n, log_ratio_n = advantage_n.square() / 2, -advantage_n
         pull_n = pull_n + objective.kd_weight * advantage_n
         gradient_nO, agrees_n = torch.zeros_like(log_q_nO), zeros_n
     else:
-        has_target_n = filled_nK.any(-1)
         log_q_nR = _merge_rest(log_q_nO)
         if objective.kind == "sampled":
             kd_n, gradient_nR = _cross_entropy(targets, filled_nK, log_q_nR)
@@ -71,7 +81,7 @@ def position_losses(
         best_n1 = targets.log_probs_NK.masked_fill(~filled_nK, -math.inf).argmax(-1, keepdim=True)
         agrees_n = has_target_n & (log_q_nO.gather(1, best_n1)[:, 0] >= log_peak_n)
     gradient_nO = gradient_nO + pull_n[:, None] * (log_q_nO.exp() - is_written_nO.to(log_q_nO.dtype))
-    return PositionLosses(kd_n, -log_written_n, kl_n, log_ratio_n, agrees_n, has_target_n, gradient_nO)
+    return PositionLosses(kd_n, -log_written_n, kl_n, log_ratio_n, agrees_n, has_target_n, nll_weight_n, gradient_nO)
 
 
 def _divergence(objective: Objective, log_p_nR: Tensor, log_q_nR: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Stage `train`: the student learns from the curated traces. Reads curated/, writes student/.
+"""Stage `train`: the student learns from traces. Reads curated/ (in a round rollouts/) and targets/, writes student/.
 
 Runs in any number of processes under accelerate; the main one alone writes. A killed run goes on from its last whole
 checkpoint, and ends with the weights of an undisturbed one.
@@ -11,55 +11,103 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from distill.errors import ModelError
+from distill.errors import ModelError, RecipeError
 from distill.recipe import Recipe
+from distill.recipe_learning import Train
 from distill.runlog import Clock, is_main_process, say
-from distill.stages import folder
-from distill.storage import MANIFEST, Manifest, StageFolder, read_manifest, table_files, write_text
+from distill.stages import folder, previous_student
+from distill.storage import MANIFEST, Manifest, StageFolder, check_files, read_manifest, table_files, write_text
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
 
+    from distill.chat import ChatFormat
+    from distill.trainers.rows import TrainingRows
+    from distill.trainers.targets import StoredTargets
 
-def run(recipe: Recipe) -> Manifest:
-    """Trains and writes `adapter/` (or `model/`), `tokenizer/` and `metrics.jsonl`."""
-    settings = {"student": recipe.student.identity(), "train": recipe.train.identity(), "seed": recipe.seed}
-    target, curated = folder(recipe, "train"), folder(recipe, "curate")
-    out = StageFolder(target, "train", settings, [curated])
+
+class _Plan(NamedTuple):
+    """What one training is made of."""
+
+    train: Train
+    tables: list[tuple[Path, str]]
+    """Folders with traces and the name of the table there."""
+    targets: list[Path]
+    """Folders with the targets of each table; none for sft."""
+    start: Path | None
+    """Folder of the student that goes on learning; null starts from the base."""
+
+    @property
+    def inputs(self) -> list[Path]:
+        """All folders that are read."""
+        return [*(place for place, _ in self.tables), *self.targets, *([] if self.start is None else [self.start])]
+
+
+def run(recipe: Recipe, number: int = 0) -> Manifest:
+    """Trains and writes `adapter/` (or `model/`), `tokenizer/` and `metrics.jsonl`.
+
+    Args:
+        recipe: The recipe.
+        number: Of the on-policy round, from 1; 0 is the training on traces before them.
+    """
+    plan = _plan(recipe, number)
+    settings: dict[str, Any] = {"student": recipe.student.identity(), "train": plan.train.identity(), "seed": recipe.seed}
+    if number:
+        assert recipe.rollouts is not None
+        settings["rollouts"] = {name: getattr(recipe.rollouts, name) for name in ("teacher_share", "stop_kl")}
+    target = folder(recipe, "train", number)
+    out = StageFolder(target, "train", settings, plan.inputs)
     # Only the main process takes the lock; the others find the same files.
     with out if is_main_process() else contextlib.nullcontext():
         if (target / MANIFEST).exists():
             return out.manifest or read_manifest(target)
-        return _train(recipe, out)
+        return _train(recipe, plan, number, out)
 
 
-def _train(recipe: Recipe, out: StageFolder) -> Manifest:
+def _plan(recipe: Recipe, number: int) -> _Plan:
+    curated, targets = (folder(recipe, "curate"), "curated"), folder(recipe, "score")
+    if not number:
+        return _Plan(recipe.train, [curated], [targets] if recipe.train.method == "kd" else [], None)
+    rollouts = recipe.rollouts
+    if rollouts is None or number > recipe.rounds:
+        raise RecipeError(f"round {number}: the recipe has {recipe.rounds} rounds. Raise rounds, or give --round up to that.")
+    shared = rollouts.teacher_share > 0
+    train = recipe.train.model_copy(update={"method": "kd", "trainer_args": {**recipe.train.trainer_args, **rollouts.trainer_args}})
+    own = (folder(recipe, "rollouts", number), "traces")
+    return _Plan(
+        train,
+        [own, curated] if shared else [own],
+        [folder(recipe, "score", number), *([targets] if shared else [])],
+        previous_student(recipe, number),
+    )
+
+
+def _train(recipe: Recipe, plan: _Plan, number: int, out: StageFolder) -> Manifest:
     # Imported here, so that a finished stage answers without loading torch.
     from accelerate import PartialState
 
     from distill.models import free_memory, load_chat_format, num_parameters, pick_device
     from distill.trainers.arguments import precision_name, training_arguments
     from distill.trainers.callbacks import last_whole_checkpoint
-    from distill.trainers.rows import training_rows
 
     clock, device = Clock(), pick_device()
-    curated = folder(recipe, "curate")
-    arguments = training_arguments(recipe, out.path / "checkpoints", device)
+    arguments = training_arguments(recipe, plan.train, out.path / "checkpoints", device)
     _check_world_size()
     chat = load_chat_format(recipe.student)
-    with PartialState().main_process_first():
-        rows = training_rows(table_files(curated, "curated"), chat, recipe.train, out.path / "cache", read_manifest(curated).digest)
+    stored = _stored_targets(plan, chat)
+    rows = _rows(recipe, plan, out.path / "cache", chat, stored)
     checkpoint = last_whole_checkpoint(out.path / "checkpoints")
     if checkpoint:
         say(f"train     going on from step {checkpoint[1]}")
-    trainer = _make_trainer(recipe, out.path, arguments, rows.dataset, chat.tokenizer, checkpoint[1] if checkpoint else 0)
+    trainer = _make_trainer(recipe, plan, out.path, arguments, rows, chat, stored, checkpoint[1] if checkpoint else 0)
     result = trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
     files = _save(recipe, out.path, trainer)
     model: Any = trainer.model
     facts = clock.facts(
         device=str(device),
+        method=plan.train.method,
         precision=precision_name(arguments),
         world_size=PartialState().num_processes,
         steps=trainer.state.global_step,
@@ -71,40 +119,82 @@ def _train(recipe: Recipe, out: StageFolder) -> Manifest:
         tokenizer_digest=chat.tokenizer_digest,
         template_digest=chat.template_digest,
     )
-    total = read_manifest(curated).rows("curated")
     PartialState().wait_for_everyone()
     if not PartialState().is_main_process:
         return Manifest(stage="train", settings=out.settings, inputs=out.inputs, facts=facts)
     del trainer, model
     free_memory()
-    manifest = out.finish(rows_in=total, rows_kept=total - sum(rows.drops.values()), drops=rows.drops, files=files, facts=facts)
+    facts |= _stop(recipe, number, out.path / "metrics.jsonl")
+    kept = rows.rows_in - sum(rows.drops.values())
+    manifest = out.finish(rows_in=rows.rows_in, rows_kept=kept, drops=rows.drops, files=files, facts=facts)
     for leftover in ("cache", "checkpoints"):
         shutil.rmtree(out.path / leftover, ignore_errors=True)
     return manifest
 
 
-def _make_trainer(recipe: Recipe, target: Path, arguments: Any, rows: Any, tokenizer: Any, start_step: int) -> SFTTrainer:
+def _stored_targets(plan: _Plan, chat: ChatFormat) -> StoredTargets | None:
+    """The targets of a plan, after their digests and those of the student's tokenizer were compared."""
+    if not plan.targets:
+        return None
+    from distill.trainers.targets import StoredTargets, TargetSource
+
+    sources = []
+    for place, (_, table) in zip(plan.targets, plan.tables, strict=True):
+        manifest = check_files(place)
+        sources.append(TargetSource([place / name for name in sorted(manifest.files)], teacher_wrote=table == "curated"))
+    stored = StoredTargets(sources)
+    stored.check(chat.tokenizer_digest, chat.template_digest)
+    return stored
+
+
+def _rows(recipe: Recipe, plan: _Plan, cache: Path, chat: ChatFormat, stored: StoredTargets | None) -> TrainingRows:
+    from accelerate import PartialState
+
+    from distill.trainers.rows import TraceTable, training_rows
+
+    share = recipe.rollouts.teacher_share if recipe.rollouts is not None else 0.0
+    tables = [
+        TraceTable(table_files(place, table), read_manifest(place).digest, share / (1 - share) if index else None)
+        for index, (place, table) in enumerate(plan.tables)
+    ]
+    with PartialState().main_process_first():
+        return training_rows(tables, chat, plan.train, cache, recipe.seed, stored)
+
+
+def _make_trainer(
+    recipe: Recipe,
+    plan: _Plan,
+    target: Path,
+    arguments: Any,
+    rows: TrainingRows,
+    chat: ChatFormat,
+    stored: StoredTargets | None,
+    start_step: int,
+) -> SFTTrainer:
     """TRL's trainer on rows that are already token ids and labels."""
-    import torch
     from transformers import PrinterCallback, ProgressCallback
     from trl import SFTTrainer
 
-    from distill.models import load_model, lora_config, pick_device
-    from distill.trainers.arguments import training_dtype
+    from distill.models import lora_config
     from distill.trainers.callbacks import CheckpointMark, MetricsFile, ProgressBar, StopOnNonFinite
+    from distill.trainers.kd import KDTrainer
 
-    student, device = recipe.student, pick_device()
-    # The trainer moves plain weights to the device itself (or shards them); 4-bit ones must be loaded there.
-    place = device if student.quantization == "nf4" else torch.device("cpu")
-    model = load_model(student, place, training_dtype(recipe, device))
-    trainer = SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        processing_class=tokenizer,
-        peft_config=lora_config(student.adapter) if student.adapter.type == "lora" else None,
-        callbacks=[MetricsFile(target / "metrics.jsonl", start_step), ProgressBar(), StopOnNonFinite(), CheckpointMark()],
-    )
+    student = recipe.student
+    common: dict[str, Any] = {
+        "model": _student_to_train(recipe, plan),
+        "args": arguments,
+        "train_dataset": rows.dataset,
+        "eval_dataset": rows.validation,
+        "processing_class": chat.tokenizer,
+        "peft_config": lora_config(student.adapter) if student.adapter.type == "lora" and plan.start is None else None,
+        "callbacks": [MetricsFile(target / "metrics.jsonl", start_step), ProgressBar(), StopOnNonFinite(), CheckpointMark()],
+    }
+    if stored is None:
+        trainer = SFTTrainer(**common)
+    else:
+        assert recipe.score is not None  # the recipe was validated
+        settings = plan.train.kd
+        trainer = KDTrainer(stored=stored, objective=settings.objective(recipe.score.target), half_life=settings.early_half_life, **common)
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     trained: Any = trainer.model
     if student.adapter.type == "lora":
@@ -116,6 +206,38 @@ def _make_trainer(recipe: Recipe, target: Path, arguments: Any, rows: Any, token
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     return trainer
+
+
+def _student_to_train(recipe: Recipe, plan: _Plan) -> Any:
+    """The base student, or the one that goes on learning."""
+    import torch
+
+    from distill.models import load_model, load_trained, pick_device
+    from distill.trainers.arguments import training_dtype
+
+    device = pick_device()
+    dtype = training_dtype(recipe, device)
+    # The trainer moves plain weights to the device itself (or shards them); 4-bit ones must be loaded there.
+    place = device if recipe.student.quantization == "nf4" else torch.device("cpu")
+    if plan.start is None:
+        return load_model(recipe.student, place, dtype)
+    check_files(plan.start)
+    return load_trained(recipe.student, recipe.student.adapter, plan.start, place, merge=False, dtype=dtype, trainable=True)
+
+
+def _stop(recipe: Recipe, number: int, metrics: Path) -> dict[str, str]:
+    """The fact `stop` where a round has brought the student close enough to the teacher."""
+    limit = recipe.rollouts.stop_kl if number and recipe.rollouts is not None else None
+    if limit is None:
+        return {}
+    entries = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    found = [entry.get("kl", entry.get("log_ratio")) for entry in entries if "kl" in entry or "log_ratio" in entry]
+    if not found or found[0] >= limit:
+        return {}
+    return {
+        "stop": f"in round {number} the student was {found[0]:.4f} nats a token from its teacher, under rollouts.stop_kl ({limit:g}): "
+        "there is little left to learn on these prompts"
+    }
 
 
 def _save(recipe: Recipe, target: Path, trainer: SFTTrainer) -> list[Path]:

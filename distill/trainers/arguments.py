@@ -22,15 +22,21 @@ from trl import SFTConfig
 from distill.errors import RecipeError
 from distill.models import pick_dtype
 from distill.recipe import Recipe
+from distill.recipe_learning import Train
 
 
-def training_arguments(recipe: Recipe, output_dir: Path, device: torch.device) -> SFTConfig:
+def training_arguments(recipe: Recipe, train: Train, output_dir: Path, device: torch.device) -> SFTConfig:
     """The trainer's arguments.
+
+    Args:
+        recipe: Whose student and seed.
+        train: How it is trained; in an on-policy round not quite as the recipe says.
+        output_dir: For checkpoints.
+        device: Where.
 
     Raises:
         RecipeError: TRL or transformers refuses a value of `train.trainer_args`.
     """
-    train = recipe.train
     given = {**_defaults(recipe, device), **train.trainer_args}
     packing = bool(given.get("packing", False))
     if not {"bf16", "fp16"} & set(train.trainer_args):
@@ -42,6 +48,10 @@ def training_arguments(recipe: Recipe, output_dir: Path, device: torch.device) -
         "max_length": train.max_length if packing else None,
         "use_cpu": device.type == "cpu",
     }
+    if train.method == "kd":
+        given["router_aux_loss_coef"] = 0.0  # the loss on targets is the whole loss
+    if train.validation_prompts and "eval_strategy" not in train.trainer_args:
+        given |= {"eval_strategy": "steps", "eval_steps": given["save_steps"]}
     # transformers renames the field that TRL 1.16 still defines, and warns of it at every start.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     try:

@@ -1,0 +1,160 @@
+"""`train.method: kd`: TRL's SFTTrainer with the teacher's stored distributions as the loss.
+
+All that differs from `sft` is here: the loss is computed inside the model's own forward, so that DDP, FSDP and DeepSpeed
+see a plain module that returns it; and its sums are averaged over tokens, whatever the batches were.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl import SFTTrainer, pack_dataset
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from distill.chat import IGNORE
+from distill.errors import ModelError
+from distill.heads import backbone, head_of
+from distill.losses.distillation import DistillationLoss, distillation_loss
+from distill.losses.settings import Objective
+from distill.trainers.targets import StepTargets, StoredTargets, TargetCollator
+
+# Name in the log: the sum it comes from, and what it is divided by.
+_METRICS = {
+    "kd": ("kd", "num_targets"),
+    "nll": ("nll", "num_positions"),
+    "entropy": ("student_entropy", "num_positions"),
+    "kl": ("forward_kl", "num_targets"),
+    "log_ratio": ("log_ratio", "num_targets"),
+    "top1_agreement": ("top1_agreements", "num_targets"),
+    "target_share": ("num_targets", "num_positions"),
+}
+
+
+class KDTrainer(SFTTrainer):
+    """Trains on rows of `input_ids`, `labels` and `target_index`.
+
+    The loss is divided by the supervised tokens of the whole optimizer step over all ranks, as SFTTrainer's. Logged beside
+    it, averaged over tokens: `kd` (the distillation term), `nll`, `entropy` of the student; of top_k targets also `kl`, the
+    forward KL to the teacher, and `top1_agreement`; of chosen_token ones `log_ratio`; `target_share`, the share of
+    supervised tokens that have a target.
+
+    Args:
+        stored: The targets.
+        objective: The loss.
+        half_life: Tokens into an answer after which a token counts half; None weighs all alike.
+        kwargs: SFTTrainer's.
+    """
+
+    def __init__(self, *, stored: StoredTargets, objective: Objective, half_life: int | None = None, **kwargs: Any) -> None:
+        self._sums: dict[str, dict[str, float]] = {"train": defaultdict(float), "eval": defaultdict(float)}
+        super().__init__(**kwargs)
+        self.data_collator = TargetCollator(self.data_collator, stored, half_life)
+        model: Any = self.model
+        add_distillation_head(model.get_base_model() if hasattr(model, "peft_config") else model, stored.vocab_size, objective)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *others: Any) -> Any:
+        """Rows are tokens already; SFTTrainer's own would drop `target_index` when it packs."""
+        if not packing:
+            return dataset
+        shuffled = dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+        return pack_dataset(shuffled, args.max_length, args.packing_strategy)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns: Any = ["input_ids", "labels", "seq_lengths", "target_index"]
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """The loss of a batch, divided by the supervised tokens of the optimizer step.
+
+        Raises:
+            ModelError: the outputs were asked for, which this trainer never computes.
+        """
+        if return_outputs:
+            raise ModelError("train: method kd has no logits to return. Leave compute_metrics out.")
+        outputs = model(**inputs, use_cache=False)
+        mode = self._mode
+        sums = self.accelerator.reduce(outputs["sums"], reduction="sum").tolist()
+        for name, value in zip(outputs["names"], sums, strict=True):
+            self._sums[mode][name] += value
+        num_tokens = outputs["num_positions"] if num_items_in_batch is None else num_items_in_batch
+        loss = outputs["loss"] / torch.as_tensor(num_tokens, device=outputs["loss"].device).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP and FSDP average gradients over the ranks
+        if mode == "train":
+            seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else torch.tensor(inputs["input_ids"].numel())
+            self._total_train_tokens += int(self.accelerator.reduce(seen.to(loss.device), reduction="sum"))
+        return loss
+
+    @property
+    def _mode(self) -> str:
+        model: Any = self.model
+        return "train" if model.training else "eval"
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs with the averages since the last time."""
+        mode = self._mode
+        sums, prefix = self._sums[mode], "" if mode == "train" else "eval_"
+        for name, (total, count) in _METRICS.items():
+            if total in sums and sums[count]:
+                logs[prefix + name] = sums[total] / sums[count]
+        if mode == "train":
+            logs["num_tokens"] = self._total_train_tokens
+        sums.clear()
+        super().log(logs, start_time)
+
+
+def add_distillation_head(model: PreTrainedModel, vocab_size: int, objective: Objective) -> None:
+    """Lets `model(..., labels=..., distillation=StepTargets)` return the loss instead of logits.
+
+    The result is a dictionary: `loss`, the sum over supervised tokens, which alone has a gradient; `num_positions`; and
+    `sums` with their `names`. Without `distillation` the forward is the one it was.
+
+    Args:
+        model: A causal language model, not wrapped by peft.
+        vocab_size: Number of token ids.
+        objective: The loss.
+    """
+    plain = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` reads its signature
+    def forward(self: PreTrainedModel, *args: Any, distillation: StepTargets | None = None, **kwargs: Any) -> Any:
+        if distillation is None:
+            return plain(*args, **kwargs)
+        labels_BT = kwargs.pop("labels")
+        hidden_BTH = backbone(self)(*args, **kwargs).last_hidden_state[:, :-1]
+        layer: Any = self.get_output_embeddings()
+        labels_BT = labels_BT[:, 1:].to(layer.weight.device)
+        supervised_BT = labels_BT != IGNORE
+        with maybe_gather_lm_head_ctx(layer.weight, layer.bias):  # DeepSpeed ZeRO-3 leaves the weight empty until then
+            found = distillation_loss(
+                hidden_BTH.to(labels_BT.device)[supervised_BT],
+                head_of(self, vocab_size),
+                labels_BT[supervised_BT],
+                distillation.sparse,
+                divergence=objective.divergence,
+                jsd_beta=objective.jsd_beta,
+                temperature=objective.temperature,
+                kd_weight=objective.kd_weight,
+                nll_weight=objective.nll_weight,
+                position_weights_N=distillation.weights_M,
+                falls_back_N=distillation.falls_back_M,
+            )
+        return {"loss": found.loss, "num_positions": found.num_positions, **_sums(found)}
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _sums(found: DistillationLoss) -> dict[str, Any]:
+    """The loss's sums as one tensor, so that the ranks exchange them at once, and their names."""
+    fields = {name for pair in _METRICS.values() for name in pair}
+    by_name: dict[str, Tensor] = {}
+    for name in sorted(fields):
+        value = getattr(found, name)
+        if value is not None:
+            by_name[name] = torch.as_tensor(value, dtype=torch.float32, device=found.loss.device)
+    return {"names": list(by_name), "sums": torch.stack([value.detach().float() for value in by_name.values()])}
