@@ -1,0 +1,197 @@
+"""`distill pair`: measures on a few prompts whether a teacher can teach a student, before anything is spent on training.
+
+One model is in memory at a time: the student writes, the teacher writes and reads both, the student reads both. What was
+found is printed and kept in the run's folder `pair`, which resumes and is not made twice, like a stage.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedModel
+
+from distill.chat import ChatFormat
+from distill.checks.math import MathJudge
+from distill.engines import requests_for, write_traces
+from distill.engines.hf import HFEngine
+from distill.errors import RecipeError
+from distill.intervals import resampled_means
+from distill.models import free_memory, load_chat_format, load_model, pick_device
+from distill.pairing import NUM_DEPTHS, TOP_K, Answers, Findings, read, verdict
+from distill.recipe import ModelSpec, Recipe
+from distill.recipe_base import Sampling
+from distill.recipe_learning import Score
+from distill.runlog import Clock, progress, say
+from distill.schema import TRACE
+from distill.scoring import Statistics, score_rows
+from distill.stages import run_dir
+from distill.stages.prompts import split
+from distill.storage import StageFolder, write_text
+from distill.targets.codec import Targets
+from distill.targets.spec import ChosenToken, TopK
+from distill.vocabulary import AlignedRow, VocabularyMap, align, vocabulary_map
+
+Row = dict[str, Any]
+_FOLDER, _FINDINGS = "pair", "findings.json"
+_CONFIDENCE = 0.95
+_WIDTH = 100  # of the tables, where the output is no terminal
+
+
+def run(recipe: Recipe, num_prompts: int) -> bool:
+    """Measures, prints, and keeps what was found; whether the verdict is good.
+
+    Args:
+        recipe: The recipe.
+        num_prompts: Training prompts to look at.
+
+    Raises:
+        RecipeError: it has no teacher.
+    """
+    if recipe.teacher is None:
+        raise RecipeError(f"{recipe.name}: has no teacher to pair the student with. Add a section teacher.")
+    sampling = _sampling(recipe)
+    settings = {
+        "teacher": recipe.teacher.identity(),
+        "student": recipe.student.identity(),
+        "prompts": recipe.prompts.identity(),
+        "sampling": sampling.identity(),
+        "num_prompts": num_prompts,
+        "seed": recipe.seed,
+    }
+    with StageFolder(run_dir(recipe) / _FOLDER, _FOLDER, settings) as out:
+        if out.manifest is None:
+            _measure(recipe, recipe.teacher, sampling, split(recipe.prompts, recipe.seed)[0][:num_prompts], out)
+        found = json.loads((out.path / _FINDINGS).read_text(encoding="utf-8"))
+    _print(found)
+    say(f"\nkept in {out.path / _FINDINGS}")
+    return bool(found["good"])
+
+
+def _sampling(recipe: Recipe) -> Sampling:
+    """As the student will write in rounds, else as the teacher writes; drawn, because greedy answers show one way only."""
+    source = recipe.rollouts or recipe.generate or Sampling(temperature=1.0, top_p=1.0)
+    settings = {name: getattr(source, name) for name in Sampling.model_fields} | {"samples_per_prompt": 1}
+    return Sampling.model_validate(settings)
+
+
+def _measure(recipe: Recipe, teacher: ModelSpec, sampling: Sampling, prompts: list[Row], out: StageFolder) -> None:
+    clock, journal, device = Clock(), out.journal(), pick_device()
+    say(f"pair      {len(prompts)} prompts, up to {sampling.max_new_tokens:,} tokens an answer, temperature {sampling.temperature:g}")
+    student_chat, teacher_chat = load_chat_format(recipe.student), load_chat_format(teacher)
+    to_student, own = vocabulary_map(teacher_chat, student_chat), vocabulary_map(student_chat, student_chat)
+    requests = requests_for(prompts, 1, recipe.seed)
+
+    def written(model: PreTrainedModel, chat: ChatFormat, author: str) -> list[Row]:
+        return write_traces(HFEngine(model, chat, sampling), requests, sampling, journal, author, f"{author} writes")
+
+    model = load_model(recipe.student, device)
+    by_student = written(model, student_chat, "student")
+    del model
+    free_memory()
+    model = load_model(teacher, device)
+    by_teacher = written(model, teacher_chat, "teacher")
+    traces = by_student + by_teacher
+    teacher_reads, statistics = _read(model, [align(trace, teacher_chat, student_chat, to_student) for trace in traces], to_student)
+    del model
+    free_memory()
+    model = load_model(recipe.student, device)
+    student_reads, _ = _read(model, [align(trace, student_chat, student_chat, own) for trace in traces], own)
+    right = _judged(traces)
+    half = len(by_student)
+    found = Findings(
+        aligned_share=statistics.aligned_share,
+        carried_mass=statistics.carried_mass,
+        student=_answers(by_student, right[:half]),
+        teacher=_answers(by_teacher, right[half:]),
+        on_student=read(teacher_reads[:half], student_reads[:half], student_wrote=True),
+        on_teacher=read(teacher_reads[half:], student_reads[half:], student_wrote=False),
+        difference=_difference(right[:half], right[half:], recipe.seed),
+    )
+    good, sentences = verdict(found, min_aligned=recipe.score.min_aligned if recipe.score is not None else Score().min_aligned)
+    kept = {"num_prompts": len(prompts), **asdict(found), "good": good, "verdict": sentences}
+    write_text(out.path / _FINDINGS, json.dumps(kept, indent=2))
+    out.write_table("traces", traces, TRACE)
+    out.finish(rows_in=len(prompts), rows_kept=len(traces), files=[out.path / _FINDINGS], facts=clock.facts(device=str(device)))
+
+
+def _read(model: PreTrainedModel, rows: list[AlignedRow], vocabulary: VocabularyMap) -> tuple[list[tuple[Targets, Targets]], Statistics]:
+    """For each row what a model thinks of it: its most probable tokens, and the written ones."""
+    best = score_rows(model, rows, TopK(k=TOP_K), vocabulary)
+    chosen = score_rows(model, rows, ChosenToken(), vocabulary)
+    statistics = Statistics()
+    for row in best:
+        statistics.add(row.statistics)
+    return [(top.targets, written.targets) for top, written in zip(best, chosen, strict=True)], statistics
+
+
+def _judged(traces: list[Row]) -> list[bool | None]:
+    """Whether each answer is right; null where it could not be judged."""
+    pairs = [(trace["completion"], trace["reference"]) for trace in traces]
+    with progress(len(pairs), "answers", "check answers") as bar, MathJudge(10.0) as judge:
+        return [verdict.passed for verdict in judge.judge(pairs, bar.update)]
+
+
+def _answers(traces: list[Row], right: list[bool | None]) -> Answers:
+    judged = [mark for mark in right if mark is not None]
+    return Answers(
+        finished=float(np.mean([trace["finish_reason"] == "stop" for trace in traces])),
+        mean_tokens=float(np.mean([len(trace["completion_ids"]) for trace in traces])),
+        accuracy=float(np.mean(judged)) if judged else None,
+    )
+
+
+def _difference(student: list[bool | None], teacher: list[bool | None], seed: int) -> tuple[float, float] | None:
+    """95 % interval of the teacher's accuracy less the student's, by the paired bootstrap over prompts."""
+    marks = [(mine, theirs) for mine, theirs in zip(student, teacher, strict=True) if mine is not None and theirs is not None]
+    if not marks:
+        return None
+    draws_RB = resampled_means(np.array(marks, dtype=np.float64).T, seed)
+    low, high = np.quantile(draws_RB[1] - draws_RB[0], [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def _print(found: dict[str, Any]) -> None:
+    """The findings as two tables and the verdict."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, _WIDTH)
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left", title=f"answers to {found['num_prompts']} prompts")
+    for name in ("model", "right", "end by themselves", "tokens an answer"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for role in ("student", "teacher"):
+        answers = found[role]
+        table.add_row(role, _percent(answers["accuracy"]), _percent(answers["finished"]), f"{answers['mean_tokens']:,.0f}")
+    console.print(table)
+    if found["difference"] is not None:
+        low, high = found["difference"]
+        console.print(f"  the teacher is right on {low:+.1%} to {high:+.1%} more of them (95 % interval)\n")
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left", title="what they think of each other's answers")
+    table.add_column("", no_wrap=True)
+    for author in ("student", "teacher"):
+        table.add_column(f"written by the {author}", justify="right")
+    reads = [found["on_student"], found["on_teacher"]]
+    table.add_row("divergence, nats a token", *(f"{one['divergence']:.3f}" for one in reads))
+    table.add_row(f"common among the {TOP_K} best", *(_percent(one["overlap"]) for one in reads))
+    table.add_row("probability the student gives those", *(_percent(one["shared_mass_student"]) for one in reads))
+    table.add_row("probability the teacher gives those", *(_percent(one["shared_mass_teacher"]) for one in reads))
+    for depth in range(NUM_DEPTHS):
+        means = (one["advantage"][depth][0] for one in reads)
+        table.add_row(f"teacher's advantage, part {depth + 1} of {NUM_DEPTHS}", *(f"{mean:+.3f}" for mean in means))
+    console.print(table)
+    console.print(
+        f"  {found['aligned_share']:.1%} of the tokens are tokens of both; of the teacher's probability there {found['carried_mass']:.1%} "
+        "lies on tokens the student has\n"
+    )
+    colour = "green" if found["good"] else "red"
+    for place, sentence in enumerate(found["verdict"]):
+        console.print(Text(sentence, style=f"bold {colour}" if not place else ""))
+
+
+def _percent(value: float | None) -> str:
+    return "not judged" if value is None else f"{value:.1%}"
