@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -48,15 +49,27 @@ def accuracy_bars(results: list[ModelResult]) -> str:
         return _svg(figure, "accuracy", "Bars: share of held-out prompts that each model answers correctly, with its interval")
 
 
-def loss_curve(steps: list[int], losses: list[float]) -> str:
-    """Training loss over optimizer steps: as logged, and its running mean."""
+Series = Sequence[tuple[int, float]]
+"""A value at each logged optimizer step."""
+
+
+def loss_curve(losses: Series, divergences: Series = ()) -> str:
+    """Training loss over optimizer steps, and the divergence from the teacher where it was logged: as logged, with running means."""
     with _style("loss"):
         figure, axes = _figure(2.3)
-        axes.plot(steps, losses, color=_COLOURS["student"], alpha=0.4, linewidth=1, marker="." if len(steps) == 1 else "")
-        window = max(1, len(losses) // 25)
-        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        axes.plot(steps[window - 1 :], smooth, color=_COLOURS["student"], linewidth=2)
-        axes.set(xlabel="optimizer step", ylabel="loss, nats a token", ylim=(0, 1.05 * max(losses)))
+        drawn = [("student", "loss", losses)]
+        if divergences:
+            drawn.append(("teacher", "forward KL from the teacher", divergences))
+        for colour, name, series in drawn:
+            steps, values = [step for step, _ in series], [value for _, value in series]
+            axes.plot(steps, values, color=_COLOURS[colour], alpha=0.4, linewidth=1, marker="." if len(steps) == 1 else "")
+            window = max(1, len(values) // 25)
+            smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+            axes.plot(steps[window - 1 :], smooth, color=_COLOURS[colour], linewidth=2, label=name)
+        if divergences:
+            axes.legend(frameon=False)
+        values = [value for _, _, series in drawn for _, value in series]
+        axes.set(xlabel="optimizer step", ylabel="nats a token", ylim=(min(0, 1.05 * min(values)), 1.05 * max(values) or 1))
         return _svg(figure, "loss", "Line: training loss over optimizer steps")
 
 

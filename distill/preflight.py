@@ -79,9 +79,13 @@ def run(recipe: Recipe) -> bool:
     for role, spec in (("student", recipe.student), ("teacher", recipe.teacher)):
         if spec is not None and found.prove(f"{role}'s tokenizer and template", lambda r=role, s=spec: load(r, s)):  # type: ignore[misc]
             _check_rows_of_head(role, spec, chats[role], found)
-    if len(chats) == 2:
+    if len(chats) == 2 and recipe.train.is_live:
+        found.prove("the teacher can judge the student's tokens", lambda: _live_pair(recipe, chats, prompts))
+    elif len(chats) == 2:
         _compare_vocabularies(chats["teacher"], chats["student"], found)
-    if "student" in chats and prompts:
+    if "student" in chats and prompts and recipe.train.is_live:
+        _check_room(recipe, chats["student"], prompts, found)
+    elif "student" in chats and prompts:
         rows = _check_traces(recipe, prompts, found)
         example = rows[0] if rows else _made_up(prompts[0])
         found.prove("supervised tokens", lambda: _supervision(chats["student"], example))
@@ -108,19 +112,26 @@ def _trainer_arguments(recipe: Recipe) -> str:
     from distill.models import pick_device
     from distill.trainers.arguments import precision_name, training_arguments
 
-    device = pick_device()
-    arguments = training_arguments(recipe, recipe.train, run_dir(recipe) / "checkpoints", device)
+    device, folder_of_checkpoints = pick_device(), run_dir(recipe) / "checkpoints"
+    arguments: Any
+    if recipe.train.is_live:
+        from distill.trainers.live import live_arguments
+
+        arguments = live_arguments(recipe, folder_of_checkpoints, device)
+    else:
+        arguments = training_arguments(recipe, recipe.train, folder_of_checkpoints, device)
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     return f"{precision_name(arguments)} on {device}, {batch} rows an optimizer step and process, learning rate {arguments.learning_rate:g}"
 
 
 def _terms(recipe: Recipe) -> str:
-    if recipe.traces:
-        author, licence = recipe.traces.author_model, recipe.traces.licence
-    else:
-        author, licence = (recipe.teacher.model, recipe.teacher.licence) if recipe.teacher else (None, None)
+    teacher = (recipe.teacher.model, recipe.teacher.licence) if recipe.teacher else (None, None)
+    brought = (recipe.traces.author_model, recipe.traces.licence) if recipe.traces else None
     name = recipe.export.model_name if recipe.export and recipe.export.model_name else recipe.name
-    return "; ".join(check_terms(author, name, licence=licence, student=recipe.student.model)) or "nothing to note"
+    # Brought traces have an author of their own; the teacher is learned from where it writes, scores or judges.
+    sources = [*([brought] if brought else []), *([teacher] if not brought or recipe.score is not None else [])]
+    notes = [note for author, licence in sources for note in check_terms(author, name, licence=licence, student=recipe.student.model)]
+    return "; ".join(dict.fromkeys(notes)) or "nothing to note"
 
 
 def _check_prompts(recipe: Recipe, found: _Findings) -> list[Row]:
@@ -134,7 +145,13 @@ def _check_prompts(recipe: Recipe, found: _Findings) -> list[Row]:
         return f"{len(rows):,} to train on, {len(heldout):,} held out, {len(dropped):,} dropped"
 
     found.prove("prompts", attempt)
-    if train and "math" in recipe.curate.checks and all(row["reference"] is None for row in train) and not recipe.curate.keep_unjudged:
+    if (
+        train
+        and recipe.learns_from_traces
+        and "math" in recipe.curate.checks
+        and all(row["reference"] is None for row in train)
+        and not recipe.curate.keep_unjudged
+    ):
         found.bad("references", "curate.checks has math, but no prompt has a reference. Set prompts.columns.reference, or leave math out.")
     return train
 
@@ -158,6 +175,31 @@ def _compare_vocabularies(teacher: ChatFormat, student: ChatFormat, found: _Find
     same = sum(ours.get(token) == index for token, index in theirs.items())
     detail = f"{same:,} of the teacher's {len(theirs):,} tokens have the same id"
     found.good("vocabularies", detail + ("" if same == len(theirs) == len(ours) else "; traces are carried over as text"))
+
+
+def _live_pair(recipe: Recipe, chats: dict[str, ChatFormat], prompts: list[Row]) -> str:
+    from distill.trainers.live import check_pair
+
+    check_pair(recipe, chats["student"])
+    if recipe.train.method == "cross_tokenizer":
+        return "both work on bytes, by which their texts are aligned"
+    teacher, student = (chats[role].prompt_text(prompts[0]["messages"]) if prompts else "" for role in ("teacher", "student"))
+    return "same tokens, same ids, same end of a turn" + ("" if teacher == student else "; it reads them in the student's chat template")
+
+
+def _check_room(recipe: Recipe, chat: ChatFormat, prompts: list[Row], found: _Findings) -> None:
+    """How many prompts leave room for an answer of the student, who writes while it trains."""
+    assert recipe.train.on_policy is not None  # the recipe was validated
+    longest, limit = recipe.train.on_policy.max_new_tokens, recipe.train.max_length
+    lengths = np.array([len(chat.prompt_ids(row["messages"])) for row in prompts])
+    over = int((lengths > limit - longest).sum())
+    detail = f"prompts have {np.median(lengths):,.0f} tokens, the longest {lengths.max():,}; answers up to {longest:,}"
+    if over == len(lengths):
+        found.bad("lengths", f"{detail}; not one fits into train.max_length ({limit:,}). Raise it.")
+    else:
+        found.good(
+            "lengths", f"{detail}; {over:,} of {len(lengths):,} prompts would not fit into train.max_length ({limit:,}), and be dropped"
+        )
 
 
 def _check_traces(recipe: Recipe, prompts: list[Row], found: _Findings) -> list[Row]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from distill.recipe_base import PositiveInt, Sampling, Section
-from distill.recipe_learning import Rollouts, Score, Train
+from distill.recipe_learning import Distillation, Rollouts, Score, Train
 
 CheckName = Literal["finish", "think", "math"]
 ModelRole = Literal["base", "student", "teacher"]
@@ -309,6 +309,10 @@ class Recipe(Section):
             raise ValueError("give exactly one of the sections generate (a teacher writes) and traces (you bring them)")
         if not self.learns_from_traces and (self.generate is not None or self.traces is not None):
             raise ValueError("nothing here learns from traces, so leave the sections generate and traces out")
+        if not self.learns_from_traces and self.curate != Curate():
+            raise ValueError("curate would be ignored: nothing here learns from traces")
+        if self.train.is_live and self.teacher is None:
+            raise ValueError(f"train.method {self.train.method} needs a teacher: add a section teacher with a key model")
         if self.generate is not None and self.teacher is None:
             raise ValueError("generate needs a teacher: add a section teacher with a key model")
         if self.evaluate is not None:
@@ -328,7 +332,7 @@ class Recipe(Section):
         if uses_targets != (self.score is not None):
             advice = "add it" if uses_targets else "leave it out"
             raise ValueError(f"the section score goes with train.method kd or with rounds: {advice}")
-        if not uses_targets and "kd" in self.train.model_fields_set:
+        if not uses_targets and self.train.kd != Distillation():
             raise ValueError("train.kd would be ignored: set train.method kd, or rounds")
         if self.score is not None:
             if self.teacher is None:

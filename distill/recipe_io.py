@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from distill.errors import RecipeError
 from distill.recipe import Recipe
 
-_TAGS = {"lora", "full", "top_k", "sampled", "chosen_token"}  # pydantic puts the tag of a chosen union member into an error's location
+# pydantic puts the tag of a chosen union member into an error's location, behind the key of the union.
+_TAGS = {"adapter": {"lora", "full"}, "target": {"top_k", "sampled", "chosen_token"}}
 
 
 class KeyInfo(typing.NamedTuple):
@@ -156,7 +158,8 @@ def _to_plain(node: Any) -> Any:
 
 def _describe(item: ErrorDetails, path: Path, document: CommentedMap, changed: set[str]) -> str:
     """One pydantic error as one line: where, what, got, and what to do."""
-    parts = [str(part) for part in item["loc"] if part not in _TAGS]
+    loc = [str(part) for part in item["loc"]]
+    parts = [part for before, part in zip(["", *loc], loc, strict=False) if part not in _TAGS.get(before, ())]
     key = ".".join(parts)
     where = _where(path, document, parts, changed)
     kind = item["type"]
@@ -167,7 +170,10 @@ def _describe(item: ErrorDetails, path: Path, document: CommentedMap, changed: s
     message = item["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if kind == "value_error":
-        if key == "train.trainer_args":  # the message starts with the field it is about
+        named = re.match(r"[a-z_]+(?:\.[a-z_]+)+", message)
+        if named and named.group().startswith(f"{key}." if key else ""):  # the message names the key inside this section
+            where, key = _where(path, document, named.group().split("."), changed), ""
+        if parts and parts[-1] == "trainer_args":  # the message starts with the field it is about
             where = _where(path, document, [*parts, message.split()[0]], changed)
         return f"{where}: {key + ': ' if key else ''}{message.rstrip('.?')}{'?' if message.endswith('?') else '.'}"
     return f"{where}: {key}: {message}, got {item['input']!r}. `distill keys {parts[0] if parts else ''}` explains it."

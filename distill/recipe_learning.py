@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from distill.losses.settings import Divergence, Objective, default_divergence
 from distill.recipe_base import PositiveInt, Sampling, Section, Share
 from distill.targets.spec import ChosenToken, Sampled, TargetSpec, TopK
-from distill.trainer_args import check_trainer_args
+from distill.trainer_args import ConfigName, check_trainer_args
 
 Method = Literal["sft", "kd", "on_policy", "cross_tokenizer"]
+LIVE_METHODS = ("on_policy", "cross_tokenizer")
+"""Methods in which the student writes while it trains, and a teacher beside it judges."""
 
 
 class Score(Section):
@@ -51,6 +53,35 @@ class Distillation(Section):
         """These settings for one kind of targets, checked against it."""
         divergence = self.divergence or default_divergence(target.kind)
         return Objective(target.kind, divergence, self.jsd_beta, self.temperature, self.weight, self.nll_weight)
+
+
+class OnPolicy(Section):
+    """How the student writes and is judged while it trains: methods on_policy and cross_tokenizer."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
+    """Of the student from the teacher on what the student wrote; cross_tokenizer uses it for the tokens both have. A served
+    teacher tells only its best tokens (forward_kl: `trainer_args.loss_top_k` of them) and the written one (the others)."""
+    jsd_beta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the teacher in the mixture of `jsd`; towards 0 it is like forward_kl, towards 1 like reverse_kl."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of the student's sampling, and with on_policy of both distributions in the loss."""
+    max_new_tokens: PositiveInt = 512
+    """Longest completion, in tokens; one that is cut off here is learned from like any other."""
+    teacher_server: str | None = None
+    """URL of a `vllm serve` that holds the teacher, which is then not loaded here; null loads it beside the student."""
+    stop_truncation_rate: Share | None = None
+    """Stop with an error where a larger share of completions than this, over the last ten logged steps, does not end by itself."""
+
+    @model_validator(mode="after")
+    def _beta_has_its_mixture(self) -> OnPolicy:
+        if (self.divergence == "jsd") != (self.jsd_beta is not None):
+            raise ValueError(f"jsd_beta goes with divergence jsd and only with it, got {self.jsd_beta} with {self.divergence}")
+        return self
+
+    @property
+    def beta(self) -> float:
+        """The divergence as TRL counts it: 0 is forward, 1 is reverse, between them lies the Jensen-Shannon divergence."""
+        return {"forward_kl": 0.0, "reverse_kl": 1.0}.get(self.divergence, self.jsd_beta or 0.5)
 
 
 class Rollouts(Sampling):
@@ -97,19 +128,37 @@ class Train(Section):
     a live teacher judges. cross_tokenizer: the same, for a teacher with another vocabulary."""
     kd: Distillation = Distillation()
     """The loss of method kd, and of on-policy rounds."""
+    on_policy: OnPolicy | None = None
+    """What the student writes, and the loss on it, in methods on_policy and cross_tokenizer; null takes the defaults there."""
     max_length: PositiveInt = 4096
     """Longest prompt + completion, in the student's tokens."""
     overlong: Literal["drop", "cut"] = "drop"
     """What happens to longer rows: dropped and counted, or cut at the end (which loses the answer)."""
     trainer_args: dict[str, Any] = Field(default_factory=dict)
-    """Any field of `trl.SFTConfig`: learning_rate, num_train_epochs, packing, report_to, ..."""
+    """Any field of the config class behind the method: learning_rate, num_train_epochs, report_to, packing, ... It is
+    `trl.SFTConfig` for sft and kd, `DistillationConfig` for on_policy, `ServerDistillationConfig` with a served teacher,
+    `GOLDConfig` for cross_tokenizer."""
     validation_prompts: Annotated[int, Field(ge=0)] = 0
     """Prompts whose traces are not trained on, to follow the loss (with kd also the divergence from the teacher) on them."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _live_has_its_section(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("method") in LIVE_METHODS and data.get("on_policy") is None:
+            return {**data, "on_policy": {}}
+        return data
+
     @field_validator("trainer_args")
     @classmethod
-    def _known_fields(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return check_trainer_args(value)
+    def _known_fields(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "method" not in info.data or "on_policy" not in info.data:  # they have errors of their own
+            return value
+        return check_trainer_args(value, config_class(info.data["method"], info.data["on_policy"]))
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the student writes while it trains, so that it needs prompts alone."""
+        return self.method in LIVE_METHODS
 
     @model_validator(mode="after")
     def _no_ignored_loss(self) -> Train:
@@ -117,3 +166,36 @@ class Train(Section):
         if self.method == "kd" and ignored:
             raise ValueError(f"train.trainer_args.{min(ignored)} belongs to the loss of method sft; kd has its own, see train.kd")
         return self
+
+    @model_validator(mode="after")
+    def _live_fits(self) -> Train:
+        if not self.is_live:
+            if self.on_policy is not None:
+                raise ValueError("train.on_policy would be ignored: set train.method on_policy or cross_tokenizer")
+            return self
+        assert self.on_policy is not None  # put in before the fields were read
+        if self.method == "cross_tokenizer" and self.on_policy.teacher_server is not None:
+            raise ValueError(
+                "train.on_policy.teacher_server goes with method on_policy: cross_tokenizer needs the teacher's whole distributions"
+            )
+        if self.overlong == "cut":
+            raise ValueError(
+                f"train.overlong cut would be ignored: with method {self.method} a prompt without room for its answer is dropped"
+            )
+        if self.validation_prompts:
+            raise ValueError(f"train.validation_prompts would be ignored: method {self.method} has no traces to follow the loss on")
+        if self.on_policy.max_new_tokens >= self.max_length:
+            raise ValueError(
+                f"train.on_policy.max_new_tokens ({self.on_policy.max_new_tokens:,}) leaves no room for a prompt in "
+                f"train.max_length ({self.max_length:,})"
+            )
+        return self
+
+
+def config_class(method: Method, on_policy: OnPolicy | None) -> ConfigName:
+    """Name of TRL's config class behind a method."""
+    if method == "cross_tokenizer":
+        return "GOLDConfig"
+    if method == "on_policy":
+        return "ServerDistillationConfig" if on_policy is not None and on_policy.teacher_server else "DistillationConfig"
+    return "SFTConfig"

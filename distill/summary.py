@@ -1,16 +1,12 @@
-"""What a run found, gathered from its files alone: the numbers that the report, the card and the terminal show."""
+"""What a run did and found, gathered from its files alone: its manifests and scores, and what they say in words."""
 
 from __future__ import annotations
 
-import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from distill.intervals import Estimate
 from distill.licences import UNKNOWN, licence_of
@@ -39,7 +35,9 @@ class RunSummary:
     """A run in numbers. Null or empty where a stage was left out."""
 
     manifests: dict[str, Manifest]
-    """By stage, in the order of the pipeline."""
+    """By stage, in the order of the pipeline, without those inside the rounds."""
+    rounds: list[dict[str, Manifest]]
+    """Of each on-policy round its stages."""
     results: list[ModelResult]
     gap: Estimate | None
     num_prompts: int
@@ -53,32 +51,67 @@ class RunSummary:
         if "student" not in by_role:
             return "The student has not been measured on held-out prompts."
         student = by_role["student"].accuracy
-        text = f"The student answers {_percent(student.value)} of {self.num_prompts:,} held-out prompts correctly"
+        text = f"The student answers {percent_text(student.value)} of {self.num_prompts:,} held-out prompts correctly"
         if "base" in by_role:
-            text += f"; before training it was {_percent(by_role['base'].accuracy.value)}"
+            text += f"; before training it was {percent_text(by_role['base'].accuracy.value)}"
         if "teacher" in by_role:
-            text += f", and its teacher answers {_percent(by_role['teacher'].accuracy.value)}"
+            text += f", and its teacher answers {percent_text(by_role['teacher'].accuracy.value)}"
         return text + "."
 
     @property
     def course(self) -> str:
-        """What was done, in words: traces, author, steps, time."""
-        curated, trained = self.manifests["curate"], self.manifests["train"]
+        """What was done, in words: what it learned from, who wrote or judged that, steps, time."""
+        parts = []
+        if "train" in self.manifests:
+            parts.append(f"It learned from {self._material}{_steps_text([self.manifests['train']])}.")
+        trained = [stages["train"] for stages in self.rounds if "train" in stages]
+        if trained:
+            own = sum(stages["rollouts"].rows_kept or 0 for stages in self.rounds if "train" in stages)
+            rounds = f"{len(trained)} on-policy round{'s' if len(trained) > 1 else ''}"
+            text = f"It then learned in {rounds}" if parts else f"It learned in {rounds}"
+            parts.append(f"{text} from {own:,} answers of its own{_steps_text(trained)}.")
+        return " ".join([*parts, f"All stages together took {duration_text(self.wall_s)}."])
+
+    @property
+    def _material(self) -> str:
+        """What the training outside the rounds read, and from whom it is."""
+        trained = self.manifests["train"]
+        if "curate" not in self.manifests:
+            judge = trained.settings.get("teacher", {}).get("model") or "a teacher not recorded"
+            return f"its own answers to {trained.rows_kept or 0:,} of {trained.rows_in or 0:,} prompts, judged by {judge} as it wrote them"
         author = (self.manifests["generate"].facts.get("author") or {}).get("model") or "an author not recorded"
-        text = f"It learned from {trained.rows_kept or 0:,} of {curated.rows_in or 0:,} traces by {author}"
-        steps = trained.facts.get("steps")
-        text += "" if steps is None else f", in {steps:,} optimizer steps"
-        return f"{text}. All stages together took {duration_text(self.wall_s)}."
+        text = f"{trained.rows_kept or 0:,} of {self.manifests['curate'].rows_in or 0:,} traces by {author}"
+        if trained.settings.get("train", {}).get("method") != "kd":
+            return text
+        teacher = (self.manifests["score"].facts.get("author") or {}).get("model")
+        return f"{text} and {'its' if teacher in (author, None) else f'the {teacher}'} distributions at their tokens"
+
+    @property
+    def stages(self) -> list[tuple[str, Manifest]]:
+        """Every finished stage under the name a reader knows it by, in the order they ran."""
+        named = [(f"round {number} {stage}", m) for number, stages in enumerate(self.rounds, start=1) for stage, m in stages.items()]
+        before = [(stage, m) for stage, m in self.manifests.items() if stage != "evaluate"]
+        return [*before, *named, *((stage, m) for stage, m in self.manifests.items() if stage == "evaluate")]
+
+    @property
+    def stop(self) -> str:
+        """Why the rounds ended before the last one; empty where they did not."""
+        return next((str(m.facts["stop"]).rstrip(".") for stages in self.rounds for m in stages.values() if "stop" in m.facts), "")
+
+    @property
+    def trained(self) -> Manifest:
+        """Of the training that made the student which was measured."""
+        return next(stages["train"] for stages in [*reversed(self.rounds), self.manifests] if "train" in stages)
 
     @property
     def wall_s(self) -> float:
         """Wall seconds of all stages."""
-        return sum(float(manifest.facts["wall_s"]) for manifest in self.manifests.values())
+        return sum(float(manifest.facts["wall_s"]) for _, manifest in self.stages)
 
     @property
     def finished_at(self) -> str:
         """When the last of the stages was finished, ISO 8601."""
-        return max(str(manifest.facts["finished_at"]) for manifest in self.manifests.values())
+        return max(str(manifest.facts["finished_at"]) for _, manifest in self.stages)
 
     @property
     def samples_text(self) -> str:
@@ -102,17 +135,18 @@ class RunSummary:
         return f"gap recovered: {self.gap.value:.2f} {interval} ({basis})"
 
 
-def summarise(run_dir: Path, folders: dict[str, str]) -> RunSummary:
+def summarise(folders: dict[str, Path], rounds: Sequence[dict[str, Path]] = ()) -> RunSummary:
     """Reads the manifests and scores of a run.
 
     Args:
-        run_dir: Folder of the run.
-        folders: Stage name and folder inside it; unfinished ones are left out.
+        folders: Stage name and its folder; unfinished ones are left out.
+        rounds: The same of every on-policy round.
     """
-    manifests = {stage: read_manifest(run_dir / name) for stage, name in folders.items() if (run_dir / name / MANIFEST).exists()}
+    manifests = _finished(folders)
+    of_rounds = [stages for stages in map(_finished, rounds) if stages]
     if "evaluate" not in manifests:
-        return RunSummary(manifests, [], None, 0, 0, 0.95)
-    scores = read_rows(run_dir / folders["evaluate"], "scores")
+        return RunSummary(manifests, of_rounds, [], None, 0, 0, 0.95)
+    scores = read_rows(folders["evaluate"], "scores")
     by_key = {(score["model_role"], score["metric"]): score for score in scores}
     models = manifests["evaluate"].facts["models"]
     results = [
@@ -130,6 +164,7 @@ def summarise(run_dir: Path, folders: dict[str, str]) -> RunSummary:
     gap = by_key.get(("gap", "gap_recovered"))
     return RunSummary(
         manifests=manifests,
+        rounds=of_rounds,
         results=results,
         gap=_estimate(gap) if gap else None,
         num_prompts=max(score["num_prompts"] for score in scores if score["metric"] == "accuracy"),
@@ -138,70 +173,27 @@ def summarise(run_dir: Path, folders: dict[str, str]) -> RunSummary:
     )
 
 
-def results_rows(summary: RunSummary) -> list[list[str]]:
-    """The table of results as text, a row a model, under `RESULT_COLUMNS`."""
-    return [
-        [
-            result.role,
-            _percent(result.accuracy.value),
-            f"[{_percent(result.accuracy.low)}, {_percent(result.accuracy.high)}]",
-            f"{result.mean_tokens:.0f}",
-            _percent(result.truncation_rate),
-            _percent(result.unjudged_rate),
-            parameters_text(result.parameters),
-        ]
-        for result in summary.results
-    ]
+def _finished(folders: dict[str, Path]) -> dict[str, Manifest]:
+    return {stage: read_manifest(folder) for stage, folder in folders.items() if (folder / MANIFEST).exists()}
 
 
-RESULT_COLUMNS = ["model", "accuracy", "interval", "tokens an answer", "truncated", "unjudged", "parameters"]
-
-
-def results_text(summary: RunSummary) -> str:
-    """The table and the gap as plain text for a terminal."""
-    if not summary.results:
-        return f"{NOT_MEASURED}: this recipe leaves the evaluation out\n"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(RESULT_COLUMNS):
-        table.add_column(name, justify="left" if index == 0 else "right")
-    for row in results_rows(summary):
-        table.add_row(*row)
-    text = io.StringIO()
-    Console(file=text, width=110, no_color=True).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n") + f"\n\n{summary.gap_text}\n"
-
-
-def funnel(summary: RunSummary, recipe: Recipe) -> list[tuple[str, int]]:
-    """From prompts to kept traces: name of a step and what is left after it."""
-    steps = [("prompts", summary.manifests["prompts"].rows("train"))]
-    curated = summary.manifests["curate"]
-    left = curated.rows_in or 0
-    steps.append(("traces", left))
-    for check in recipe.curate.checks:
-        left -= sum(count for reason, count in curated.drops.items() if reason.startswith(f"{check}:"))
-        steps.append((f"pass {check}", left))
-    return [*steps, ("kept", curated.rows_kept or 0)]
-
-
-def verdict_counts(summary: RunSummary) -> list[tuple[str, int, int, int]]:
-    """For each check: its name, and how many traces passed, failed and could not be judged."""
-    counts: dict[str, dict[str, int]] = summary.manifests["curate"].facts.get("verdicts", {})
-    return [(check, count["passed"], count["failed"], count["unjudged"]) for check, count in counts.items()]
+def _steps_text(trained: Sequence[Manifest]) -> str:
+    steps = [manifest.facts["steps"] for manifest in trained if manifest.facts.get("steps") is not None]
+    return f", in {sum(steps):,} optimizer steps" if steps else ""
 
 
 def lineage(recipe: Recipe, summary: RunSummary) -> list[tuple[str, str]]:
     """Where the student comes from: models, terms, digests and versions, as name and text."""
-    traces, trained = summary.manifests["generate"].facts, summary.manifests["train"].facts
+    trained = summary.trained.facts
     student = recipe.student
     measured = summary.manifests["evaluate"].facts["models"] if "evaluate" in summary.manifests else {}
     base = measured.get("base") or {"model": student.model, "revision": student.revision}
     trainable = parameters_text(trained.get("trainable_parameters"))
     return [
-        ("traces by", _model_text(traces.get("author") or {})),
-        ("terms of the traces", traces.get("licence") or UNKNOWN),
+        *_sources(recipe, summary),
         ("student before training", _model_text(base)),
         ("its terms", licence_of(student.model, student.licence)),
-        ("method", f"{recipe.train.method}, {student.adapter.type}, {trainable} trained parameters"),
+        ("method", f"{_method_text(recipe, summary)}, {student.adapter.type}, {trainable} trained parameters"),
         ("precision", trained.get("precision") or UNKNOWN),
         ("problems", recipe.prompts.source),
         ("tokenizer of the student", _digest_text(trained.get("tokenizer_digest"))),
@@ -209,6 +201,46 @@ def lineage(recipe: Recipe, summary: RunSummary) -> list[tuple[str, str]]:
         ("kit", f"{trained.get('kit_version') or UNKNOWN}, git {trained.get('git_revision') or UNKNOWN}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in trained.get("packages", {}).items()) or UNKNOWN),
     ]
+
+
+def _sources(recipe: Recipe, summary: RunSummary) -> list[tuple[str, str]]:
+    """Who wrote the traces and whose distributions the student learned, each with its terms."""
+    found = []
+    if "generate" in summary.manifests:
+        traces = summary.manifests["generate"].facts
+        found += [("traces by", _model_text(traces.get("author") or {})), ("terms of the traces", traces.get("licence") or UNKNOWN)]
+    scored = [manifest for name, manifest in summary.stages if name.endswith("score")]
+    if scored:
+        facts = scored[-1].facts
+        found += [
+            ("distributions of", _model_text(facts.get("author") or {})),
+            ("terms of the distributions", facts.get("licence") or UNKNOWN),
+        ]
+    if recipe.train.is_live and recipe.teacher is not None:
+        terms = licence_of(recipe.teacher.model, recipe.teacher.licence)
+        found += [
+            ("judged by", _model_text({"model": recipe.teacher.model, "revision": recipe.teacher.revision})),
+            ("terms of the teacher", terms),
+        ]
+    return found
+
+
+def _method_text(recipe: Recipe, summary: RunSummary) -> str:
+    method: str = recipe.train.method if "train" in summary.manifests else "kd"
+    if recipe.train.on_policy is not None:
+        method += f" ({recipe.train.on_policy.divergence})"
+    rounds = len([stages for stages in summary.rounds if "train" in stages])
+    return method + (f", {rounds} on-policy rounds" if rounds else "")
+
+
+def bytes_text(count: int | None) -> str:
+    """A size as people write it: 12.3 MiB."""
+    if count is None:
+        return ""
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count} bytes"
 
 
 def _model_text(record: Row) -> str:
@@ -245,7 +277,8 @@ def _estimate(score: Row) -> Estimate:
     return Estimate(score["value"], score["low"], score["high"])
 
 
-def _percent(share: float | None) -> str:
+def percent_text(share: float | None) -> str:
+    """A share as people write it: 12.3 %."""
     return UNKNOWN if share is None else f"{100 * share:.1f} %"
 
 

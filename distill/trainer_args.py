@@ -1,7 +1,7 @@
-"""The fields of TRL's SFTConfig, read from its source: a recipe is checked before torch is imported.
+"""The fields of TRL's config classes, read from their sources: a recipe is checked before torch is imported.
 
-Importing `trl.SFTConfig` costs seconds and needs torch. Its fields are plain annotated assignments in three files,
-so the names and the simple types are read from the syntax trees of the installed packages.
+Importing `trl.SFTConfig` costs seconds and needs torch. Its fields, and those of its relatives, are plain annotated assignments
+in a few files, so the names and the simple types are read from the syntax trees of the installed packages.
 """
 
 from __future__ import annotations
@@ -12,23 +12,37 @@ import functools
 import importlib.util
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-# Base class first: a later file overrides an earlier one, as inheritance does.
-_SOURCES = (
-    ("transformers", "training_args.py", "TrainingArguments"),
-    ("trl", "trainer/base_config.py", "_BaseConfig"),
-    ("trl", "trainer/sft_config.py", "SFTConfig"),
-)
+ConfigName = Literal["SFTConfig", "DistillationConfig", "ServerDistillationConfig", "GOLDConfig"]
 
-RESERVED: dict[str, str] = {
+# Base class first: a later file overrides an earlier one, as inheritance does.
+_BASE = (("transformers", "training_args.py", "TrainingArguments"), ("trl", "trainer/base_config.py", "_BaseConfig"))
+_SFT = (*_BASE, ("trl", "trainer/sft_config.py", "SFTConfig"))
+_DISTILLATION = (*_BASE, ("trl", "trainer/distillation_config.py", "DistillationConfig"))
+_SERVER = ("trl", "experimental/server_distillation/server_distillation_config.py", "ServerDistillationConfig")
+_GOLD = ("trl", "experimental/gold/gold_config.py", "GOLDConfig")
+_SOURCES: dict[ConfigName, tuple[tuple[str, str, str], ...]] = {
+    "SFTConfig": _SFT,
+    "DistillationConfig": _DISTILLATION,
+    "ServerDistillationConfig": (*_DISTILLATION, _SERVER),
+    "GOLDConfig": (*_SFT, _GOLD),
+}
+
+_RESERVED_BY_ALL: dict[str, str] = {
     "output_dir": "the run folder decides where files go",
-    "max_length": "set train.max_length",
-    "truncation_mode": "set train.overlong",
     "seed": "set the recipe's seed",
     "data_seed": "set the recipe's seed",
+    "model_init_kwargs": "set student.dtype, student.quantization, student.attn_implementation",
+    "trust_remote_code": "set student.trust_remote_code",
+    "remove_unused_columns": "the kit's rows have no unused columns",
+    "resume_from_checkpoint": "training resumes by itself from the last complete checkpoint of its folder",
+}
+_RESERVED_BY_SFT: dict[str, str] = {
+    "max_length": "set train.max_length",
+    "truncation_mode": "set train.overlong",
     "completion_only_loss": "the kit builds the labels: the completion, its reasoning and its end of turn",
     "assistant_only_loss": "the kit builds the labels: the completion, its reasoning and its end of turn",
     "chat_template_path": "the template belongs to the student's tokenizer; see student.tokenizer",
@@ -37,18 +51,42 @@ RESERVED: dict[str, str] = {
     "dataset_text_field": "the rows are tokenised by the kit",
     "dataset_kwargs": "the rows are tokenised by the kit",
     "dataset_num_proc": "the rows are tokenised by the kit",
-    "model_init_kwargs": "set student.dtype, student.quantization, student.attn_implementation",
-    "trust_remote_code": "set student.trust_remote_code",
-    "remove_unused_columns": "the kit's rows have no unused columns",
-    "resume_from_checkpoint": "training resumes by itself from the last complete checkpoint of its folder",
 }
+_RESERVED_BY_LIVE: dict[str, str] = {
+    "beta": "set train.on_policy.divergence, and jsd_beta beside it",
+    "temperature": "set train.on_policy.temperature",
+    "label_smoothing_factor": "the loss is a divergence, set train.on_policy.divergence",
+    "max_completion_length": "set train.on_policy.max_new_tokens",
+    "chat_template_kwargs": "set student.chat_template_kwargs",
+    "teacher_model_name_or_path": "set the section teacher",
+    "teacher_model_revision": "set the section teacher",
+    "teacher_model_init_kwargs": "set the section teacher",
+    "teacher_model_server_url": "set train.on_policy.teacher_server",
+}
+_RESERVED_BY_GOLD: dict[str, str] = {
+    "teacher_tokenizer_name_or_path": "set the section teacher",
+    "lmbda": "the student writes every completion itself",
+    "seq_kd": "the student writes every completion itself",
+    "use_uld_loss": "method cross_tokenizer is this loss; with one tokenizer use method on_policy",
+    "packing": "the loss aligns the two tokenisations row by row",
+    "eval_packing": "the loss aligns the two tokenisations row by row",
+    "loss_type": "the loss is GOLD's own",
+    "callbacks": "the kit has its own",
+}
+RESERVED: dict[ConfigName, dict[str, str]] = {
+    "SFTConfig": _RESERVED_BY_ALL | _RESERVED_BY_SFT,
+    "DistillationConfig": _RESERVED_BY_ALL | _RESERVED_BY_LIVE,
+    "ServerDistillationConfig": _RESERVED_BY_ALL | _RESERVED_BY_LIVE,
+    "GOLDConfig": _RESERVED_BY_ALL | _RESERVED_BY_SFT | _RESERVED_BY_LIVE | _RESERVED_BY_GOLD,
+}
+"""Fields that the kit sets, and where a user sets what they stand for."""
 
 
 @functools.cache
-def trainer_fields() -> dict[str, str]:
-    """Names of all SFTConfig fields, each with its annotation as source text."""
+def trainer_fields(config: ConfigName = "SFTConfig") -> dict[str, str]:
+    """Names of all fields of a config class, each with its annotation as source text."""
     fields: dict[str, str] = {}
-    for package, relative, class_name in _SOURCES:
+    for package, relative, class_name in _SOURCES[config]:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(f"{package} is not installed; `pip install distill-kit` brings it")
@@ -73,16 +111,17 @@ def _adapter(annotation: str) -> TypeAdapter[Any] | None:
     return TypeAdapter(kind, config=ConfigDict(strict=True))
 
 
-def check_trainer_args(given: dict[str, Any]) -> dict[str, Any]:
-    """Returns `given` unchanged; raises ValueError for an unknown, reserved or mistyped field."""
-    fields = trainer_fields()
+def check_trainer_args(given: dict[str, Any], config: ConfigName = "SFTConfig") -> dict[str, Any]:
+    """Returns `given` unchanged; raises ValueError, its message starting with the field, for one unknown, reserved or mistyped."""
+    fields, reserved = trainer_fields(config), RESERVED[config]
+    name_in_trl = f"trl.{config}" if config in ("SFTConfig", "DistillationConfig") else f"trl.experimental's {config}"
     for name, value in given.items():
-        if name in RESERVED:
-            raise ValueError(f"{name} can't be set here: {RESERVED[name]}")
+        if name in reserved:
+            raise ValueError(f"{name} can't be set here: {reserved[name]}")
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=1)
-            hint = f" Did you mean {close[0]}?" if close else " See the documentation of trl.SFTConfig."
-            raise ValueError(f"{name} is no field of trl.SFTConfig.{hint}")
+            hint = f" Did you mean {close[0]}?" if close else f" See the documentation of {name_in_trl}."
+            raise ValueError(f"{name} is no field of {name_in_trl}.{hint}")
         adapter = _adapter(fields[name])
         if adapter is None:
             continue

@@ -39,6 +39,23 @@ evaluate:
 """
 
 
+LIVE = """\
+name: live
+teacher:
+  model: some/teacher
+student:
+  model: some/student
+prompts:
+  source: problems.jsonl
+train:
+  method: on_policy
+  on_policy: {max_new_tokens: 256}
+  trainer_args: {learning_rate: 1e-5}
+evaluate:
+  models: [base, student]
+"""
+
+
 def write(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
@@ -72,8 +89,24 @@ def test_the_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
 def test_every_key_is_documented_and_described() -> None:
     described = list(keys())
     assert len(described) > 60
-    assert [info.key for info in described if len(info.help) < 10 and not info.key.endswith("type")] == []
+    assert [info.key for info in described if len(info.help) < 10 and not info.key.endswith(("type", "kind"))] == []
     assert "train.trainer_args" in {info.key for info in described}
+
+
+def test_a_live_recipe_needs_prompts_alone_and_is_checked_against_its_own_trainer(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, LIVE), ["--train.trainer_args.repetition_penalty", "1.1"])
+    assert recipe.generate is None and not recipe.learns_from_traces and recipe.train.on_policy is not None
+    assert recipe.train.on_policy.beta == 1.0
+    (tmp_path / "resolved.yaml").write_text(recipe_text(recipe))
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+    bare = load_recipe(write(tmp_path, LIVE.replace("  on_policy: {max_new_tokens: 256}\n", "")))
+    assert bare.train.on_policy is not None and bare.train.on_policy.max_new_tokens == 512
+    served = load_recipe(
+        tmp_path / "recipe.yaml", ["--train.on_policy.teacher_server", "http://localhost:8000", "--train.trainer_args.loss_top_k", "20"]
+    )
+    assert served.train.trainer_args["loss_top_k"] == 20
+    gold = load_recipe(tmp_path / "recipe.yaml", ["--train.method", "cross_tokenizer", "--train.trainer_args.num_generations", "2"])
+    assert gold.train.trainer_args["num_generations"] == 2
 
 
 def test_speed_settings_do_not_change_the_identity(tmp_path: Path) -> None:
@@ -236,6 +269,46 @@ def _values_out_of_range() -> None:
         DAMAGED[f"out of range {new}"] = (_replace(old, new), [key], None)
 
 
+def _live_methods() -> None:
+    method, section = "method: on_policy", "{max_new_tokens: 256}"
+    for old, new, key in [
+        ("teacher:\n  model: some/teacher\n", "", "train.method on_policy needs a teacher"),
+        ("train:\n", "generate: {}\ntrain:\n", "leave the sections generate and traces out"),
+        ("train:\n", "score: {}\ntrain:\n", "score goes with train.method kd or with rounds"),
+        ("train:\n", "curate: {prefer: longest}\ntrain:\n", "curate would be ignored"),
+        ("train:\n", "rounds: 2\nrollouts: {}\nscore: {}\ntrain:\n", "on-policy by itself"),
+        (method, "method: sft", "train.on_policy would be ignored"),
+        (method, method + "\n  kd: {nll_weight: 0.5}", "train.kd would be ignored"),
+        (method, method + "\n  overlong: cut", "train.overlong cut would be ignored"),
+        (method, method + "\n  validation_prompts: 5", "train.validation_prompts would be ignored"),
+        (method, method + "\n  max_length: 256", "leaves no room for a prompt"),
+        (section, "{max_token: 256}", "Did you mean train.on_policy.max_new_tokens"),
+        (section, "{divergence: kl}", "train.on_policy.divergence"),
+        (section, "{divergence: jsd}", "jsd_beta goes with divergence jsd"),
+        (section, "{jsd_beta: 0.5}", "jsd_beta goes with divergence jsd"),
+        (section, "{divergence: jsd, jsd_beta: 1.0}", "train.on_policy.jsd_beta"),
+        (section, "{temperature: 0}", "train.on_policy.temperature"),
+        (section, "{stop_truncation_rate: 2}", "train.on_policy.stop_truncation_rate"),
+        ("learning_rate: 1e-5", "packing: true", "packing is no field of trl.DistillationConfig"),
+        ("learning_rate: 1e-5", "repetition_penalti: 1.0", "Did you mean repetition_penalty"),
+        ("learning_rate: 1e-5", "repetition_penalty: high", "repetition_penalty must be float"),
+        ("learning_rate: 1e-5", "loss_top_k: 5", "loss_top_k is no field of trl.DistillationConfig"),
+        ("learning_rate: 1e-5", "beta: 0.5", "set train.on_policy.divergence"),
+        ("learning_rate: 1e-5", "temperature: 0.5", "set train.on_policy.temperature"),
+        ("learning_rate: 1e-5", "teacher_model_name_or_path: x", "set the section teacher"),
+    ]:
+        assert old in LIVE, old
+        text = LIVE.replace(old, new, 1)
+        DAMAGED[f"live {new}"] = (text, [key], None)
+    cross = LIVE.replace(method, "method: cross_tokenizer")
+    served = cross.replace(section, "{teacher_server: 'http://localhost:8000'}")
+    DAMAGED["live cross served"] = (served, ["train.on_policy.teacher_server goes with method on_policy"], None)
+    for field, words in [("lmbda: 0.5", "the student writes every completion itself"), ("packing: true", "row by row")]:
+        DAMAGED[f"live cross {field}"] = (cross.replace("learning_rate: 1e-5", field), [words], 11)
+    DAMAGED["live key's line"] = (LIVE.replace(method, method + "\n  overlong: cut"), [": train.overlong cut would be"], 10)
+    DAMAGED["live field's line"] = (LIVE.replace("learning_rate: 1e-5", "packing: true"), ["train.trainer_args: packing"], 11)
+
+
 def _wrong_files() -> None:
     DAMAGED["empty file"] = ("", ["not a mapping"], None)
     DAMAGED["a list"] = ("- name: x\n", ["not a mapping"], None)
@@ -247,7 +320,7 @@ def _wrong_files() -> None:
     DAMAGED["json lines"] = ('{"a": 1}\n{"b": 2}\n', ["not valid YAML"], None)
 
 
-for _fill in (_unknown_keys, _missing_keys, _mistyped_values, _values_out_of_range, _wrong_files):
+for _fill in (_unknown_keys, _missing_keys, _mistyped_values, _values_out_of_range, _live_methods, _wrong_files):
     _fill()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from distill.errors import DataError
 from distill.recipe import Recipe
-from distill.storage import read_manifest
+from distill.storage import MANIFEST, read_manifest
 
 FOLDERS = {
     "prompts": "prompts",
@@ -94,3 +94,17 @@ def previous_student(recipe: Recipe, number: int) -> Path | None:
     if number == 1 and recipe.rollouts.start == "base":
         return None
     return folder(recipe, "train", number - 1)
+
+
+def folders_to_show(recipe: Recipe) -> tuple[dict[str, Path], list[dict[str, Path]]]:
+    """The folders of a finished run that a report or a card speaks of: of the stages, and of each on-policy round.
+
+    Raises:
+        MissingStageError: the rounds are not finished.
+    """
+    stages = {stage: folder(recipe, stage) for stage in stages_of(recipe) if stage not in ("report", "export")}
+    trained = last_round(recipe)
+    rounds = [{stage: folder(recipe, stage, number) for stage in ROUND_STAGES} for number in range(1, trained + 1)]
+    # The rollouts that stopped the rounds were neither scored nor trained on.
+    stopped = trained < recipe.rounds and (folder(recipe, "rollouts", trained + 1) / MANIFEST).exists()
+    return stages, [*rounds, {"rollouts": folder(recipe, "rollouts", trained + 1)}] if stopped else rounds

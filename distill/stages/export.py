@@ -22,9 +22,10 @@ from distill.recipe import Export, Recipe
 from distill.recipe_base import Sampling
 from distill.recipe_io import recipe_text
 from distill.runlog import Clock, progress, say
-from distill.stages import FOLDERS, folder, run_dir, stages_of, student_folder
+from distill.stages import folder, folders_to_show, student_folder
 from distill.storage import Manifest, StageFolder, check_files, read_manifest, read_rows, write_text
-from distill.summary import RESULT_COLUMNS, lineage, results_rows, summarise
+from distill.summary import lineage, summarise
+from distill.tables import RESULT_COLUMNS, results_rows
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +56,7 @@ def model_name(recipe: Recipe, export: Export) -> str:
 
 def _export(recipe: Recipe, export: Export, out: StageFolder) -> Manifest:
     clock = Clock()
-    author, licence = _author(recipe)
-    notes = check_terms(author, model_name(recipe, export), licence=licence, student=recipe.student.model)
+    author, licence, notes = _terms(recipe, export)
     check_files(student_folder(recipe))
     for leftover in ("model", "adapter"):
         shutil.rmtree(out.path / leftover, ignore_errors=True)
@@ -86,11 +86,27 @@ _PLAIN = {"quantization": "none", "dtype": "float32", "attn_implementation": "au
 """How both models are loaded: FlashAttention has no fp32, and an adapter is merged into whole weights."""
 
 
-def _author(recipe: Recipe) -> tuple[str | None, str]:
-    """The model that wrote the traces and their terms, as the trace folder says."""
-    facts = read_manifest(folder(recipe, "generate")).facts
-    name = (facts.get("author") or {}).get("model")
-    return None if name is None else str(name), str(facts.get("licence") or UNKNOWN)
+def _terms(recipe: Recipe, export: Export) -> tuple[str | None, str, list[str]]:
+    """Whose outputs the student learned from, under which terms, and what must be noted of them.
+
+    Whoever wrote the traces, and the teacher whose distributions were learned from: they can be two.
+
+    Raises:
+        LicenceError: the terms of one exclude this student, or ask for another name.
+    """
+    sources: list[tuple[str | None, str]] = []
+    if recipe.learns_from_traces:
+        facts = read_manifest(folder(recipe, "generate")).facts
+        sources.append(((facts.get("author") or {}).get("model"), str(facts.get("licence") or UNKNOWN)))
+    teacher = recipe.teacher
+    if teacher is not None and (recipe.score is not None or recipe.train.is_live):
+        sources.append((teacher.model, licence_of(teacher.model, teacher.licence)))
+    notes: list[str] = []
+    for author, licence in sources:
+        notes += check_terms(author, model_name(recipe, export), licence=licence, student=recipe.student.model)
+    authors = [author for author, _ in sources if author is not None]
+    licences = dict.fromkeys(licence for _, licence in sources)
+    return " and ".join(dict.fromkeys(authors)) or None, " and ".join(licences), list(dict.fromkeys(notes))
 
 
 def _load_original(recipe: Recipe) -> Any:
@@ -212,8 +228,7 @@ def _generation_config(sampling: Sampling | None, chat: ChatFormat) -> Any:
 def _card(recipe: Recipe, export: Export, facts: dict[str, Any]) -> str:
     """The model card."""
     student, prompts = recipe.student, recipe.prompts
-    stages = {name: FOLDERS[name] for name in stages_of(recipe) if name not in ("report", "export")}
-    summary = summarise(run_dir(recipe), stages)
+    summary = summarise(*folders_to_show(recipe))
     licence = licence_of(student.model, student.licence)
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", student.model) and not Path(student.model).exists()
     return render(
@@ -231,6 +246,7 @@ def _card(recipe: Recipe, export: Export, facts: dict[str, Any]) -> str:
         parity=facts["parity"],
         notes=facts["notes"],
         student_licence=licence,
+        terms_of="Traces" if recipe.learns_from_traces else "Teacher",
         trace_licence=facts["licence"],
         system_prompt=prompts.system_prompt,
         user_template=prompts.template,

@@ -11,18 +11,20 @@ from distill.recipe import Recipe
 from distill.recipe_io import recipe_text
 from distill.runlog import Clock
 from distill.schema import THINK_CLOSE, THINK_OPEN
-from distill.stages import FOLDERS, folder, run_dir, stages_of, student_folder
+from distill.stages import folder, folders_to_show, last_round, student_folder
 from distill.storage import Manifest, StageFolder, read_rows, write_text
-from distill.summary import (
+from distill.summary import RunSummary, duration_text, lineage, metrics, summarise
+from distill.tables import (
+    COST_COLUMNS,
     RESULT_COLUMNS,
-    RunSummary,
-    duration_text,
+    ROUND_COLUMNS,
+    TARGET_COLUMNS,
+    cost_rows,
     funnel,
-    lineage,
-    metrics,
     results_rows,
     results_text,
-    summarise,
+    round_rows,
+    target_rows,
     verdict_counts,
 )
 
@@ -32,15 +34,15 @@ _PASSED = {True: "passed", False: "failed", None: "not judged"}
 
 def run(recipe: Recipe) -> Manifest:
     """Writes `report.html`, `report.md` and `summary.txt`."""
-    stages = [stage for stage in stages_of(recipe) if stage not in ("report", "export")]
-    inputs = [folder(recipe, stage) for stage in stages]
+    stages, rounds = folders_to_show(recipe)
+    inputs = [*stages.values(), *(place for places in rounds for place in places.values())]
     with StageFolder(folder(recipe, "report"), "report", {"report": recipe.report.identity()}, inputs) as out:
-        return out.manifest or _report(recipe, stages, out)
+        return out.manifest or _report(recipe, out)
 
 
-def _report(recipe: Recipe, stages: list[str], out: StageFolder) -> Manifest:
+def _report(recipe: Recipe, out: StageFolder) -> Manifest:
     clock = Clock()
-    summary = summarise(run_dir(recipe), {stage: FOLDERS[stage] for stage in stages})
+    summary = summarise(*folders_to_show(recipe))
     page = _page(recipe, summary)
     write_text(out.path / "report.html", render("report.html.j2", **page, **_pictures(recipe, summary)))
     write_text(out.path / "report.md", render("report.md.j2", **page))
@@ -57,11 +59,17 @@ def _page(recipe: Recipe, summary: RunSummary) -> dict[str, Any]:
         "results": results_rows(summary),
         "funnel": funnel(summary, recipe),
         "verdicts": verdict_counts(summary),
-        "drops": [(stage, reason, count) for stage, m in summary.manifests.items() for reason, count in sorted(m.drops.items())],
-        "costs": [_cost(manifest) for manifest in summary.manifests.values()],
+        "drops": [(stage, reason, count) for stage, m in summary.stages for reason, count in sorted(m.drops.items())],
+        "round_columns": ROUND_COLUMNS,
+        "rounds": round_rows(summary, folders_to_show(recipe)[1]),
+        "target_columns": TARGET_COLUMNS,
+        "targets": target_rows(summary),
+        "cost_columns": COST_COLUMNS,
+        "costs": cost_rows(summary),
         "total_time": duration_text(summary.wall_s),
         "lineage": lineage(recipe, summary),
-        "examples": _examples(folder(recipe, "curate"), recipe.report.examples),
+        "examples": _examples(recipe, summary),
+        "no_examples": "None asked for." if recipe.report.examples == 0 else "This method keeps no traces.",
         "recipe": recipe_text(recipe),
     }
 
@@ -69,29 +77,38 @@ def _page(recipe: Recipe, summary: RunSummary) -> dict[str, Any]:
 def _pictures(recipe: Recipe, summary: RunSummary) -> dict[str, str | None]:
     from distill.plots import accuracy_bars, funnel_bars, loss_curve
 
-    logged = metrics(student_folder(recipe) / "metrics.jsonl")
+    logged, steps = metrics(student_folder(recipe) / "metrics.jsonl"), funnel(summary, recipe)
+    divergences = [(entry["step"], entry["kl"]) for entry in logged if entry.get("kl") is not None]
     return {
         "accuracy_svg": accuracy_bars(summary.results) if summary.results else None,
-        "loss_svg": loss_curve([entry["step"] for entry in logged], [entry["loss"] for entry in logged]) if logged else None,
-        "funnel_svg": funnel_bars(funnel(summary, recipe)),
+        "loss_svg": loss_curve([(entry["step"], entry["loss"]) for entry in logged], divergences) if logged else None,
+        "loss_words": _loss_words(recipe, bool(divergences)),
+        "funnel_svg": funnel_bars(steps) if steps else None,
     }
 
 
-def _cost(manifest: Manifest) -> list[str]:
-    facts = manifest.facts
-    tokens = facts.get("tokens")
-    return [
-        manifest.stage,
-        duration_text(facts["wall_s"]),
-        "" if tokens is None else f"{tokens:,}",
-        str(facts.get("device", "cpu")),
-        facts["finished_at"],
-        manifest.digest[:12],
-    ]
+def _loss_words(recipe: Recipe, with_divergence: bool) -> str:
+    """What the picture of the training shows."""
+    number = last_round(recipe)
+    what = f"Training loss of round {number}" if number else "Training loss"
+    what += " and divergence from the teacher" if with_divergence else ""
+    return f"{what}: each logged step, and its running mean."
 
 
-def _examples(curated: Path, count: int) -> list[Row]:
-    """Traces to look at, evenly over the tables: two of three kept and one of three dropped, as far as there are any."""
+def _examples(recipe: Recipe, summary: RunSummary) -> list[Row]:
+    """Traces to look at: curated ones, else the student's own of the last round, else none."""
+    count = recipe.report.examples
+    if "curate" in summary.manifests:
+        return _curated_examples(folder(recipe, "curate"), count)
+    wrote = [number for number, stages in enumerate(summary.rounds, start=1) if "rollouts" in stages]
+    if not wrote:
+        return []
+    rows = _evenly(read_rows(folder(recipe, "rollouts", wrote[-1]), "traces"), count)
+    return [_example(row, []) | {"tag": f"written in round {wrote[-1]}, ended by: {row['finish_reason']}"} for row in rows]
+
+
+def _curated_examples(curated: Path, count: int) -> list[Row]:
+    """Evenly over the tables: two of three kept and one of three dropped, as far as there are any."""
     found: dict[tuple[str, int], list[Row]] = defaultdict(list)
     for verdict in read_rows(curated, "verdicts"):
         found[verdict["prompt_id"], verdict["sample_index"]].append(verdict)
@@ -116,5 +133,6 @@ def _example(row: Row, verdicts: list[Row]) -> Row:
         "answer": (after if reasons else before).strip(),
         "reference": row["reference"],
         "reason": row.get("reason"),
+        "tag": f"dropped: {row['reason']}" if row.get("reason") else "kept",
         "verdicts": [f"{verdict['check']} {_PASSED[verdict['passed']]} ({verdict['reason']})" for verdict in verdicts],
     }

@@ -21,8 +21,6 @@ from distill.stages import folder, previous_student
 from distill.storage import MANIFEST, Manifest, StageFolder, check_files, read_manifest, table_files, write_text
 
 if TYPE_CHECKING:
-    from trl import SFTTrainer
-
     from distill.chat import ChatFormat
     from distill.trainers.rows import TrainingRows
     from distill.trainers.targets import StoredTargets
@@ -54,6 +52,9 @@ def run(recipe: Recipe, number: int = 0) -> Manifest:
     """
     plan = _plan(recipe, number)
     settings: dict[str, Any] = {"student": recipe.student.identity(), "train": plan.train.identity(), "seed": recipe.seed}
+    if plan.train.is_live:
+        assert recipe.teacher is not None  # the recipe was validated
+        settings["teacher"] = recipe.teacher.identity()
     if number:
         assert recipe.rollouts is not None
         settings["rollouts"] = {name: getattr(recipe.rollouts, name) for name in ("teacher_share", "stop_kl")}
@@ -68,6 +69,8 @@ def run(recipe: Recipe, number: int = 0) -> Manifest:
 
 def _plan(recipe: Recipe, number: int) -> _Plan:
     curated, targets = (folder(recipe, "curate"), "curated"), folder(recipe, "score")
+    if recipe.train.is_live:
+        return _Plan(recipe.train, [(folder(recipe, "prompts"), "train")], [], None)
     if not number:
         return _Plan(recipe.train, [curated], [targets] if recipe.train.method == "kd" else [], None)
     rollouts = recipe.rollouts
@@ -93,7 +96,12 @@ def _train(recipe: Recipe, plan: _Plan, number: int, out: StageFolder) -> Manife
     from distill.trainers.callbacks import last_whole_checkpoint
 
     clock, device = Clock(), pick_device()
-    arguments = training_arguments(recipe, plan.train, out.path / "checkpoints", device)
+    if plan.train.is_live:
+        from distill.trainers.live import live_arguments
+
+        arguments: Any = live_arguments(recipe, out.path / "checkpoints", device)
+    else:
+        arguments = training_arguments(recipe, plan.train, out.path / "checkpoints", device)
     _check_world_size()
     chat = load_chat_format(recipe.student)
     stored = _stored_targets(plan, chat)
@@ -112,7 +120,7 @@ def _train(recipe: Recipe, plan: _Plan, number: int, out: StageFolder) -> Manife
         world_size=PartialState().num_processes,
         steps=trainer.state.global_step,
         train_loss=result.training_loss,
-        tokens=round(rows.num_tokens * (trainer.state.epoch or 0)),
+        tokens=trainer.state.num_input_tokens_seen if plan.train.is_live else round(rows.num_tokens * (trainer.state.epoch or 0)),
         parameters=num_parameters(model),
         trainable_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         peak_memory_gib=_peak_memory_gib(device.type),
@@ -152,6 +160,10 @@ def _rows(recipe: Recipe, plan: _Plan, cache: Path, chat: ChatFormat, stored: St
 
     from distill.trainers.rows import TraceTable, training_rows
 
+    if plan.train.is_live:
+        from distill.trainers.live import live_rows
+
+        return live_rows(recipe, folder(recipe, "prompts"), chat)
     share = recipe.rollouts.teacher_share if recipe.rollouts is not None else 0.0
     tables = [
         TraceTable(table_files(place, table), read_manifest(place).digest, share / (1 - share) if index else None)
@@ -170,7 +182,7 @@ def _make_trainer(
     chat: ChatFormat,
     stored: StoredTargets | None,
     start_step: int,
-) -> SFTTrainer:
+) -> Any:
     """TRL's trainer on rows that are already token ids and labels."""
     from transformers import PrinterCallback, ProgressCallback
     from trl import SFTTrainer
@@ -189,7 +201,11 @@ def _make_trainer(
         "peft_config": lora_config(student.adapter) if student.adapter.type == "lora" and plan.start is None else None,
         "callbacks": [MetricsFile(target / "metrics.jsonl", start_step), ProgressBar(), StopOnNonFinite(), CheckpointMark()],
     }
-    if stored is None:
+    if plan.train.is_live:
+        from distill.trainers.live import live_trainer
+
+        trainer: Any = live_trainer(recipe, chat, common)
+    elif stored is None:
         trainer = SFTTrainer(**common)
     else:
         assert recipe.score is not None  # the recipe was validated
@@ -240,7 +256,7 @@ def _stop(recipe: Recipe, number: int, metrics: Path) -> dict[str, str]:
     }
 
 
-def _save(recipe: Recipe, target: Path, trainer: SFTTrainer) -> list[Path]:
+def _save(recipe: Recipe, target: Path, trainer: Any) -> list[Path]:
     """Writes the trained weights and the tokenizer; returns their files."""
     accelerator = trainer.accelerator
     if trainer.is_fsdp_enabled:
@@ -257,6 +273,10 @@ def _save(recipe: Recipe, target: Path, trainer: SFTTrainer) -> list[Path]:
         # Left by the trainer: a model card without results, its arguments as a pickle, a second copy of the tokenizer.
         if file.name in ("README.md", "training_args.bin") or (tokenizer / file.name).exists():
             file.unlink()
+    if recipe.train.is_live and recipe.student.adapter.type == "full":
+        from distill.trainers.live import restore_head
+
+        restore_head(recipe, weights)
     if recipe.student.adapter.type == "lora":
         _order_modules(weights / "adapter_config.json")
     return [*weights.iterdir(), *tokenizer.iterdir()]

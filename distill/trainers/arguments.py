@@ -14,15 +14,18 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from transformers import TrainingArguments
 from trl import SFTConfig
 
 from distill.errors import RecipeError
 from distill.models import pick_dtype
 from distill.recipe import Recipe
 from distill.recipe_learning import Train
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
 def training_arguments(recipe: Recipe, train: Train, output_dir: Path, device: torch.device) -> SFTConfig:
@@ -37,10 +40,10 @@ def training_arguments(recipe: Recipe, train: Train, output_dir: Path, device: t
     Raises:
         RecipeError: TRL or transformers refuses a value of `train.trainer_args`.
     """
-    given = {**_defaults(recipe, device), **train.trainer_args}
+    given = {**default_arguments(recipe, device), **train.trainer_args}
     packing = bool(given.get("packing", False))
     if not {"bf16", "fp16"} & set(train.trainer_args):
-        given |= _precision(device)
+        given |= precision_flags(device)
     given |= {
         "output_dir": str(output_dir),
         "seed": recipe.seed,
@@ -52,10 +55,19 @@ def training_arguments(recipe: Recipe, train: Train, output_dir: Path, device: t
         given["router_aux_loss_coef"] = 0.0  # the loss on targets is the whole loss
     if train.validation_prompts and "eval_strategy" not in train.trainer_args:
         given |= {"eval_strategy": "steps", "eval_steps": given["save_steps"]}
+    return build_arguments(SFTConfig, given)
+
+
+def build_arguments(config: type[Arguments], given: dict[str, Any]) -> Arguments:
+    """An instance of one of TRL's config classes.
+
+    Raises:
+        RecipeError: TRL or transformers refuses a value.
+    """
     # transformers renames the field that TRL 1.16 still defines, and warns of it at every start.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     try:
-        return SFTConfig(**given)
+        return config(**given)
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"train.trainer_args: {str(error).splitlines()[0]} Correct it in the recipe.") from None
 
@@ -71,7 +83,8 @@ def training_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     return pick_dtype(device, recipe.student.dtype)
 
 
-def _defaults(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+def default_arguments(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """The kit's own defaults, on this device."""
     on_cpu = device.type == "cpu"
     return {
         "learning_rate": 2e-5 if recipe.student.adapter.type == "full" else 2e-4,
@@ -92,12 +105,12 @@ def _defaults(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _precision(device: torch.device) -> dict[str, bool]:
+def precision_flags(device: torch.device) -> dict[str, bool]:
     """Autocast to what the device computes in; both false is fp32. SFTConfig would take bf16 even where it is slow."""
     dtype = pick_dtype(device)
     return {"bf16": dtype is torch.bfloat16, "fp16": dtype is torch.float16 and device.type == "cuda"}
 
 
-def precision_name(arguments: SFTConfig) -> str:
+def precision_name(arguments: TrainingArguments) -> str:
     """`bf16`, `fp16` or `fp32`: what the matrix products are computed in."""
     return "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32"
