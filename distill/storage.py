@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +32,7 @@ from distill.schema import table_of
 SCHEMA_VERSION = 1
 MANIFEST, PLAN, JOURNAL, LOCK = "manifest.json", "plan.json", "journal.jsonl", ".lock"
 ROWS_PER_SHARD = 4096
+_WAIT_S = 60.0  # for another part of the same stage to read or write the plan
 
 
 class Shard(BaseModel):
@@ -75,21 +77,24 @@ class Manifest(BaseModel):
 class StageFolder:
     """A stage's folder, open for writing by one process, resumable and refused to other settings.
 
-    Use as a context manager. Inside, `complete` says that all work is already done.
+    Use as a context manager. Inside, `complete` says that all work is already done. With `part` several processes, on
+    several machines, hold one part of the folder each, and `whole` gives the folder to one of them.
 
     Args:
         path: The folder; made if absent.
         stage: Name of the stage.
         settings: Everything that decides the rows, as JSON values.
         inputs: Folders of the stages read, which must be complete.
+        part: Hold this part alone.
 
     Raises:
-        StageConflictError: the folder was made with other settings or inputs, or another process holds it.
+        StageConflictError: the folder was made with other settings or inputs, or another process holds it, or the part.
         MissingStageError: an input is absent or unfinished.
     """
 
-    def __init__(self, path: Path, stage: str, settings: dict[str, Any], inputs: Sequence[Path] = ()) -> None:
+    def __init__(self, path: Path, stage: str, settings: dict[str, Any], inputs: Sequence[Path] = (), part: str | None = None) -> None:
         self.path = path
+        self._part = part
         self.stage = stage
         self.settings = json.loads(json.dumps(settings))
         self.inputs = {_name_in_run(folder): read_manifest(folder).digest for folder in inputs}
@@ -103,15 +108,13 @@ class StageFolder:
 
     def __enter__(self) -> StageFolder:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.path / LOCK)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise StageConflictError(
-                f"{self.path}: another process is working on this stage. Wait for it, or stop it and run this again."
-            ) from None
+        self._lock = self._acquire(LOCK, "this stage", _WAIT_S if self._part else 0)
         try:
             self._resume()
+            if self._part:
+                # Taken while the folder is held, so that no other settings can come in between.
+                folder_lock, self._lock = self._lock, self._acquire(f"{LOCK}-{self._part}", f"part {self._part} of this stage")
+                folder_lock.release()
         except BaseException:
             self._lock.release()
             raise
@@ -120,13 +123,46 @@ class StageFolder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._lock.release()
 
+    def _acquire(self, name: str, what: str, timeout_s: float = 0) -> FileLock:
+        lock = FileLock(self.path / name)
+        try:
+            lock.acquire(timeout=timeout_s)
+        except Timeout:
+            raise StageConflictError(
+                f"{self.path}: another process is working on {what}. Wait for it, or stop it and run this again."
+            ) from None
+        return lock
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Holds a part of a folder that is open as a whole, against processes that work on that part alone.
+
+        Raises:
+            StageConflictError: one does.
+        """
+        lock = self._acquire(f"{LOCK}-{name}", f"part {name} of this stage")
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Holds the folder of a part, after waiting for whoever holds it; `complete` is true if that one finished it."""
+        lock = self._acquire(LOCK, "this stage", -1)
+        try:
+            self.manifest = read_manifest(self.path) if (self.path / MANIFEST).exists() else None
+            yield
+        finally:
+            lock.release()
+
     def _resume(self) -> None:
         plan = {"schema_version": SCHEMA_VERSION, "stage": self.stage, "settings": self.settings, "inputs": self.inputs}
         if (self.path / MANIFEST).exists():
             manifest = read_manifest(self.path)
             self._refuse_other_plan(manifest.model_dump(include=set(plan)), plan)
             self.manifest = manifest
-        elif (self.path / PLAN).exists() and any(file.name not in (PLAN, LOCK) for file in self.path.iterdir()):
+        elif (self.path / PLAN).exists() and (self._part or any(file.name not in (PLAN, LOCK) for file in self.path.iterdir())):
             self._refuse_other_plan(_read_json(self.path / PLAN), plan)
         else:  # nothing is there yet, or only the plan of a run that failed before it made anything
             write_text(self.path / PLAN, json.dumps(plan, indent=2))
@@ -185,8 +221,8 @@ class StageFolder:
             facts=facts or {},
         )
         write_text(self.path / MANIFEST, self.manifest.model_dump_json(indent=2))
-        for leftover in (PLAN, JOURNAL):
-            (self.path / leftover).unlink(missing_ok=True)
+        for leftover in (self.path / PLAN, self.path / JOURNAL, *self.path.glob(f"{LOCK}-*")):
+            leftover.unlink(missing_ok=True)
         return self.manifest
 
 
@@ -257,7 +293,16 @@ def read_manifest(folder: Path) -> Manifest:
 
 def read_rows(folder: Path, table: str) -> list[dict[str, Any]]:
     """All rows of a finished stage's table, after its digests were checked."""
-    return [row for path in table_files(folder, table) for row in pq.read_table(path).to_pylist()]
+    return list(iter_rows(folder, table))
+
+
+def iter_rows(folder: Path, table: str, first: int = 0, step: int = 1) -> Iterator[dict[str, Any]]:
+    """Every `step`-th row of a finished stage's table, from `first`; one shard at a time is in memory."""
+    before = 0
+    for path in table_files(folder, table):
+        shard = pq.read_table(path)
+        yield from shard.take(list(range((first - before) % step, len(shard), step))).to_pylist() if step > 1 else shard.to_pylist()
+        before += len(shard)
 
 
 def table_files(folder: Path, table: str) -> list[Path]:

@@ -88,6 +88,8 @@ def measure(spec: TargetSpec, rows: list[Targets], copies: int, folder: Path) ->
         teacher_revision=None,
         tokenizer_digest="0" * 64,
         template_digest="0" * 64,
+        teacher_tokenizer_digest="1" * 64,
+        teacher_template_digest="1" * 64,
         traces_digest="0" * 64,
     )
     path = folder / "targets-00000.targets"

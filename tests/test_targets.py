@@ -46,6 +46,8 @@ def header(target: TargetSpec, vocab_size: int = 50, **changes: object) -> Targe
         "teacher_revision": None,
         "tokenizer_digest": "t" * 64,
         "template_digest": "c" * 64,
+        "teacher_tokenizer_digest": "u" * 64,
+        "teacher_template_digest": "d" * 64,
         "traces_digest": "r" * 64,
     }
     return TargetHeader(target=target, vocab_size=vocab_size, **(fields | changes))
@@ -189,6 +191,31 @@ def test_a_trace_without_supervised_tokens_comes_back(spec: TargetSpec) -> None:
     decoded = round_trip(spec, original, 50)
     assert len(decoded) == 0
     assert decoded.log_probs.shape[0] == decoded.ids.shape[0] == 0
+
+
+def without_some(targets: Targets, spec: TargetSpec, places: list[int]) -> Targets:
+    """The same with no target at some positions."""
+    ids, log_probs, log_rest = targets.ids.copy(), targets.log_probs.copy(), targets.log_rest.copy()
+    ids[places], log_probs[places] = -1, -np.inf
+    log_rest[places] = -np.inf if isinstance(spec, Sampled) else 0
+    return Targets(ids, log_probs, log_rest)
+
+
+@pytest.mark.parametrize("places", [[0], [8], [0, 3, 4, 8], list(range(9))], ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=spec_id)
+def test_positions_without_a_target_come_back(spec: TargetSpec, places: list[int]) -> None:
+    original = without_some(targets_of(spec, random_logits(9, 50), 50), spec, places)
+    codec = Codec(spec, 50)
+    payload = codec.encode(original)
+    decoded = codec.decode(payload)
+    width = decoded.log_probs.shape[1]
+    assert_close(decoded, Targets(original.ids[:, :width], original.log_probs[:, :width], original.log_rest), spec)
+    assert (original.ids[:, width:] == -1).all()
+    assert decoded.log_rest[places] == pytest.approx(-np.inf if isinstance(spec, Sampled) else 0)
+    about = json.loads(header(spec, 50).model_dump_json())
+    for (ids, probs, _), row in zip(slow_decode(payload, about), original.ids, strict=True):
+        assert row[row >= 0].tolist() == ids
+        assert len(probs) == (len(ids) or isinstance(spec, ChosenToken))
 
 
 @pytest.mark.parametrize(("bits", "last_code"), [(11, 2046), (14, 16382)])
@@ -501,14 +528,14 @@ def slow_decode(payload: bytes, about: dict) -> list[tuple[list[int], list[float
     numbers = [fewest + number for number in streams.fixed(n, number_width)]
     rests = [grid(14, code) for code in streams.rice(n)] if kind == "top_k" else [0.0] * n
     counted = kind == "sampled" and target["proposal_temperature"] == 1
-    gaps = streams.rice(sum(numbers) - n * counted)
+    gaps = streams.rice(sum(numbers) - counted * sum(number > 0 for number in numbers))
     dictionary: list[int] = []
     for gap in streams.rice(entries):
         dictionary.append(gap + (dictionary[-1] + 1 if dictionary else 0))
     probs: list[list[float]] = []
     ties: list[list[bool]] = []
     for number in numbers:
-        if counted:
+        if counted and number:
             own, gaps = gaps[: number - 1], gaps[number - 1 :]
             counts = [1 + sum(own[j:]) for j in range(number - 1)]
             counts = [target["draws"] - sum(counts), *counts]

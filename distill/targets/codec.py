@@ -37,7 +37,8 @@ class Targets:
     """What the teacher thinks of a trace, or of consecutive positions of it.
 
     Axes: n positions, K the most candidates that one of them has. A position's candidates are its first ones, distinct,
-    in order of falling `log_probs`.
+    in order of falling `log_probs`. One without a candidate (for `chosen_token`: with -inf) has no target: the teacher reads
+    other tokens there. Its `log_rest` is 0 where there is one, all mass being rest.
     """
 
     ids: NDArray[np.int32]
@@ -164,7 +165,7 @@ class Codec:
         streams.fixed(numbers_n - fewest, number_width)
         if isinstance(self.target, TopK):
             streams.rice(self._single.codes(targets.log_rest))
-        levels = self._levels(targets)
+        levels = self._levels(targets, filled)
         streams.rice(self._gaps(levels, filled))
         entries, places, place_width = _dictionary(targets.ids[filled].astype(np.int64), self.vocab_size)
         streams.rice(np.diff(entries, prepend=-1) - 1)
@@ -190,7 +191,8 @@ class Codec:
         log_rest_n = np.full(n, -np.inf, np.float32)
         if isinstance(self.target, TopK):
             log_rest_n = self._single.values[streams.rice(n)]
-        levels = self._levels_of(streams.rice(num_candidates - n * bool(self._draws)), filled)
+        num_first = int((numbers_n > 0).sum()) if self._draws else 0  # follow from the sum of the counts
+        levels = self._levels_of(streams.rice(num_candidates - num_first), filled)
         entries = np.cumsum(streams.rice(num_entries) + 1) - 1
         tied = self._tied(levels, filled)
         num_tied = int(tied.sum())
@@ -205,12 +207,12 @@ class Codec:
         log_probs[~filled] = -np.inf
         return Targets(ids, log_probs, log_rest_n)
 
-    def _levels(self, targets: Targets) -> Integers:
+    def _levels(self, targets: Targets, filled: Mask) -> Integers:
         """(n, K) what is stored for the log-probabilities: numbers of draws, or codes of the grid."""
         if not self._draws:
             return self._grid.codes(targets.log_probs)
         counts: Integers = np.rint(np.exp(targets.log_probs.astype(np.float64)) * self._draws).astype(np.int64)
-        if (counts.sum(1) != self._draws).any() or (counts[targets.ids >= 0] < 1).any():
+        if (counts.sum(1) != self._draws * filled.any(1)).any() or (counts[filled] < 1).any():
             raise ValueError(f"targets: counts of a position must be at least 1 and sum to {self._draws} draws")
         return counts
 
@@ -231,7 +233,7 @@ class Codec:
             return levels.cumsum(1, dtype=np.int32)
         levels[:, 1:][filled[:, 1:]] = gaps
         levels = levels[:, ::-1].cumsum(1, dtype=np.int32)[:, ::-1] + filled
-        levels[:, :1] = self._draws - levels[:, 1:].sum(1, keepdims=True)
+        levels[:, :1] = (self._draws - levels[:, 1:].sum(1, keepdims=True)) * filled[:, :1]
         return levels
 
     def _tied(self, levels: NDArray[Any], filled: Mask) -> Mask:

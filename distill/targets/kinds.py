@@ -18,6 +18,8 @@ from distill.errors import DataError, ModelError
 from distill.targets.codec import Floats, Targets, log_one_minus_exp
 from distill.targets.spec import Sampled, TopK
 
+_BLOCK = 256  # tokens of which one cumulative sum is made, see `_draw`
+
 
 def top_k(logits_nV: torch.Tensor, target: TopK, vocab_size: int) -> Targets:
     """The k most probable tokens of each position, most probable first, and the logarithm of what the rest holds.
@@ -28,14 +30,21 @@ def top_k(logits_nV: torch.Tensor, target: TopK, vocab_size: int) -> Targets:
     Raises:
         ModelError: the logits make no distribution (NaN, or +inf, or all -inf).
     """
-    log_probs_nV = _log_probs(logits_nV, vocab_size)
-    best_nk, ids_nk = log_probs_nV.topk(min(target.k, vocab_size), dim=-1)
+    logits_nV = _cut(logits_nV, vocab_size)
+    best_nk, ids_nk = logits_nV.topk(min(target.k, vocab_size), dim=-1)
+    # The rest is summed over the others rather than taken from 1, where a small one would drown in rounding. One pass
+    # over the vocabulary gives it, and with the k best the normaliser: this is where the time goes.
+    best_nk, first_n1 = best_nk.float() - best_nk[:, :1].float(), best_nk[:, :1].float()
+    others_nV = (logits_nV.float() - first_n1).exp_().scatter_(1, ids_nk, 0.0)
+    others_n1 = others_nV.sum(-1, keepdim=True)
+    log_total_n1 = (others_n1 + best_nk.exp().sum(-1, keepdim=True)).log()
+    best_nk = best_nk - log_total_n1
+    _refuse_broken(best_nk[:, 0])
     log_floor = np.log(target.min_probability) if target.min_probability else -np.inf
     keep_nk = (best_nk >= log_floor) & (best_nk > -torch.inf)
     keep_nk[:, 0] = True
-    # Summed over the others rather than taken from 1, where a small rest would drown in rounding.
-    taken_nk = torch.where(keep_nk, -torch.inf, best_nk)
-    log_rest_n = log_probs_nV.scatter(1, ids_nk, taken_nk).logsumexp(-1).clamp(max=0)
+    dropped_nk = best_nk.masked_fill(keep_nk, -torch.inf)
+    log_rest_n = torch.cat([others_n1.log() - log_total_n1, dropped_nk], 1).logsumexp(-1).clamp(max=0)
     ids = torch.where(keep_nk, ids_nk, -1).to(torch.int32).cpu().numpy()
     log_probs = torch.where(keep_nk, best_nk, -torch.inf).clamp(max=0).cpu().numpy()
     most = int((ids >= 0).sum(1).max(initial=0))
@@ -91,17 +100,54 @@ def sampled(logits_nV: torch.Tensor, target: Sampled, vocab_size: int, uniforms_
     Raises:
         ModelError: the logits make no distribution.
     """
-    log_probs_nV = _log_probs(logits_nV, vocab_size)
-    log_q_nV = (log_probs_nV / target.proposal_temperature).log_softmax(-1) if target.weighted else log_probs_nV
+    logits_nV = _cut(logits_nV, vocab_size).float()
+    proposal_nV = logits_nV / target.proposal_temperature if target.weighted else logits_nV
+    draws_nN = _draw(proposal_nV, uniforms_nN)
+    if not target.weighted:
+        return _distinct(draws_nN.cpu().numpy(), np.zeros(draws_nN.shape, np.float32))
+    log_p_nN, log_q_nN = (each.gather(1, draws_nN) - each.logsumexp(-1, keepdim=True) for each in (logits_nV, proposal_nV))
+    return _distinct(draws_nN.cpu().numpy(), (log_p_nN - log_q_nN).cpu().numpy())
+
+
+def _draw(logits_nV: torch.Tensor, uniforms_nN: NDArray[np.float64]) -> torch.Tensor:
+    """(n, N) tokens at quantiles of the distributions.
+
+    In two steps, since a cumulative sum over a large vocabulary takes longer than all else: which block of tokens a
+    quantile lies in, and then which token of that block.
+    """
+    n, vocab_size = logits_nV.shape
     # In float32 the sums would lose what is less probable than 6e-8. Apple's GPUs have no float64.
-    cumulative_nV = log_q_nV.exp().to(torch.float32 if logits_nV.device.type == "mps" else torch.float64).cumsum(-1)
-    total_n1 = cumulative_nV[:, -1:]
-    quantiles_nN = torch.from_numpy(uniforms_nN).to(cumulative_nV) * total_n1
-    # Strictly below the total: a number that rounds to 1, as strata and float32 allow, would draw behind the last token.
-    quantiles_nN = torch.minimum(quantiles_nN, total_n1.nextafter(torch.zeros_like(total_n1)))
-    draws_nN = torch.searchsorted(cumulative_nV, quantiles_nN, right=True)
-    ratios_nN = (log_probs_nV - log_q_nV).gather(1, draws_nN) if target.weighted else torch.zeros(())
-    return _distinct(draws_nN.cpu().numpy(), np.broadcast_to(ratios_nN.cpu().numpy(), draws_nN.shape))
+    exact = torch.float32 if logits_nV.device.type == "mps" else torch.float64
+    numbers_nN = torch.from_numpy(uniforms_nN).to(logits_nV.device, exact)
+    if numbers_nN.shape[1] * _BLOCK >= vocab_size:
+        ends_nV = (logits_nV - logits_nV.amax(-1, keepdim=True)).exp_().cumsum(-1, dtype=exact)
+        _refuse_broken(ends_nV[:, -1])
+        return _first_above(ends_nV, numbers_nN * ends_nV[:, -1:])
+    blocks = -(-vocab_size // _BLOCK)
+    weights_nV = logits_nV.new_zeros(n, blocks * _BLOCK)
+    torch.sub(logits_nV, logits_nV.amax(-1, keepdim=True), out=weights_nV[:, :vocab_size]).exp_()
+    weights_nBW = weights_nV.view(n, blocks, _BLOCK)
+    # Sums of a block are good enough in float32: which token of it is drawn is decided by its own sums alone.
+    block_ends_nB = weights_nBW.sum(-1).cumsum(-1, dtype=exact)
+    _refuse_broken(block_ends_nB[:, -1])
+    quantiles_nN = numbers_nN * block_ends_nB[:, -1:]
+    blocks_nN = _first_above(block_ends_nB, quantiles_nN)
+    edges_nB = torch.nn.functional.pad(block_ends_nB, (1, 0))
+    starts_nN = edges_nB.gather(1, blocks_nN)
+    shares_nN = (quantiles_nN - starts_nN) / (edges_nB.gather(1, blocks_nN + 1) - starts_nN)
+    ends_nNW = weights_nBW.gather(1, blocks_nN[..., None].expand(-1, -1, _BLOCK)).cumsum(-1, dtype=exact)
+    inside_nN1 = _first_above(ends_nNW, shares_nN[..., None] * ends_nNW[..., -1:])
+    return blocks_nN * _BLOCK + inside_nN1[..., 0]
+
+
+def _first_above(ends: torch.Tensor, quantiles: torch.Tensor) -> torch.Tensor:
+    """Index of the first cumulative sum above each quantile, which ends a part that has weight.
+
+    A quantile that rounding put at the total or above it, as strata and float32 allow, is taken to lie just below.
+    """
+    total = ends[..., -1:]
+    below = torch.minimum(quantiles, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(ends, below.clamp(min=0), right=True)
 
 
 def _distinct(draws_nN: NDArray[np.int64], log_ratios_nN: Floats) -> Targets:
@@ -121,6 +167,29 @@ def _distinct(draws_nN: NDArray[np.int64], log_ratios_nN: Floats) -> Targets:
     ids[filled] = draws_nN.reshape(-1)[starts[heaviest_first]]
     log_weights[filled] = weights[heaviest_first]
     return Targets(ids, log_weights, np.full(n, -np.inf, np.float32))
+
+
+def mass_profile(logits_nV: torch.Tensor, vocab_size: int, ks: Sequence[int], draws: Sequence[int]) -> NDArray[np.float64]:
+    """(n, ks + draws) share of probability in the k most probable tokens, then expected distinct ids of so many draws.
+
+    Args:
+        logits_nV: Logits of the teacher.
+        vocab_size: Number of token ids, without padding of the head.
+        ks: Rising sizes of a top-k target, at most the vocabulary's.
+        draws: Numbers of independent draws.
+
+    Raises:
+        ModelError: the logits make no distribution.
+    """
+    probs_nV = _log_probs(logits_nV, vocab_size).exp()
+    columns = []
+    if ks:
+        captured = probs_nV.topk(ks[-1], dim=-1).values.cumsum(-1)
+        columns += [captured[:, k - 1] for k in ks]
+    for number in draws:
+        # A token is seen at least once with probability 1 - (1-p)^N.
+        columns.append(-torch.expm1(number * torch.log1p(-probs_nV.clamp(max=1))).sum(-1))
+    return torch.stack(columns, 1).double().cpu().numpy()
 
 
 class MassSummary:
@@ -145,14 +214,13 @@ class MassSummary:
         Raises:
             ModelError: the logits make no distribution.
         """
-        probs_nV = _log_probs(logits_nV, self._vocab_size).exp()
-        if self._ks:
-            captured = probs_nV.topk(max(self._ks), dim=-1).values.cumsum(-1)
-            self._sums[: len(self._ks)] += captured[:, [k - 1 for k in self._ks]].double().sum(0).cpu().numpy()
-        for place, draws in enumerate(self._draws, start=len(self._ks)):
-            # A token is seen at least once with probability 1 - (1-p)^N.
-            self._sums[place] -= torch.expm1(draws * torch.log1p(-probs_nV.clamp(max=1))).sum(dtype=torch.float64).item()
-        self.positions += len(logits_nV)
+        profile = mass_profile(logits_nV, self._vocab_size, self._ks, self._draws)
+        self.add_profile(profile.sum(0), len(profile))
+
+    def add_profile(self, sums: NDArray[np.float64], positions: int) -> None:
+        """Counts positions in whose `mass_profile` was summed before."""
+        self._sums += sums
+        self.positions += positions
 
     @property
     def captured_mass(self) -> dict[int, float]:
@@ -167,14 +235,24 @@ class MassSummary:
 
 def _log_probs(logits_nV: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """float32 log-probabilities of the vocabulary proper."""
+    log_probs_nV = _cut(logits_nV, vocab_size).float().log_softmax(-1)
+    # -inf for a token is fine; NaN, +inf or -inf everywhere turn the whole position into NaN.
+    _refuse_broken(log_probs_nV[:, 0])
+    return log_probs_nV
+
+
+def _cut(logits_nV: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Logits without the rows that pad the head."""
     if logits_nV.shape[1] < vocab_size:
         raise ModelError(f"targets: the teacher has {logits_nV.shape[1]} logits, fewer than its vocabulary's {vocab_size} tokens.")
-    log_probs_nV = logits_nV[:, :vocab_size].float().log_softmax(-1)
-    # -inf for a token is fine; NaN, +inf or -inf everywhere turn the whole position into NaN.
-    broken = log_probs_nV[:, 0].isnan()
+    return logits_nV[:, :vocab_size]
+
+
+def _refuse_broken(log_probs_n: torch.Tensor) -> None:
+    """Raises where one log-probability of each position shows that its logits make no distribution."""
+    broken = log_probs_n.isnan()
     if broken.any():
         raise ModelError(
             f"targets: the teacher's logits are no distribution at {int(broken.sum())} of {len(broken)} positions (NaN or infinite). "
             "Load it in bfloat16 or float32: `teacher.dtype`."
         )
-    return log_probs_nV

@@ -53,15 +53,22 @@ TargetSpec = TopK | Sampled | ChosenToken
 
 
 class TargetHeader(_Spec):
-    """What every row of a file has in common. Two files belong together if their headers are equal."""
+    """What every row of a file has in common. Two files belong together if their headers are equal.
+
+    Ids and rows are the student's, whatever the teacher reads.
+    """
 
     target: Annotated[TargetSpec, Field(discriminator="kind")]
     vocab_size: Annotated[int, Field(ge=2, le=2**31 - 1)]
-    """Number of token ids, without the rows that pad the head of the model."""
+    """Number of the student's token ids, without the rows that pad the head of its model."""
+    tokenizer_digest: str
+    """Of the student: equal digests mean that the ids can be used."""
+    template_digest: str
+    """Of the student: with the traces it decides how many positions a row has."""
     teacher_model: str
     teacher_revision: str | None
-    tokenizer_digest: str
-    template_digest: str
+    teacher_tokenizer_digest: str
+    teacher_template_digest: str
     traces_digest: str
     """Digest of the traces that were scored."""
 

@@ -1,0 +1,37 @@
+"""The processes of a launch, for work that is dealt out rather than done in step."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+from distill.errors import ModelError
+
+
+class Processes:
+    """The processes of a launch. They wait for each other on the CPU, for as long as it takes."""
+
+    def __init__(self) -> None:
+        self.rank, self.count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self._group: Any = None
+        if self.count > 1:
+            import torch
+            from accelerate import PartialState
+
+            from distill.models import pick_device
+
+            found = PartialState(cpu=pick_device().type == "cpu").num_processes
+            if found != self.count:
+                raise ModelError(
+                    f"{self.count} processes were launched, but this one sees {found}, so each would do all the work. "
+                    "On CPUs set ACCELERATE_USE_CPU=true; on GPUs check `accelerate env`."
+                )
+            self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+
+    def wait(self) -> None:
+        """Returns when all have come here."""
+        if self._group is not None:
+            import torch
+
+            torch.distributed.barrier(group=self._group)

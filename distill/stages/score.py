@@ -1,0 +1,399 @@
+"""Stage `score`: the teacher reads finished traces. Reads curated/ (in a round its rollouts/), writes targets/.
+
+The rows are dealt out to parts, `targets-00002-of-00008.targets`, each with a journal of what its rows gave. Processes of one
+launch, or tasks on several machines, work on different parts; a part goes on behind its last whole row after a kill, on
+any number of processes. Whoever finds all parts there compares a sample with the live teacher and writes the manifest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from distill.errors import DataError, IntegrityError, RecipeError, StageConflictError
+from distill.processes import Processes
+from distill.recipe import ModelSpec, Recipe
+from distill.recipe_learning import Score
+from distill.runlog import Clock, is_main_process, ledger, nothing_to_do, progress, say
+from distill.stages import folder
+from distill.storage import MANIFEST, Journal, Manifest, StageFolder, iter_rows, read_manifest
+
+if TYPE_CHECKING:
+    from distill.scoring import ScoredRow, Statistics, TeacherScorer
+    from distill.targets.files import TargetReader, TargetWriter
+    from distill.targets.spec import TargetHeader
+    from distill.vocabulary import AlignedRow, VocabularyMap
+
+# Settings that judge the result, and decide no row of it; and what is asked for.
+_LIMITS = {
+    "min_aligned": "of the student's tokens are tokens of the teacher too",
+    "min_carried_mass": "of the teacher's probability lies on tokens that the student has",
+}
+_PART = re.compile(r"(?:targets|journal)-\d{5}-of-(\d{5})\.")
+
+
+def run(recipe: Recipe, number: int = 0) -> Manifest:
+    """Writes the shards of targets, in as many processes as were launched, and the manifest; round 0 is before the rounds."""
+    clock = Clock()
+    out = _stage_folder(recipe, number)
+    # Only the main process takes the lock; the others wait until it has looked at the folder.
+    with out if is_main_process() else contextlib.nullcontext():
+        if out.complete and "WORLD_SIZE" not in os.environ:
+            return out.manifest or read_manifest(out.path)
+        processes = Processes()
+        processes.wait()
+        if not (out.path / MANIFEST).exists():
+            work = _Work(recipe, number, _parts_of(out.path) or processes.count)
+            for index in range(processes.rank, work.parts, processes.count):
+                if not work.shard(index).exists():
+                    with out.part(work.name(index)):
+                        _score_part(work, index)
+            processes.wait()
+            if is_main_process():
+                _complete(work, out, clock)
+        processes.wait()
+        return out.manifest or read_manifest(out.path)
+
+
+def run_shard(recipe: Recipe, shard: str, number: int = 0) -> None:
+    """Writes one part, and completes the stage if it was the last.
+
+    Args:
+        recipe: The recipe.
+        shard: `i/n`, counted from 1; every process of a launch takes a part of it.
+        number: As in `run`.
+
+    Raises:
+        RecipeError: no such part.
+        StageConflictError: the stage was begun in another number of parts, or another process works on this one.
+    """
+    clock = Clock()
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not match or not 1 <= int(match[1]) <= int(match[2]) <= 9999:
+        raise RecipeError(f"--shard: expected I/N with 1 <= I <= N <= 9999, got {shard!r}. The third of eight parts is 3/8.")
+    processes = Processes()
+    index = (int(match[1]) - 1) * processes.count + processes.rank
+    work = _Work(recipe, number, int(match[2]) * processes.count)
+    with _stage_folder(recipe, number, work.name(index)) as out:
+        if out.manifest:
+            say(nothing_to_do(out.manifest, out.path))
+            return
+        begun = _parts_of(out.path) or work.parts
+        if begun != work.parts:
+            raise StageConflictError(
+                f"{out.path}: was begun in {begun} parts, asked for {work.parts}. Keep to {begun}, or finish it with `distill score` alone."
+            )
+        if not work.shard(index).exists():
+            _score_part(work, index)
+        processes.wait()
+        if is_main_process():
+            with out.whole():
+                missing = [part for part in range(work.parts) if not work.shard(part).exists()]
+                if missing:
+                    say(f"score     part {shard} is done, {len(missing)} of {work.parts} parts are not yet")
+                elif not out.complete:
+                    say(ledger(_complete(work, out, clock), unit="traces"))
+
+
+def _stage_folder(recipe: Recipe, number: int, part: str | None = None) -> StageFolder:
+    teacher, score, student = recipe.teacher, recipe.score, recipe.student
+    if teacher is None or score is None:
+        raise DataError("score: this recipe has no section score. Add one, with train.method kd or with rounds.")
+    settings = {
+        "teacher": teacher.identity(),
+        "score": {key: value for key, value in score.identity().items() if key not in _LIMITS},
+        "student": {
+            "tokenizer": student.tokenizer or student.model,
+            "revision": None if student.tokenizer else student.revision,
+            "chat_template_kwargs": student.chat_template_kwargs,
+        },
+        "train": {"max_length": recipe.train.max_length, "overlong": recipe.train.overlong},
+    }
+    return StageFolder(folder(recipe, "score", number), "score", settings, [_source(recipe, number).folder], part)
+
+
+class _Source(NamedTuple):
+    folder: Path
+    table: str
+
+
+def _source(recipe: Recipe, number: int) -> _Source:
+    return _Source(folder(recipe, "rollouts", number), "traces") if number else _Source(folder(recipe, "curate"), "curated")
+
+
+def _parts_of(path: Path) -> int | None:
+    """The number of parts that a folder was begun in; null where nothing was begun."""
+    found = {int(match[1]) for file in path.iterdir() if (match := _PART.match(file.name))}
+    if len(found) > 1:
+        raise StageConflictError(f"{path}: holds parts of {sorted(found)} at once. Delete those of one number, or add --redo.")
+    return min(found, default=None)
+
+
+class _Work:
+    """What the parts have in common; whatever takes long is made when first asked for."""
+
+    def __init__(self, recipe: Recipe, number: int, parts: int) -> None:
+        assert recipe.teacher is not None and recipe.score is not None  # `_stage_folder` has looked
+        self.recipe = recipe
+        self.teacher: ModelSpec = recipe.teacher
+        self.score: Score = recipe.score
+        self.parts = parts
+        self.path = folder(recipe, "score", number)
+        self.source = _source(recipe, number)
+
+    def name(self, index: int) -> str:
+        """A part as its files are called."""
+        return f"{index:05d}-of-{self.parts:05d}"
+
+    def shard(self, index: int) -> Path:
+        """The finished file of a part."""
+        return self.path / f"targets-{self.name(index)}.targets"
+
+    def journal(self, index: int) -> Path:
+        """What the rows of a part gave, and which were left out."""
+        return self.path / f"journal-{self.name(index)}.jsonl"
+
+    @cached_property
+    def chats(self) -> tuple[Any, Any]:
+        """Tokenizer and template of teacher and student."""
+        from distill.models import load_chat_format
+
+        return load_chat_format(self.teacher), load_chat_format(self.recipe.student)
+
+    @cached_property
+    def vocabulary(self) -> VocabularyMap:
+        """The teacher's tokens as the student's."""
+        from distill.vocabulary import vocabulary_map
+
+        found, target = vocabulary_map(*self.chats), self.score.target
+        if target.kind == "top_k" and target.k > found.student_size:
+            raise RecipeError(f"score.target.k: is {target.k}, but the student has {found.student_size} tokens. Lower it.")
+        return found
+
+    @cached_property
+    def model(self) -> Any:
+        """The teacher, alone in memory."""
+        from distill.models import free_memory, load_model, pick_device
+
+        free_memory()
+        return load_model(self.teacher, pick_device())
+
+    @cached_property
+    def scorer(self) -> TeacherScorer:
+        """The teacher, ready to read."""
+        from distill.scoring import TeacherScorer
+
+        return TeacherScorer(self.model, self.score.target, self.vocabulary)
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """Name, revision and size of the teacher."""
+        from distill.models import model_record
+
+        return model_record(self.teacher, self.model)
+
+    @cached_property
+    def header(self) -> TargetHeader:
+        """What every shard says of itself."""
+        from distill.targets.spec import TargetHeader
+
+        teacher, student = self.chats
+        return TargetHeader(
+            target=self.score.target,
+            vocab_size=self.vocabulary.student_size,
+            tokenizer_digest=student.tokenizer_digest,
+            template_digest=student.template_digest,
+            teacher_model=self.teacher.model,
+            teacher_revision=self.record["revision"],
+            teacher_tokenizer_digest=teacher.tokenizer_digest,
+            teacher_template_digest=teacher.template_digest,
+            traces_digest=read_manifest(self.source.folder).digest,
+        )
+
+    def aligned(self, index: int = 0, step: int = 1, keys: set[str] | None = None) -> Iterator[AlignedRow | tuple[str, str]]:
+        """Every `step`-th trace from `index`, aligned and cut as training cuts it; or its key and why it is left out.
+
+        Args:
+            index: Of the first trace.
+            step: From one to the next.
+            keys: Only these traces.
+        """
+        from distill.vocabulary import align
+
+        train = self.recipe.train
+        for trace in iter_rows(self.source.folder, self.source.table, index, step):
+            key = f"{trace['prompt_id']}/{trace['sample_index']}"
+            if keys is not None and key not in keys:
+                continue
+            row = align(trace, *self.chats, self.vocabulary)
+            if train.overlong == "drop" and len(row.input_ids) > train.max_length:
+                yield key, "too_long"
+                continue
+            row = row.cut(train.max_length)
+            yield row if len(row.positions) else (key, "no_supervised_token")
+
+
+def _score_part(work: _Work, index: int) -> None:
+    """Writes a part, or what is missing of it, and gives it its name."""
+    from distill.batching import MemoryGuard, by_length
+    from distill.models import free_memory
+    from distill.targets.files import TargetWriter
+
+    found = list(work.aligned(index, work.parts))
+    skipped = [row for row in found if isinstance(row, tuple)]
+    rows = [row for row in found if not isinstance(row, tuple)]
+    _refuse_twice(work, [row[0] if isinstance(row, tuple) else row.key for row in found])
+    if work.parts == 1 and rows:  # before anything is spent
+        there = [position >= 0 for row in rows for position in row.positions.tolist()]
+        _refuse_below(work, sum(there) / len(there), "min_aligned", work.score.min_aligned)
+    journal = Journal(work.journal(index))
+    if not journal.batches:
+        journal.append([{"key": key, "skipped": reason} for key, reason in skipped])
+    guard = MemoryGuard(work.scorer.score, free_memory)
+    pending: Future[None] | None = None
+    tokens = 0
+    with TargetWriter(work.shard(index), work.header) as writer, ThreadPoolExecutor(1) as disk, contextlib.ExitStack() as stack:
+        bar = stack.enter_context(progress(len(rows), "traces", "score", done=len(writer))) if is_main_process() else None
+        # The same batches after a restart, so that its bytes are the same too.
+        for batch in by_length(rows, lambda row: len(row.teacher_ids), work.score.batch_size):
+            if all(row.key in writer for row in batch):
+                continue
+            start = time.perf_counter()
+            scored = list(guard.run(batch))
+            seconds = time.perf_counter() - start
+            for row in scored:
+                row.statistics.device_s = seconds / len(scored)
+            if pending is not None:
+                pending.result()
+            pending = disk.submit(_store, scored, journal, writer)  # while the next batch is read
+            tokens += sum(row.statistics.tokens for row in scored)
+            if bar is not None:
+                bar.update(len(scored))
+                bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
+        if pending is not None:
+            pending.result()
+        writer.close()
+
+
+def _store(scored: list[ScoredRow], journal: Journal, writer: TargetWriter) -> None:
+    """Puts a batch on disk: first what it gave, so that no row of a shard is without it."""
+    journal.append([{"key": row.key, **row.statistics.to_json()} for row in scored])
+    for row in scored:
+        if row.key not in writer:
+            writer.append(row.key, row.targets)
+
+
+def _refuse_twice(work: _Work, keys: list[str]) -> None:
+    twice = [key for key, count in Counter(keys).items() if count > 1]
+    if twice:
+        raise DataError(f"{work.source.folder}: trace {twice[0]} is there twice. Give every sample of a prompt its own sample_index.")
+
+
+def _complete(work: _Work, out: StageFolder, clock: Clock) -> Manifest:
+    """Checks the parts together, compares a sample with the live teacher, and writes the manifest."""
+    from distill.licences import licence_of
+    from distill.models import pick_device
+    from distill.targets.files import TargetReader
+
+    total = read_manifest(work.source.folder).rows(work.source.table)
+    statistics, drops, keys = _gathered(work)
+    if not keys:
+        raise DataError(f"train.max_length: none of {total:,} traces fits into {work.recipe.train.max_length:,} tokens. Raise it.")
+    shards = [work.shard(index) for index in range(work.parts)]
+    reader = TargetReader(shards)
+    if sorted(reader.key(row) for row in range(len(reader))) != sorted(keys) or len(keys) + sum(drops.values()) != total:
+        raise IntegrityError(f"{out.path}: its shards and journals don't hold the {total:,} traces of {work.source.folder}. Add --redo.")
+    _refuse_below(work, statistics.aligned_share, "min_aligned", work.score.min_aligned)
+    _refuse_below(work, statistics.carried_mass, "min_carried_mass", work.score.min_carried_mass)
+    measured = statistics.facts(work.vocabulary.teacher_size)
+    _tell(work, measured)
+    size = sum(path.stat().st_size for path in shards)
+    facts = clock.facts(
+        device=str(pick_device()),
+        author=work.record,
+        licence=licence_of(work.teacher.model, work.teacher.licence),
+        bytes=size,
+        bytes_per_token=round(size / statistics.positions, 3),
+        same_tokenizer=work.vocabulary.identical,
+        verification=_verify(work, reader),
+        **measured,
+        **reader.header.model_dump(exclude={"target", "teacher_model", "teacher_revision"}),
+    )
+    manifest = out.finish(rows_in=total, rows_kept=len(keys), drops=drops, files=shards, facts=facts)
+    for index in range(work.parts):
+        work.journal(index).unlink()
+    return manifest
+
+
+def _gathered(work: _Work) -> tuple[Statistics, dict[str, int], list[str]]:
+    """What all rows gave together, the reasons of those left out, and the keys of the others."""
+    from distill.scoring import Statistics
+
+    by_key: dict[str, dict[str, Any]] = {}
+    for index in range(work.parts):
+        # A batch that was cut off by a kill is there twice; the later one counts.
+        by_key |= {entry["key"]: entry for entry in Journal(work.journal(index)).rows()}
+    total = Statistics()
+    reasons = [entry.pop("skipped") for entry in by_key.values() if "skipped" in entry]
+    keys = [key for key, entry in by_key.items() if len(entry) > 1]
+    for key in keys:
+        total.add(Statistics(**{name: value for name, value in by_key[key].items() if name != "key"}))
+    return total, dict(Counter(reasons)), keys
+
+
+def _refuse_below(work: _Work, share: float, name: str, limit: float) -> None:
+    if not work.vocabulary.identical and share < limit:
+        raise DataError(
+            f"score.{name}: only {share:.1%} {_LIMITS[name]}, asked for {limit:.1%}. Use train.method cross_tokenizer, or a teacher with "
+            "the student's tokenizer; or lower the limit (what is scored stays), and learn the rest without targets."
+        )
+
+
+def _verify(work: _Work, reader: TargetReader) -> dict[str, Any] | None:
+    """Reads a random sample of traces once more, each alone, and compares it with what is on disk.
+
+    Raises:
+        IntegrityError: they differ by more than rounding.
+    """
+    import numpy as np
+
+    from distill.targets.compare import Verification
+
+    count = min(work.score.verify_rows, len(reader))
+    if not count:
+        return None
+    chosen = np.random.default_rng(work.recipe.seed).choice(len(reader), count, replace=False)
+    keys = {reader.key(int(row)) for row in chosen}
+    verification = Verification(work.score.target, work.scorer.exact)
+    for row in work.aligned(keys=keys):
+        if not isinstance(row, tuple):
+            [fresh] = work.scorer.score([row])
+            verification.add(reader[reader.find(row.key)], fresh.targets)
+    if not verification.holds:
+        raise IntegrityError(
+            f"{work.path}: what is stored differs from what the teacher thinks now, on {count} traces: {verification}. "
+            "Were the model's files or the shards changed? Add --redo."
+        )
+    say(f"score     read {count} traces once more, each alone: {verification}")
+    return verification.facts(count)
+
+
+def _tell(work: _Work, measured: dict[str, Any]) -> None:
+    """The lines by which k and the teacher are chosen."""
+    if measured["captured_mass"]:
+        held = " · ".join(f"{k}: {mass:.3f}" for k, mass in measured["captured_mass"].items())
+        seen = ", ".join(f"{draws} draws see {number:.1f} tokens" for draws, number in measured["distinct_ids"].items())
+        say(f"score     probability in the k most probable tokens, by k: {held}; {seen}")
+    if not work.vocabulary.identical:
+        say(
+            f"score     other tokenizers: {measured['aligned_share']:.1%} of the tokens have a target, "
+            f"{measured['carried_mass']:.2%} of the teacher's probability lies on tokens that the student has"
+        )

@@ -1,0 +1,468 @@
+"""Stage `score` through the command line: aligned by the definition, resumed, dealt out, and noticed when altered."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_tiny_model
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distill.chat import IGNORE, ChatFormat, chat_format
+from distill.cli import main
+from distill.errors import IntegrityError
+from distill.schema import TRACE, prompt_id
+from distill.scoring import MIN_CARRIED, TeacherScorer, score_rows
+from distill.storage import StageFolder, check_files, digest_file, read_manifest
+from distill.targets.codec import Targets
+from distill.targets.compare import Verification
+from distill.targets.files import TargetReader, TargetWriter
+from distill.targets.kinds import uniforms
+from distill.targets.spec import ChosenToken, Sampled, TargetSpec, TopK
+from distill.vocabulary import AlignedRow, VocabularyMap, align, vocabulary_map
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes"]
+SPECS: list[TargetSpec] = [TopK(k=8), Sampled(draws=20), Sampled(draws=20, proposal_temperature=1.5), ChosenToken()]
+
+
+def spec_id(spec: TargetSpec) -> str:
+    return "-".join(str(value) for value in spec.model_dump().values())
+
+
+def traces(count: int) -> list[dict[str, Any]]:
+    """Rows of different lengths, some with letters of several bytes."""
+    rows = []
+    for index in range(count):
+        messages = [{"role": "user", "content": f"What is {index} plus {3 * index}?"}]
+        completion = f"<think>\n{index} and {3 * index}{' ünd so 好' * (index % 5)}\n</think>\n\n\\boxed{{{4 * index}}}"
+        rows.append(
+            {"prompt_id": prompt_id(messages), "sample_index": 0, "author": "teacher", "messages": messages, "completion": completion}
+        )
+    return rows
+
+
+def key_of(trace: dict[str, Any]) -> str:
+    return f"{trace['prompt_id']}/{trace['sample_index']}"
+
+
+@pytest.fixture(scope="session")
+def other_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """A teacher whose vocabulary has the student's tokens elsewhere, and `<think>` not at all."""
+    path = build_tiny_model(tmp_path_factory.mktemp("other-model"), seed=1)
+    raw = json.loads((path / "tokenizer.json").read_text())
+    size = len(raw["model"]["vocab"])
+    specials = {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
+    moved = {token: index if token in specials else size - 1 - (index - 3) for token, index in raw["model"]["vocab"].items()}
+    raw["model"]["vocab"] = dict(sorted(moved.items(), key=lambda pair: pair[1]))
+    raw["added_tokens"] = [token for token in raw["added_tokens"] if token["content"] in specials]
+    (path / "tokenizer.json").write_text(json.dumps(raw))
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model_dir: Path) -> Callable[..., Path]:
+    """Makes a run folder with curated traces, and a recipe over it."""
+
+    def make(
+        name: str, target: str = "{kind: top_k, k: 8}", teacher: Path | None = None, rows: list[dict[str, Any]] | None = None, **score: Any
+    ) -> Path:
+        run_dir, found = tmp_path / name, traces(24) if rows is None else rows
+        with StageFolder(run_dir / "curated", "curate", {}) as out:
+            out.write_table("curated", found, TRACE)
+            out.finish(rows_in=len(found), rows_kept=len(found))
+        more = "".join(f", {key}: {value}" for key, value in score.items())
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(
+            f"name: {name}\nrun_dir: {run_dir}\nseed: 1\nteacher: {{model: {teacher or tiny_model_dir}}}\n"
+            f"student: {{model: {tiny_model_dir}}}\nprompts: {{source: none.jsonl}}\ngenerate: {{}}\n"
+            f"score: {{target: {target}{more}}}\ntrain: {{method: kd, max_length: 256}}\n"
+        )
+        return path
+
+    return make
+
+
+class Said(NamedTuple):
+    """What a command printed, and its exit code."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def distill(*arguments: str | Path) -> Said:
+    """The command in this process: loading torch for each call would take most of the time."""
+    out, err = io.StringIO(), io.StringIO()
+    before, sys.argv = sys.argv, ["distill", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as end:
+        return Said(int(end.code or 0), out.getvalue(), err.getvalue())
+    finally:
+        sys.argv = before
+    raise AssertionError("the command did not exit")
+
+
+def launch(*arguments: str | Path, processes: int = 0) -> subprocess.Popen[str]:
+    """The command in a process of its own, or in several by accelerate."""
+    launcher = [*LAUNCH, str(processes)] if processes else [sys.executable]
+    command = [*launcher, "-m", "distill", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def score(recipe: Path, *arguments: str, processes: int = 0) -> str:
+    """Scores through the command line, and returns what it said."""
+    if processes:
+        process = launch("score", recipe, *arguments, processes=processes)
+        stdout, stderr = process.communicate(timeout=300)
+        code = process.returncode
+    else:
+        code, stdout, stderr = distill("score", recipe, *arguments)
+    assert code == 0, stderr[-3000:]
+    return stdout
+
+
+def folder_of(recipe: Path) -> Path:
+    return recipe.with_suffix("") / "targets"
+
+
+def rows_of(recipe: Path) -> dict[str, Targets]:
+    """The stored targets of each trace."""
+    reader = TargetReader([folder_of(recipe) / name for name in read_manifest(folder_of(recipe)).files])
+    return {reader.key(row): reader[row] for row in range(len(reader))}
+
+
+def same_targets(left: dict[str, Targets], right: dict[str, Targets]) -> None:
+    """Equal up to the rounding that another batch brings, which may move a code by one."""
+    assert set(left) == set(right)
+    for key, one in left.items():
+        np.testing.assert_array_equal(one.ids, right[key].ids)
+        np.testing.assert_allclose(one.log_probs, right[key].log_probs, atol=0.02)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.targets")}
+
+
+# What is stored
+
+
+def load(path: Path) -> tuple[Any, ChatFormat]:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():  # a random model is nearly uniform; this one has opinions
+        model.get_output_embeddings().weight.mul_(16)
+    return model.eval(), chat_format(AutoTokenizer.from_pretrained(path))
+
+
+def dense(model: Any, row: AlignedRow, vocabulary: VocabularyMap) -> np.ndarray:
+    """(supervised, V of the teacher) log-probabilities in float64 by the definition: token j from the logits at j - 1."""
+    with torch.no_grad():
+        logits = model.double()(torch.tensor(row.teacher_ids[None].astype(int))).logits[0, :, : vocabulary.teacher_size]
+    model.float()
+    log_probs = logits.log_softmax(-1).numpy()
+    return np.stack([log_probs[j - 1] if j >= 0 else np.full(log_probs.shape[1], np.nan) for j in row.positions])
+
+
+def check_against(found: Targets, log_probs: np.ndarray, row: AlignedRow, vocabulary: VocabularyMap, spec: TargetSpec) -> int:
+    """Compares a row's targets with the dense reference, and returns how many positions have one."""
+    to_student, written = vocabulary.student_ids, row.written
+    has = to_student >= 0
+    number = 0
+    draws = uniforms(spec, row.key, len(found)) if isinstance(spec, Sampled) else None
+    for place, position in enumerate(row.positions):
+        got = {int(i): float(v) for i, v in zip(found.ids[place], found.log_probs[place], strict=False) if i >= 0}
+        p = np.exp(log_probs[place])
+        if position < 0 or p[has].sum() < MIN_CARRIED:
+            assert (found.log_probs[place] == -np.inf).all() and (found.ids[place] == -1).all()
+            continue
+        number += 1
+        if isinstance(spec, ChosenToken):
+            assert found.log_probs[place, 0] == pytest.approx(log_probs[place][row.teacher_ids[position]], abs=1e-3)
+            continue
+        if isinstance(spec, TopK):
+            best = [int(i) for i in np.argsort(-p)[: spec.k] if has[i]]
+            assert list(got) == [int(to_student[i]) for i in best]
+            np.testing.assert_allclose(list(got.values()), log_probs[place][best], atol=1e-3)
+            assert np.exp(found.log_rest[place]) == pytest.approx(1 - p[best].sum(), abs=1e-4)
+            continue
+        assert draws is not None
+        of_student = np.zeros(vocabulary.student_size)
+        of_student[to_student[has]] = p[has] / p[has].sum()
+        q = of_student ** (1 / spec.proposal_temperature)
+        drawn = np.searchsorted(np.cumsum(q / q.sum()), draws[place], side="right")
+        ids, counts = np.unique(drawn, return_counts=True)
+        assert sorted(got) == ids.tolist()
+        weights = counts / spec.draws * of_student[ids] / (q / q.sum())[ids]
+        np.testing.assert_allclose([np.exp(got[int(i)]) for i in ids], weights, rtol=1e-3)
+        assert written[place] < vocabulary.student_size
+    return number
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["one tokenizer", "other tokenizer"])
+@pytest.mark.parametrize("spec", SPECS, ids=spec_id)
+def test_targets_are_the_definition(spec: TargetSpec, other: bool, tiny_model_dir: Path, other_model_dir: Path) -> None:
+    model, teacher = load(other_model_dir if other else tiny_model_dir)
+    student = chat_format(AutoTokenizer.from_pretrained(tiny_model_dir))
+    vocabulary = vocabulary_map(teacher, student)
+    assert vocabulary.identical != other
+    assert model.get_output_embeddings().weight.shape[0] > vocabulary.teacher_size  # rows that pad the head
+    rows = [align(trace, teacher, student, vocabulary) for trace in traces(6)]
+    small = TeacherScorer(model, spec, vocabulary, buffer_bytes=7 * 4 * 264).score(rows)  # a few positions at a time
+    together = score_rows(model, rows, spec, vocabulary, batch_size=4)
+    for row, one, two in zip(rows, small, together, strict=True):
+        number = check_against(one.targets, dense(model, row, vocabulary), row, vocabulary, spec)
+        assert one.key == two.key == row.key
+        assert one.statistics.stored == two.statistics.stored == number > 0
+        assert one.statistics.aligned == (row.positions >= 0).sum() and one.statistics.tokens == len(row.teacher_ids)
+        width = min(one.targets.log_probs.shape[1], two.targets.log_probs.shape[1])  # a batch is padded to its widest row
+        np.testing.assert_array_equal(one.targets.ids[:, :width], two.targets.ids[:, :width])
+        np.testing.assert_allclose(one.targets.log_probs[:, :width], two.targets.log_probs[:, :width], atol=1e-3)
+
+
+def test_what_the_student_lacks_is_counted(tiny_model_dir: Path, other_model_dir: Path) -> None:
+    """A teacher that has `<think>`, a student that lacks it: the mass on it goes into the rest, and is measured."""
+    model, teacher = load(tiny_model_dir)
+    student = chat_format(AutoTokenizer.from_pretrained(other_model_dir))
+    vocabulary = vocabulary_map(teacher, student)
+    lost = np.flatnonzero(vocabulary.student_ids < 0)
+    assert teacher.tokenizer.convert_ids_to_tokens(lost.tolist()) == ["<think>", "</think>"]
+    with torch.no_grad():
+        model.get_output_embeddings().weight[lost] *= 2
+    rows = [align(trace, teacher, student, vocabulary) for trace in traces(8)]
+    scored = score_rows(model, rows, TopK(k=8), vocabulary)
+    carried, stored = [], 0
+    for row, one in zip(rows, scored, strict=True):
+        log_probs = dense(model, row, vocabulary)
+        stored += check_against(one.targets, log_probs, row, vocabulary, TopK(k=8))
+        mine = np.exp(log_probs[row.positions >= 0])
+        carried.append(1 - mine[:, lost].sum(1))
+        assert one.statistics.carried == pytest.approx(carried[-1].sum(), rel=1e-4)
+    everywhere = np.concatenate(carried)
+    assert 0 < (everywhere < MIN_CARRIED).sum() < len(everywhere), "the case that this test is about"
+    assert stored == (everywhere >= MIN_CARRIED).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_close(dtype: torch.dtype, tiny_model_dir: Path) -> None:
+    model, chat = load(tiny_model_dir)
+    vocabulary = vocabulary_map(chat, chat)
+    rows = [align(trace, chat, chat, vocabulary) for trace in traces(6)]
+    for spec in (TopK(k=8), ChosenToken()):
+        exact = score_rows(model.float(), rows, spec, vocabulary)
+        rounded = score_rows(model.to(dtype), rows, spec, vocabulary)
+        comparison = Verification(spec, exact=False)
+        for one, two in zip(exact, rounded, strict=True):
+            comparison.add(one.targets, two.targets)
+        assert comparison.holds and comparison.largest > 0, str(comparison)
+
+
+# The command
+
+
+def test_scoring_tells_what_it_did_and_does_it_once(recipe: Callable[..., Path]) -> None:
+    rows = traces(24)
+    rows[3]["completion"] = rows[3]["completion"] * 20
+    path = recipe("plain", rows=rows)
+    said = score(path)
+    assert "24 in · 23 traces kept · 1 dropped (1 too_long)" in said
+    assert "probability in the k most probable tokens" in said and "largest difference 0.0" in said
+    manifest = check_files(folder_of(path))
+    facts = manifest.facts
+    assert (manifest.rows_in, manifest.rows_kept, manifest.drops) == (24, 23, {"too_long": 1})
+    assert facts["aligned_share"] == facts["carried_mass"] == 1 and facts["same_tokenizer"]
+    assert facts["positions"] == facts["targets"] == sum(map(len, rows_of(path).values()))
+    assert facts["bytes_per_token"] == pytest.approx(facts["bytes"] / facts["positions"], abs=1e-3)
+    assert 0 < facts["captured_mass"]["1"] < facts["captured_mass"]["64"] < 1
+    assert facts["verification"]["rows"] == 8 and facts["author"]["parameters"] > 0 and facts["licence"] == "unknown"
+    assert {file.name for file in folder_of(path).iterdir()} == {"targets-00000-of-00001.targets", "manifest.json", ".lock"}
+    before = contents(folder_of(path))
+    assert "nothing to do" in score(path)
+    assert contents(folder_of(path)) == before
+    refused = distill("score", path, "--score.target.k", "4")
+    assert refused.returncode == 1 and "target.k is 8 there and 4 here" in refused.stderr and "--redo" in refused.stderr
+    assert "nothing to do" in score(path, "--score.min_aligned", "0.5")  # judges the result, and makes no other
+    assert "nothing to do" in score(path, "--shard", "1/3")
+
+
+@pytest.mark.parametrize("target", ["{kind: sampled, draws: 20}", "{kind: chosen_token}"])
+def test_other_kinds_are_verified_too(target: str, recipe: Callable[..., Path]) -> None:
+    path = recipe("kinds", target, rows=traces(6))
+    assert ("of the draws are equal" if "sampled" in target else "largest difference 0.0") in score(path)
+
+
+def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    """Kills a process as soon as a condition holds."""
+    while process.poll() is None:
+        if reached():
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the kill came too late to test anything"
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_bytes(recipe: Callable[..., Path]) -> None:
+    rows = traces(160)
+    undisturbed, path = recipe("whole", rows=rows, batch_size=2), recipe("killed", rows=rows, batch_size=2)
+    score(undisturbed)
+    final = sum(map(len, contents(folder_of(undisturbed)).values()))
+    part = folder_of(path) / "targets-00000-of-00001.targets.part"
+    for share in (0.15, 0.5):
+        kill_when(launch("score", path), lambda share=share: part.exists() and part.stat().st_size > share * final)  # type: ignore[misc]
+    assert not (folder_of(path) / "manifest.json").exists() and part.exists()
+    refused = distill("score", path, "--train.max_length", "128")
+    assert refused.returncode == 1 and "train.max_length is 256 there and 128 here" in refused.stderr
+    score(path)
+    assert contents(folder_of(path)) == contents(folder_of(undisturbed))
+    left, right = (read_manifest(folder_of(run)) for run in (path, undisturbed))
+    assert left.digest == right.digest
+    for name in ("tokens", "positions", "captured_mass", "aligned_share", "profiled_positions"):
+        assert left.facts[name] == right.facts[name]
+
+
+def test_shards_equal_one_process(recipe: Callable[..., Path]) -> None:
+    whole, path = recipe("one"), recipe("shards")
+    score(whole)
+    assert "2 of 3 parts are not yet" in score(path, "--shard", "3/3")
+    wrong = distill("score", path, "--shard", "1/4")
+    assert wrong.returncode == 1 and "was begun in 3 parts, asked for 4" in wrong.stderr
+    for nonsense in ("0/3", "4/3", "three"):
+        assert "expected I/N" in distill("score", path, "--shard", nonsense).stderr
+    other = distill("score", path, "--shard", "1/3", "--score.target.k", "4")
+    assert other.returncode == 1 and "target.k is 8 there and 4 here" in other.stderr
+    assert "1 of 3 parts are not yet" in score(path, "--shard", "1/3")
+    assert "24 traces kept" in score(path, "--shard", "2/3")
+    same_targets(rows_of(path), rows_of(whole))
+    assert check_files(folder_of(path)).facts["positions"] == read_manifest(folder_of(whole)).facts["positions"]
+
+
+@pytest.mark.slow
+def test_parts_are_written_side_by_side(recipe: Callable[..., Path]) -> None:
+    path = recipe("side-by-side")
+    tasks = [launch("score", path, "--shard", f"{part}/3") for part in (1, 2, 3)]
+    said = [task.communicate(timeout=300)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0, 0]
+    assert "".join(said).count("24 traces kept") == 1
+    assert len(rows_of(path)) == 24
+
+
+def test_a_plain_run_completes_what_shards_began(recipe: Callable[..., Path]) -> None:
+    path = recipe("begun")
+    score(path, "--shard", "2/4")
+    first = contents(folder_of(path))
+    with FileLock(folder_of(path) / ".lock"):
+        assert "another process is working on this stage" in distill("score", path).stderr
+    with FileLock(folder_of(path) / ".lock-00002-of-00004"):
+        assert "another process is working on part 00002-of-00004" in distill("score", path).stderr
+        assert "another process is working on part 00002-of-00004" in distill("score", path, "--shard", "3/4").stderr
+    score(path)
+    files = contents(folder_of(path))
+    assert len(files) == 4 and files.items() >= first.items() and len(rows_of(path)) == 24
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(recipe: Callable[..., Path]) -> None:
+    one, two = recipe("single"), recipe("double")
+    score(one)
+    said = score(two, processes=2)
+    assert said.count("24 traces kept") == 1
+    assert set(contents(folder_of(two))) == {"targets-00000-of-00002.targets", "targets-00001-of-00002.targets"}
+    same_targets(rows_of(two), rows_of(one))
+    assert "nothing to do" in score(two, processes=2)
+    assert "nothing to do" in score(two)
+
+
+def test_other_tokenizers_have_a_limit(recipe: Callable[..., Path], other_model_dir: Path) -> None:
+    """The tiny tokenizers differ by `<think>`, so most of a trace carries over: enough for some, not for all."""
+    path = recipe("other", teacher=other_model_dir, min_aligned=0.99)
+    result = distill("score", path)
+    assert result.returncode == 1 and "score.min_aligned: only 9" in result.stderr and "cross_tokenizer" in result.stderr
+    said = score(path, "--score.min_aligned", "0.5")
+    assert "other tokenizers: 9" in said
+    facts = read_manifest(folder_of(path)).facts
+    assert 0.9 < facts["aligned_share"] < 0.99 and facts["carried_mass"] == 1 and not facts["same_tokenizer"]
+    assert facts["teacher_tokenizer_digest"] != facts["tokenizer_digest"]
+    for targets in rows_of(path).values():
+        assert 2 <= (targets.ids < 0).all(1).sum() <= 4
+
+
+def test_a_k_above_the_vocabulary_is_refused(recipe: Callable[..., Path]) -> None:
+    assert "score.target.k: is 500, but the student has 261 tokens" in distill("score", recipe("large", "{kind: top_k, k: 500}")).stderr
+
+
+def test_altered_shards_are_noticed(recipe: Callable[..., Path]) -> None:
+    path = recipe("altered")
+    score(path, "--shard", "1/2")
+    shard = folder_of(path) / "targets-00000-of-00002.targets"
+    whole = shard.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    shard.write_bytes(flipped)
+    result = distill("score", path)
+    assert result.returncode == 1 and shard.name in result.stderr and "was altered" in result.stderr
+    shard.write_bytes(whole)
+    score(path)
+    shard.write_bytes(flipped)
+    with pytest.raises(IntegrityError, match=shard.name):
+        check_files(folder_of(path))
+
+
+@pytest.mark.parametrize("target", ["{kind: top_k, k: 8}", "{kind: sampled, draws: 20}", "{kind: chosen_token}"])
+def test_targets_that_the_teacher_does_not_think_are_noticed(target: str, recipe: Callable[..., Path]) -> None:
+    """A shard that is whole, but holds each row's targets one position late."""
+    path = recipe("shifted", target)
+    score(path, "--shard", "1/2")
+    shard = folder_of(path) / "targets-00000-of-00002.targets"
+    reader = TargetReader([shard])
+    rows = {reader.key(row): reader[row] for row in range(len(reader))}
+    shard.unlink()
+    with TargetWriter(shard, reader.header) as writer:
+        for key, row in rows.items():
+            late = [len(row) - 1, *range(len(row) - 1)]
+            writer.append(key, Targets(row.ids[late], row.log_probs[late], row.log_rest[late]))
+        assert writer.close() == digest_file(shard)
+    result = distill("score", path, "--score.verify_rows", "24")
+    assert result.returncode == 1 and "differs from what the teacher thinks now" in result.stderr
+    assert not (folder_of(path) / "manifest.json").exists()
+
+
+def test_a_trace_twice_is_refused(recipe: Callable[..., Path]) -> None:
+    rows = traces(3)
+    result = distill("score", recipe("twice", rows=[*rows, rows[1]]))
+    assert result.returncode == 1 and f"trace {key_of(rows[1])} is there twice" in result.stderr
+
+
+def test_student_rollouts_are_read_as_they_were_drawn(tmp_path: Path, tiny_model_dir: Path, recipe: Callable[..., Path]) -> None:
+    """In a round the ids count, not what tokenising their text would give; a cut-off one has no end of turn."""
+    chat = chat_format(AutoTokenizer.from_pretrained(tiny_model_dir))
+    rollouts = []
+    for trace in traces(4):
+        drawn = chat.tokenizer("<think>", add_special_tokens=False)["input_ids"]
+        plain = [chat.tokenizer.convert_tokens_to_ids(letter) for letter in "<think>"]
+        assert drawn != plain
+        prompt = chat.prompt_ids(trace["messages"])
+        rollouts.append({**trace, "author": "student", "completion": "<think>", "prompt_ids": prompt, "completion_ids": plain})
+        rollouts[-1]["finish_reason"] = "length"
+    path = recipe("rounds")
+    with StageFolder(tmp_path / "rounds" / "rounds" / "01" / "rollouts", "rollouts", {}) as out:
+        out.write_table("traces", rollouts, TRACE)
+        out.finish(rows_in=4, rows_kept=4)
+    path.write_text(path.read_text() + "rounds: 1\nrollouts: {}\n")
+    score(path, "--round", "1")
+    manifest = read_manifest(tmp_path / "rounds" / "rounds" / "01" / "targets")
+    assert manifest.rows_kept == 4 and manifest.facts["positions"] == 4 * 7
+    assert IGNORE not in plain
