@@ -99,7 +99,12 @@ def make_case(
 
 
 def reference(
-    case: Case, divergence: str = "forward_kl", jsd_beta: float = 0.5, kd_weight: float = 1.0, nll_weight: float = 0.0
+    case: Case,
+    divergence: str = "forward_kl",
+    jsd_beta: float = 0.5,
+    kd_weight: float = 1.0,
+    nll_weight: float = 0.0,
+    falls_back: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The definitions, position by position over the whole vocabulary in float64; gradients are left to autograd."""
     head, targets = case.head, case.targets
@@ -139,7 +144,8 @@ def reference(
             }[divergence]
         has_target = bool(ids) or bool((targets.log_probs_NK[i] > -math.inf).any())
         agrees = bool(ids) and int(q.argmax()) == ids[int(targets.log_probs_NK[i, kept].argmax())]
-        terms = (kd_weight * kd + nll_weight * nll, kd, nll, -(q * q.log()).sum(), kl, ratio, zero + agrees, zero + has_target)
+        fallback = nll if falls_back is not None and falls_back[i] and not has_target else zero
+        terms = (kd_weight * (kd + fallback) + nll_weight * nll, kd, nll, -(q * q.log()).sum(), kl, ratio, zero + agrees, zero + has_target)
         sums = {name: total + term for (name, total), term in zip(sums.items(), terms, strict=True)}
     return sums
 
@@ -168,6 +174,32 @@ def test_matches_the_definitions(setting: str, bias: bool, scale: float, softcap
     gradients = torch.autograd.grad(expected["loss"], case.parameters())
     close(case.gradients(**settings), list(gradients))
     assert gradients[1][:VOCAB_SIZE].abs().min() > 0, "the gradient must reach every token"
+
+
+@every_setting
+def test_a_position_without_a_target_may_fall_back_to_the_written_token(setting: str) -> None:
+    """Only where it is asked for and there is no target; with weights, and in the loss alone, not in `kd`."""
+    kind, settings = SETTINGS[setting]
+    case = make_case(kind)
+    case.targets.log_probs_NK[[4, 7]] = -math.inf  # two more without a target; position 7 shall not fall back
+    if kind != "chosen_token":
+        case.targets.ids_NK[[4, 7]] = -1
+    falls_back = torch.arange(POSITIONS) != 7
+    found, expected = case.loss(falls_back_N=falls_back, **settings), reference(case, falls_back=falls_back, **settings)
+    without = case.loss(**settings)
+    if kind != "chosen_token":
+        close(found.loss, expected["loss"])
+    close(found.kd, without.kd)
+    close(found.num_targets, expected["targets"].detach())
+    close(case.gradients(falls_back_N=falls_back, **settings), list(torch.autograd.grad(expected["loss"], case.parameters())))
+    at = torch.tensor([2, 4])
+    nll = Case(case.hidden[at], case.head, case.labels[at], case.targets.take(at)).loss(**settings).nll
+    close(found.loss - without.loss, settings.get("kd_weight", 1.0) * nll)
+
+
+def test_what_falls_back_is_a_bool_for_each_position() -> None:
+    refused(make_case(), DataError, "falls_back_N is", falls_back_N=torch.ones(POSITIONS))
+    refused(make_case(), DataError, "falls_back_N is", falls_back_N=torch.ones(3, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("kind", ["top_k", "sampled", "chosen_token"])

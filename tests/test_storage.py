@@ -203,3 +203,29 @@ with StageFolder(Path(sys.argv[1]), "n", {}) as out:
     with StageFolder(tmp_path / "n", "n", {}) as out:
         found = [row["number"] for row in out.journal().rows()]
     assert found == list(range(len(found))) and len(found) > acknowledged
+
+
+def test_rows_are_dealt_out_across_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.storage.ROWS_PER_SHARD", 5)
+    with StageFolder(tmp_path / "traces", "generate", {}) as out:
+        out.write_table("traces", [{"prompt_id": str(index)} for index in range(17)], TRACE)
+        out.finish()
+    for step in (1, 2, 3, 7, 20):
+        dealt = [[int(row["prompt_id"]) for row in iter_rows(tmp_path / "traces", "traces", first, step)] for first in range(step)]
+        assert dealt == [list(range(first, 17, step)) for first in range(step)]
+
+
+def test_parts_are_held_apart(tmp_path: Path) -> None:
+    with StageFolder(tmp_path, "score", {"k": 1}, part="0-of-2") as one, StageFolder(tmp_path, "score", {"k": 1}, part="1-of-2") as other:
+        for taken in ("0-of-2", "1-of-2"):
+            with pytest.raises(StageConflictError, match=f"part {taken}"), StageFolder(tmp_path, "score", {"k": 1}, part=taken):
+                pass
+        with pytest.raises(StageConflictError, match="k is 1 there and 2 here"), StageFolder(tmp_path, "score", {"k": 2}, part="2-of-3"):
+            pass
+        with StageFolder(tmp_path, "score", {"k": 1}) as whole, pytest.raises(StageConflictError), whole.part("1-of-2"):
+            pass
+        with one.whole():
+            assert not one.complete
+            one.finish()
+        with other.whole():
+            assert other.complete

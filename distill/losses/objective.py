@@ -60,7 +60,7 @@ def position_losses(
     has_target_n = targets.log_probs_NK[:, 0] > -math.inf if objective.kind == "chosen_token" else filled_nK.any(-1)
     nll_weight_n = zeros_n + objective.nll_weight
     if falls_back_n is not None:
-        nll_weight_n = nll_weight_n + objective.kd_weight * (falls_back_n & ~has_target_n)
+        nll_weight_n = nll_weight_n + objective.kd_weight * (falls_back_n & ~has_target_n).to(nll_weight_n.dtype)
     # The written token's pull: the gradient of -log q(written) is q - 1 there and q elsewhere, times this.
     pull_n = nll_weight_n
     if objective.kind == "chosen_token":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import types
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +35,17 @@ _METRICS = {
     "top1_agreement": ("top1_agreements", "num_targets"),
     "target_share": ("num_targets", "num_positions"),
 }
+
+
+@dataclass(frozen=True)
+class _BatchSums:
+    """Sums over a batch's supervised tokens, as one tensor, so that the ranks exchange them at once.
+
+    Not a mapping, so that FSDP does not round them to the type of the weights.
+    """
+
+    names: list[str]
+    values: Tensor
 
 
 class KDTrainer(SFTTrainer):
@@ -78,11 +90,13 @@ class KDTrainer(SFTTrainer):
             raise ModelError("train: method kd has no logits to return. Leave compute_metrics out.")
         outputs = model(**inputs, use_cache=False)
         mode = self._mode
-        sums = self.accelerator.reduce(outputs["sums"], reduction="sum").tolist()
-        for name, value in zip(outputs["names"], sums, strict=True):
+        sums: _BatchSums = outputs["sums"]
+        for name, value in zip(sums.names, self.accelerator.reduce(sums.values, reduction="sum").tolist(), strict=True):
             self._sums[mode][name] += value
         num_tokens = outputs["num_positions"] if num_items_in_batch is None else num_items_in_batch
-        loss = outputs["loss"] / torch.as_tensor(num_tokens, device=outputs["loss"].device).clamp(min=1)
+        # FSDP gives the loss in the type of the weights; its value, unlike its gradient, needs more than three digits.
+        loss = outputs["loss"] + (sums.values[sums.names.index("loss")] - outputs["loss"].detach())
+        loss = loss / torch.as_tensor(num_tokens, device=outputs["loss"].device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP and FSDP average gradients over the ranks
         if mode == "train":
@@ -104,6 +118,8 @@ class KDTrainer(SFTTrainer):
                 logs[prefix + name] = sums[total] / sums[count]
         if mode == "train":
             logs["num_tokens"] = self._total_train_tokens
+        elif sums["num_positions"]:
+            logs["eval_loss"] = sums["loss"] / sums["num_positions"]  # SFTTrainer averages over batches, which differ in size
         sums.clear()
         super().log(logs, start_time)
 
@@ -112,7 +128,7 @@ def add_distillation_head(model: PreTrainedModel, vocab_size: int, objective: Ob
     """Lets `model(..., labels=..., distillation=StepTargets)` return the loss instead of logits.
 
     The result is a dictionary: `loss`, the sum over supervised tokens, which alone has a gradient; `num_positions`; and
-    `sums` with their `names`. Without `distillation` the forward is the one it was.
+    `sums`, a `_BatchSums`. Without `distillation` the forward is the one it was.
 
     Args:
         model: A causal language model, not wrapped by peft.
@@ -144,17 +160,13 @@ def add_distillation_head(model: PreTrainedModel, vocab_size: int, objective: Ob
                 position_weights_N=distillation.weights_M,
                 falls_back_N=distillation.falls_back_M,
             )
-        return {"loss": found.loss, "num_positions": found.num_positions, **_sums(found)}
+        return {"loss": found.loss, "num_positions": found.num_positions, "sums": _sums(found)}
 
     model.forward = types.MethodType(forward, model)
 
 
-def _sums(found: DistillationLoss) -> dict[str, Any]:
-    """The loss's sums as one tensor, so that the ranks exchange them at once, and their names."""
-    fields = {name for pair in _METRICS.values() for name in pair}
-    by_name: dict[str, Tensor] = {}
-    for name in sorted(fields):
-        value = getattr(found, name)
-        if value is not None:
-            by_name[name] = torch.as_tensor(value, dtype=torch.float32, device=found.loss.device)
-    return {"names": list(by_name), "sums": torch.stack([value.detach().float() for value in by_name.values()])}
+def _sums(found: DistillationLoss) -> _BatchSums:
+    fields = {"loss", *(name for pair in _METRICS.values() for name in pair)}
+    known = {name: value for name in sorted(fields) if (value := getattr(found, name)) is not None}
+    values = [torch.as_tensor(value, dtype=torch.float32, device=found.loss.device).detach() for value in known.values()]
+    return _BatchSums(list(known), torch.stack(values))

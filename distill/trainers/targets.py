@@ -28,9 +28,6 @@ _REMAKE = "Run `distill score` with --redo."
 _PLACE_BITS = 24  # of an index: the token within its trace; above them the row
 
 
-_NOTHING = Targets(np.empty((0, 0), np.int32), np.empty((0, 0), np.float32), np.empty(0, np.float32))
-
-
 class TargetSource(NamedTuple):
     """Stored targets of one table of traces."""
 
@@ -135,7 +132,9 @@ class StoredTargets:
         places = rows - self._starts[source_of_row]
         stored = [self._readers[int(source)][int(place)] for source, place in np.stack([source_of_row, places], 1)]
         starts = np.cumsum([0, *(len(targets) for targets in stored)])
-        together = concatenate(stored or [_NOTHING])
+        # Nothing, but in the shape that the loss takes where no token of a batch has a target.
+        nothing = Targets(np.empty((0, int(self.kind != "chosen_token")), np.int32), np.empty((0, 1), np.float32), np.empty(0, np.float32))
+        together = concatenate([*stored, nothing])
         taken_M = starts[which_M] + places_M
         teacher_wrote = np.array([source.teacher_wrote for source in self._sources], dtype=np.bool_)
         sparse = SparseTargets(

@@ -1,0 +1,323 @@
+"""Compares the ways to distil on the embedded pair: what each recovers, with paired intervals, and what it costs.
+
+    python scripts/compare_methods.py                     # resumes; a finished part is not run again
+    python scripts/compare_methods.py --tune              # learning rates, on a seed that is not compared
+
+Every method learns from the same prompts, the same traces of the teacher and in the same number of optimizer steps, each
+through the kit's own stages in a process of its own. Two methods read more of the teacher than the traces: `rounds` has it
+score the student's own, and is set beside `sft, twice the traces`, which reads as many of the teacher's tokens. Writes
+compare_methods.md, .svg and .json beside this file; the runs go to runs/compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+from distill.pipeline import run_rounds, run_stage
+from distill.recipe import Recipe
+from distill.recipe_io import load_recipe
+from distill.stages import FOLDERS, folder, run_dir, stages_of
+from distill.storage import MANIFEST, read_manifest, read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = Path(__file__).resolve().with_suffix("")
+RUNS = ROOT / "runs" / "compare"
+SHARED_STAGES = ("prompts", "generate", "curate")
+
+BUDGET = 256  # prompts, with one trace of the teacher each
+STEPS = 128
+BATCH = 32
+HELDOUT = 400
+SEEDS = (0, 1, 2, 3, 4)
+TUNING_SEED = 100  # its traces and weights are in no comparison
+LEARNING_RATES = (1e-3, 3e-3, 6e-3)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to distil, as what it adds to the common recipe."""
+
+    label: str
+    keys: dict[str, Any]
+    learning_rate: float
+    round_learning_rate: float | None = None
+    warm_start: bool = False
+    """Half of the steps are plain SFT; the other half is shared by what follows."""
+    samples_per_prompt: int = 1
+
+
+def _kd(target: dict[str, Any]) -> dict[str, Any]:
+    return {"score": {"target": target}, "train": {"method": "kd"}}
+
+
+def _rounds(number: int, target: dict[str, Any], kd: dict[str, Any]) -> dict[str, Any]:
+    rollouts = {"max_new_tokens": 192, "batch_size": 128, "prompts_per_round": BUDGET // number}
+    return {"score": {"target": target}, "rounds": number, "rollouts": rollouts, "train": {"kd": kd}}
+
+
+WHOLE_VOCABULARY = 403  # every token of the embedded pair
+METHODS = {
+    "sft": Method("SFT", {}, 3e-3),
+    "kd_full": Method("KD, full distribution", _kd({"kind": "top_k", "k": WHOLE_VOCABULARY}), 3e-3),
+    "kd_top_k": Method("KD, top 8", _kd({"kind": "top_k", "k": 8}), 3e-3),
+    "kd_sampled": Method("KD, 50 draws", _kd({"kind": "sampled", "draws": 50}), 3e-3),
+    "chosen_token": Method("chosen token, 1 round", _rounds(1, {"kind": "chosen_token"}, {}), 3e-3, 1e-3, warm_start=True),
+    "rounds": Method(
+        "on-policy, 2 rounds", _rounds(2, {"kind": "top_k", "k": 64}, {"divergence": "reverse_kl"}), 3e-3, 3e-3, warm_start=True
+    ),
+    "sft_twice": Method("SFT, twice the traces", {}, 3e-3, samples_per_prompt=2),
+    "live": Method("on-policy, live teacher", {}, 3e-3, 3e-3, warm_start=True),
+}
+
+
+BASE = Method("base student", {}, 0.0)
+
+
+def main() -> None:
+    """Runs what is missing and writes the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="only these")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="of prompts, traces and training")
+    parser.add_argument("--processes", type=int, default=2, help="runs at once, a thread each")
+    parser.add_argument("--tune", action="store_true", help="compare learning rates of each method on one other seed")
+    arguments = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "ACCELERATE_USE_CPU": "true"}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trl", "peft", "transformers", "distill.stages.train", "distill.stages.evaluate"])
+    with ProcessPoolExecutor(arguments.processes, mp_context=context, max_tasks_per_child=1) as pool:
+        seeds = [TUNING_SEED] if arguments.tune else arguments.seeds
+        for done in as_completed([pool.submit(share, seed, samples) for seed in seeds for samples in (1, 2)]):
+            done.result()
+        rates: tuple[float | None, ...] = LEARNING_RATES if arguments.tune else (None,)
+        jobs = [pool.submit(run, name, seed, rate) for rate in rates for seed in seeds for name in [*arguments.methods, "base"]]
+        for job in as_completed(jobs):
+            record = job.result()
+            print(f"{record['method']:<13} seed {record['seed']} lr {record['learning_rate'] or 0:g}: {record['accuracy']:.3f}", flush=True)
+        records = [job.result() for job in jobs]
+    if not arguments.tune:
+        write(records)
+
+
+def share(seed: int, samples: int) -> None:
+    """Makes the prompts and curated traces that all methods of a seed have in common."""
+    name = f"shared{samples}"
+    _stages(_recipe(name, Method("shared", {}, 1e-3, samples_per_prompt=samples), seed, None), SHARED_STAGES)
+
+
+def run(name: str, seed: int, learning_rate: float | None) -> dict[str, Any]:
+    """Trains and measures one method on one seed, or finds it done."""
+    method = METHODS.get(name, BASE)
+    place = RUNS / f"seed{seed}" / (name if learning_rate is None else f"{name}-{learning_rate:g}")
+    record = place / "record.json"
+    if not record.exists():
+        _copy_shared(place, seed, method.samples_per_prompt)
+        recipe = _recipe(place.name, method, seed, learning_rate)
+        start = _recipe(f"{place.name}/start", METHODS["sft"], seed, None, steps=STEPS // 2) if name == "live" else None
+        if start is not None:
+            _copy_shared(run_dir(start), seed, 1)
+            _stages(start, ("train", "export"))
+        _stages(recipe, [stage for stage in stages_of(recipe) if stage in ("score", "train") and name != "base"])
+        run_rounds(recipe)
+        _stages(recipe, ("evaluate",))
+        record.write_text(json.dumps(_record(recipe, name, seed, learning_rate)), encoding="utf-8")
+    return dict(json.loads(record.read_text(encoding="utf-8")))
+
+
+def _copy_shared(place: Path, seed: int, samples: int) -> None:
+    for stage in SHARED_STAGES:
+        shutil.copytree(RUNS / f"seed{seed}" / f"shared{samples}" / FOLDERS[stage], place / FOLDERS[stage], dirs_exist_ok=True)
+
+
+def _stages(recipe: Recipe, names: Sequence[str]) -> None:
+    for name in names:
+        run_stage(name, recipe)
+
+
+def _recipe(name: str, method: Method, seed: int, learning_rate: float | None, steps: int | None = None) -> Recipe:
+    """The recipe of a method, written as a file that can be run by hand."""
+    place = RUNS / f"seed{seed}" / name
+    arguments = {
+        "learning_rate": learning_rate or method.learning_rate,
+        "max_steps": steps or (STEPS // 2 if method.warm_start else STEPS),
+        "per_device_train_batch_size": BATCH,
+        "save_strategy": "no",
+        "logging_steps": 8,
+    }
+    sampling = {"max_new_tokens": 192, "temperature": 1.0, "top_p": 1.0, "batch_size": 128}
+    keys: dict[str, Any] = {
+        "name": "compare",
+        "run_dir": str(place),
+        "seed": seed,
+        "teacher": {"model": "embedded:teacher"},
+        "student": {"model": "embedded:student", "adapter": {"type": "lora", "r": 32, "lora_alpha": 64}},
+        "prompts": {"source": "embedded:arithmetic", "max_prompts": BUDGET, "heldout_size": HELDOUT},
+        "generate": {"samples_per_prompt": method.samples_per_prompt, **sampling},
+        "train": {"max_length": 256, "trainer_args": arguments},
+        "evaluate": {"models": ["base" if method is BASE else "student"], "max_new_tokens": 192, "batch_size": 200},
+        "export": {"parity_prompts": 1} if steps else None,
+    }
+    if steps:
+        keys["evaluate"] = None
+    if "rounds" in method.keys:
+        round_rate = learning_rate or method.round_learning_rate
+        keys["rollouts"] = {**sampling, "prompts_per_round": BUDGET // method.keys["rounds"]}
+        keys["rollouts"]["trainer_args"] = {"max_steps": STEPS // 2 // method.keys["rounds"], "learning_rate": round_rate}
+        arguments["learning_rate"] = METHODS["sft"].learning_rate  # what comes before the rounds is tuned SFT
+    if method is METHODS["live"]:
+        del keys["generate"]
+        keys["student"]["model"] = str(place / "start" / FOLDERS["export"] / "model")
+    for section, values in method.keys.items():
+        keys[section] = {**keys.get(section, {}), **values} if isinstance(values, dict) else values
+    path = place.with_name(place.name + ".yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(keys, indent=2), encoding="utf-8")  # JSON is YAML
+    return load_recipe(path)
+
+
+def _record(recipe: Recipe, name: str, seed: int, learning_rate: float | None) -> dict[str, Any]:
+    """What a run found and cost, from its manifests."""
+    made = [read_manifest(path.parent) for path in sorted(run_dir(recipe).rglob(MANIFEST)) if "start/prompts" not in str(path)]
+    right = {row["prompt_id"]: row["correct"] is True for row in read_rows(folder(recipe, "evaluate"), "answers")}
+    by_stage: dict[str, list[dict[str, Any]]] = {}
+    for manifest in made:
+        by_stage.setdefault(manifest.stage, []).append(manifest.facts)
+    learning = by_stage.get("train", []) + by_stage.get("score", []) + by_stage.get("rollouts", [])
+    return {
+        "method": name,
+        "seed": seed,
+        "learning_rate": learning_rate,
+        "accuracy": float(np.mean(list(right.values()))),
+        "right": right,
+        "teacher_tokens": sum(facts["tokens"] for facts in by_stage.get("generate", [])[:1] + by_stage.get("score", [])),
+        "bytes": sum(facts["bytes"] for facts in by_stage.get("score", [])),
+        "positions": sum(facts["positions"] for facts in by_stage.get("score", [])),
+        "wall_s": sum(facts["wall_s"] for facts in learning),
+        "peak_memory_gib": max((facts["peak_memory_gib"] for facts in by_stage.get("train", [])), default=None),
+    }
+
+
+def write(records: list[dict[str, Any]]) -> None:
+    """Writes the table, the figure and the numbers behind them."""
+    names = [name for name in ["base", *METHODS] if any(record["method"] == name for record in records)]
+    by_method = {name: {r["seed"]: r for r in records if r["method"] == name} for name in names}
+    OUT.with_suffix(".json").write_text(json.dumps([{**r, "right": None} for r in records], indent=1) + "\n", encoding="utf-8")
+    rows = [_row(name, by_method) for name in names]
+    header = ("method", "accuracy", "less SFT", "teacher tokens", "bytes stored", "bytes a token", "seconds", "GiB")
+    lines = [" | ".join(header), " | ".join(["---"] + ["---:"] * (len(header) - 1)), *(" | ".join(row) for row in rows)]
+    claims = [
+        _claim("KD from 50 draws, less KD from the full distribution", by_method, "kd_sampled", "kd_full"),
+        _claim("On-policy rounds, less SFT that reads twice the traces", by_method, "rounds", "sft_twice"),
+    ]
+    seeds = sorted({record["seed"] for record in records})
+    text = PAGE.format(
+        table="\n".join(f"| {line} |" for line in lines),
+        claims="\n".join(f"- {claim}" for claim in claims if claim),
+        budget=BUDGET,
+        steps=STEPS,
+        batch=BATCH,
+        heldout=HELDOUT,
+        seeds=len(seeds),
+        date=datetime.now(UTC).date().isoformat(),
+        rates=", ".join(
+            f"{name} {METHODS[name].round_learning_rate or METHODS[name].learning_rate:g}" for name in names if name in METHODS
+        ),
+    )
+    OUT.with_suffix(".md").write_text(text, encoding="utf-8")
+    _figure(names, by_method)
+    print(text)
+
+
+PAGE = """# What each method recovers
+
+`python scripts/compare_methods.py`: the embedded pair, {budget} prompts with one trace of the teacher each (those that pass
+curation), {steps} optimizer steps of {batch} rows, LoRA of rank 32, {seeds} seeds (other prompts, traces, held-out prompts and
+initial weights in each), {heldout} held-out prompts answered greedily. {date}, 2 CPU cores, one thread a run.
+
+![accuracies with intervals](compare_methods.svg)
+
+{table}
+
+Intervals are 95 %, from Student's t over the seeds; *less SFT* is paired by seed. *Teacher tokens* are those the teacher wrote or
+read; *bytes a token*, of the supervised tokens that were scored; *seconds* of scoring, rollouts and training; *GiB*, the most
+resident memory of the training process.
+
+{claims}
+
+Learning rates were chosen by `--tune` (of 1e-3, 3e-3 and 6e-3, on a seed that is not compared): {rates}.
+"""
+
+
+def _values(by_method: dict[str, dict[int, dict[str, Any]]], name: str, key: str = "accuracy") -> np.ndarray:
+    return np.array([record[key] for _, record in sorted(by_method[name].items())], dtype=np.float64)
+
+
+def _interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean over seeds, and its 95 % interval."""
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, float("nan"), float("nan")
+    low, high = stats.t.interval(0.95, len(values) - 1, mean, max(stats.sem(values), 1e-12))
+    return mean, float(low), float(high)
+
+
+def _row(name: str, by_method: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
+    mean, low, high = _interval(_values(by_method, name))
+    less = ""
+    if name != "sft" and "sft" in by_method:
+        less = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * part for part in _difference(by_method, name, "sft")))
+    trained = name != "base"
+    stored, tokens = _values(by_method, name, "bytes").mean(), _values(by_method, name, "positions").mean()
+    return [
+        METHODS[name].label if trained else BASE.label,
+        f"{100 * mean:.1f} % [{100 * low:.1f}, {100 * high:.1f}]",
+        less,
+        f"{_values(by_method, name, 'teacher_tokens').mean():,.0f}" if trained else "",
+        f"{stored:,.0f}" if stored else "",
+        f"{stored / tokens:.1f}" if stored else "",
+        f"{_values(by_method, name, 'wall_s').mean():.0f}" if trained else "",
+        f"{_values(by_method, name, 'peak_memory_gib').mean():.2f}" if trained else "",
+    ]
+
+
+def _difference(by_method: dict[str, dict[int, dict[str, Any]]], name: str, other: str) -> tuple[float, float, float]:
+    """Mean difference in accuracy, paired by seed, and its 95 % interval."""
+    return _interval(_values(by_method, name) - _values(by_method, other))
+
+
+def _claim(text: str, by_method: dict[str, dict[int, dict[str, Any]]], name: str, other: str) -> str:
+    if not {name, other} <= set(by_method):
+        return ""
+    return text + ": {:+.1f} [{:+.1f}, {:+.1f}] points.".format(*(100 * part for part in _difference(by_method, name, other)))
+
+
+def _figure(names: list[str], by_method: dict[str, dict[int, dict[str, Any]]]) -> None:
+    """A point a method with its interval, and the seeds beside it."""
+    figure = Figure(figsize=(7, 0.42 * len(names) + 0.8), layout="constrained")
+    axes = figure.add_subplot()
+    for place, name in enumerate(reversed(names)):
+        mean, low, high = _interval(100 * _values(by_method, name))
+        axes.plot([low, high], [place, place], color="#2f7ed8", linewidth=2)
+        axes.plot(100 * _values(by_method, name), [place - 0.2] * len(by_method[name]), ".", color="#9aa3ad", markersize=5)
+        axes.plot([mean], [place], "o", color="#2f7ed8")
+    axes.set_yticks(range(len(names)), [METHODS[name].label if name in METHODS else BASE.label for name in reversed(names)])
+    axes.set(xlabel="held-out prompts answered correctly, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(OUT.with_suffix(".svg"), metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
