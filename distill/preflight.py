@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 _MIN_FREE_GIB = 1.0
+_ALIGNED_ROWS = 200
+_NAMELESS = {"prompt_id": "", "sample_index": 0}  # a brought trace gets its name when it is imported
 _EXAMPLE_REASONING = "First this, then that."
 
 
@@ -89,6 +91,8 @@ def run(recipe: Recipe) -> bool:
         rows = _check_traces(recipe, prompts, found)
         example = rows[0] if rows else _made_up(prompts[0])
         found.prove("supervised tokens", lambda: _supervision(chats["student"], example))
+        if recipe.score is not None and rows and "teacher" in chats:
+            found.prove("targets", lambda: _targets(recipe, chats, rows))
         _print_example(chats["student"], example, found.console)
         _check_lengths(recipe, chats["student"], rows, prompts, found)
     found.console.print(f"\n{found.failed} of these claims failed" if found.failed else "\nnothing speaks against running this recipe")
@@ -175,6 +179,24 @@ def _compare_vocabularies(teacher: ChatFormat, student: ChatFormat, found: _Find
     same = sum(ours.get(token) == index for token, index in theirs.items())
     detail = f"{same:,} of the teacher's {len(theirs):,} tokens have the same id"
     found.good("vocabularies", detail + ("" if same == len(theirs) == len(ours) else "; traces are carried over as text"))
+
+
+def _targets(recipe: Recipe, chats: dict[str, ChatFormat], rows: list[Row]) -> str:
+    """How many supervised tokens of some traces the teacher writes too, so that its thoughts on them can be stored."""
+    from distill.errors import DataError
+    from distill.vocabulary import align, vocabulary_map
+
+    assert recipe.score is not None
+    teacher, student = chats["teacher"], chats["student"]
+    vocabulary = vocabulary_map(teacher, student)
+    positions = np.concatenate([align(_NAMELESS | row, teacher, student, vocabulary).positions for row in rows[:_ALIGNED_ROWS]])
+    share = float((positions >= 0).mean())
+    if share < recipe.score.min_aligned:
+        raise DataError(
+            f"only {share:.1%} of the supervised tokens are tokens of the teacher too, under score.min_aligned "
+            f"({recipe.score.min_aligned:.0%}). Take a teacher with the student's tokenizer, or train.method cross_tokenizer."
+        )
+    return f"{share:.1%} of the supervised tokens of {min(len(rows), _ALIGNED_ROWS):,} traces are tokens of the teacher too"
 
 
 def _live_pair(recipe: Recipe, chats: dict[str, ChatFormat], prompts: list[Row]) -> str:

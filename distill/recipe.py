@@ -160,6 +160,12 @@ class Prompts(Section):
             raise ValueError("must contain {prompt}")
         return value
 
+    @model_validator(mode="after")
+    def _pattern_has_its_column(self) -> Prompts:
+        if self.answer_pattern is not None and self.columns.reference is None:
+            raise ValueError("answer_pattern looks inside the reference: name its column in columns.reference, or leave answer_pattern out")
+        return self
+
 
 class Traces(Section):
     """Finished traces from elsewhere, instead of generating them."""

@@ -104,7 +104,7 @@ class Rollouts(Sampling):
     trainer_args: dict[str, Any] = Field(default_factory=dict)
     """Laid over train.trainer_args in the rounds, e.g. a lower learning_rate."""
     stop_truncation_rate: Share | None = None
-    """End the rounds where a larger share of rollouts than this does not end by itself."""
+    """End the rounds where a larger share of rollouts than this does not end by itself within max_new_tokens."""
     stop_mean_tokens: PositiveInt | None = None
     """End the rounds where rollouts are longer than this on average."""
     stop_kl: Annotated[float, Field(ge=0)] | None = None

@@ -301,7 +301,8 @@ def iter_rows(folder: Path, table: str, first: int = 0, step: int = 1) -> Iterat
     before = 0
     for path in table_files(folder, table):
         shard = pq.read_table(path)
-        yield from shard.take(list(range((first - before) % step, len(shard), step))).to_pylist() if step > 1 else shard.to_pylist()
+        wanted = pa.array(range((first - before) % step, len(shard), step), pa.int64())
+        yield from shard.take(wanted).to_pylist() if step > 1 else shard.to_pylist()
         before += len(shard)
 
 

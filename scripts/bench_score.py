@@ -6,8 +6,8 @@
 The bare forward reads the same batches through the same backbone, and gives the head the same supervised positions, a
 chunk at a time: what no way of scoring can avoid. Scoring also makes targets of the logits, measures them, encodes them
 and writes them to disk, through the functions that the stage runs. Both are repeated in turn, so that other work on the
-machine meets both alike; the ratio is of median seconds. A head of a random model gives nearly equal probabilities to
-all tokens, which nothing here is faster for; a weight scale makes them as uneven as a language model's, for `sampled`.
+machine meets both alike; the ratio is of median seconds. The head of a random model gives nearly
+equal probabilities to all tokens; its weight is scaled up here, to no language model's measure. The journal is not written.
 """
 
 from __future__ import annotations

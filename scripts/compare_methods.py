@@ -38,8 +38,8 @@ OUT = Path(__file__).resolve().with_suffix("")
 RUNS = ROOT / "runs" / "compare"
 SHARED_STAGES = ("prompts", "generate", "curate")
 
-BUDGET = 256  # prompts, with one trace of the teacher each
-STEPS = 128
+BUDGET = 128  # prompts, with one trace of the teacher each
+STEPS = 96
 BATCH = 32
 HELDOUT = 400
 SEEDS = (0, 1, 2, 3, 4)

@@ -379,6 +379,16 @@ def _supervised(trace: dict[str, Any]) -> int:
     return len(trace["completion"]) - len("<think>") - len("</think>") + 2 + 1
 
 
+def test_sharding_does_not_round_targets(make: Make) -> None:
+    """FSDP casts every float it finds in what a model is given; with bf16 a log-probability would keep three digits."""
+    from torch.distributed.utils import _apply_to_tensors
+
+    stored = stored_of(make("rounded", count=2))
+    targets = stored.gather(stored.indices(0, f"{traces(1)[0]['prompt_id']}/0", _supervised(traces(1)[0])), half_life=5)
+    given = _apply_to_tensors(lambda tensor: tensor.bfloat16(), {"distillation": targets})["distillation"]
+    assert given.sparse.log_probs_NK.dtype == given.sparse.log_rest_N.dtype == given.weights_M.dtype == torch.float32
+
+
 @pytest.mark.parametrize("kind", ["top_k", "sampled", "chosen_token"])
 def test_a_batch_without_any_target_is_one(kind: str, make: Make) -> None:
     """Nothing supervised, or no token with a target: shapes that the loss takes."""
@@ -588,17 +598,22 @@ def test_fsdp_equals_ddp_and_resumes(make: Make, ddp: dict[str, Path]) -> None:
     whole, resumed = (make(name, trainer_args=KILLED, student=FULL) for name in ("whole", "resumed"))
     settings = {"VERSION": "2", "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
     environment = {"ACCELERATE_USE_FSDP": "true"} | {f"FSDP_{name}": value for name, value in settings.items()}
-    in_two_processes("FSDP", *found.values(), whole, f"{resumed}!", **environment)
+    narrow = make("narrow", trainer_args=HALVES | {"bf16": True})
+    in_two_processes("FSDP", *found.values(), whole, f"{resumed}!", narrow, **environment)
     for name, recipe in found.items():
         same_students(recipe, ddp[name], 1e-5)
     same_students(resumed, whole, 1e-6)
+    assert losses(student_of(narrow)) == pytest.approx(losses(student_of(ddp["lora"])), rel=3e-2)
+    for entry in log(student_of(narrow))[:-1]:  # neither the sums nor the loss are rounded to bf16 on their way out
+        assert entry["kd"] == pytest.approx(entry["loss"], rel=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_equals_ddp_and_resumes(stage: int, make: Make, ddp: dict[str, Path]) -> None:
     pytest.importorskip("deepspeed", reason="needs DeepSpeed")
-    config = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+    sharding = {"stage": stage} | ({"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {})
+    config = {"zero_optimization": sharding, "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
     zero = HALVES | {"deepspeed": config}
     found = {"lora": make("zero", trainer_args=zero), "full": make("zerofull", trainer_args=zero, student=FULL)}
     whole, resumed = (make(name, trainer_args=KILLED | zero, student=FULL) for name in ("whole", "resumed"))

@@ -184,6 +184,8 @@ def test_check_passes_the_recipes_for_real_models(shared: Path) -> None:
     for recipe, teacher, student in [
         ("r1-distill-qwen-7b-to-qwen2.5-1.5b", "deepseek-r1-distill-qwen", "qwen2.5-instruct"),
         ("qwen3-8b-to-0.6b", "qwen3", "qwen3"),
+        ("r1-distill-qwen-7b-to-qwen2.5-1.5b-kd", "deepseek-r1-distill-qwen", "qwen2.5-instruct"),
+        ("qwen3-8b-to-0.6b-rounds", "qwen3", "qwen3"),
     ]:
         result = distill(
             *("check", f"recipes/{recipe}.yaml"),

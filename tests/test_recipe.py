@@ -263,6 +263,7 @@ def _values_out_of_range() -> None:
         ("source: problems.jsonl", "source: problems.jsonl\n  template: solve it", "{prompt}"),
         ("source: problems.jsonl", "source: problems.jsonl\n  answer_pattern: '####'", "one group"),
         ("source: problems.jsonl", "source: problems.jsonl\n  answer_pattern: '(('", "regular expression"),
+        ("columns: {prompt: question, reference: answer}", "columns: {prompt: question}\n  answer_pattern: '(a)'", "columns.reference"),
         ("prompt: question,", "prompt: question, messages: m,", "exactly one of prompt and messages"),
         ("generate:\n", "traces: {source: t.jsonl}\ngenerate:\n", "exactly one of the sections"),
     ]:

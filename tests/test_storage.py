@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 
 from distill.errors import IntegrityError, MissingStageError, StageConflictError
+from distill.schema import TRACE
 from distill.storage import (
     JOURNAL,
     MANIFEST,
@@ -20,6 +21,7 @@ from distill.storage import (
     StageFolder,
     check_files,
     delete_stage,
+    iter_rows,
     read_manifest,
     read_rows,
     table_files,

@@ -90,7 +90,7 @@ def _write(recipe: Recipe, rollouts: Rollouts, number: int, writer: Path | None,
             horizon=sampling.max_new_tokens,
             tokens=tokens,
             finish_reasons=dict(reasons),
-            **_stop(rollouts, tokens / len(rows), reasons["length"] / len(rows)),
+            **_stop(rollouts, sampling.max_new_tokens, tokens / len(rows), reasons["length"] / len(rows)),
         ),
     )
 
@@ -104,11 +104,11 @@ def _drawn(prompts: list[dict[str, Any]], count: int | None, salt: str) -> list[
     return [prompts[index] for index in np.sort(chosen)]
 
 
-def _stop(rollouts: Rollouts, mean_tokens: float, truncation_rate: float) -> dict[str, str]:
+def _stop(rollouts: Rollouts, horizon: int, mean_tokens: float, truncation_rate: float) -> dict[str, str]:
     """The fact `stop` where the student has begun to write without end."""
     limit, longest = rollouts.stop_truncation_rate, rollouts.stop_mean_tokens
     advice = "Lower the learning rate (rollouts.trainer_args), raise rollouts.teacher_share, or raise the horizon"
-    if limit is not None and truncation_rate > limit:
+    if limit is not None and horizon == rollouts.max_new_tokens and truncation_rate > limit:
         return {"stop": f"{truncation_rate:.0%} of the rollouts were cut off, over rollouts.stop_truncation_rate ({limit:.0%}). {advice}."}
     if longest is not None and mean_tokens > longest:
         return {"stop": f"rollouts have {mean_tokens:,.0f} tokens on average, over rollouts.stop_mean_tokens ({longest:,}). {advice}."}

@@ -127,16 +127,17 @@ def _train(recipe: Recipe, plan: _Plan, number: int, out: StageFolder) -> Manife
         tokenizer_digest=chat.tokenizer_digest,
         template_digest=chat.template_digest,
     )
-    PartialState().wait_for_everyone()
-    if not PartialState().is_main_process:
-        return Manifest(stage="train", settings=out.settings, inputs=out.inputs, facts=facts)
     del trainer, model
+    if not PartialState().is_main_process:
+        PartialState().wait_for_everyone()  # for the manifest, which a next stage of this process may read
+        return read_manifest(out.path)
     free_memory()
     facts |= _stop(recipe, number, out.path / "metrics.jsonl")
     kept = rows.rows_in - sum(rows.drops.values())
     manifest = out.finish(rows_in=rows.rows_in, rows_kept=kept, drops=rows.drops, files=files, facts=facts)
     for leftover in ("cache", "checkpoints"):
         shutil.rmtree(out.path / leftover, ignore_errors=True)
+    PartialState().wait_for_everyone()
     return manifest
 
 

@@ -24,12 +24,18 @@ class Verification:
     def __init__(self, target: TargetSpec, exact: bool) -> None:
         self._target = target
         self._slack = 1e-3 if exact else 0.25
-        self.least_agreement = 0.98 if exact else 0.9
+        # A logit of 40 in bfloat16 is a multiple of 0.25, so rounding alone moves some log-probabilities by more than the
+        # slack, and some of the draws from a long tail to a neighbour. Targets of another row or position differ nearly all.
+        self.least_agreement = 0.98 if exact else 0.75
         """Least share of equal draws."""
+        self.most_beyond = 0.0 if exact else 0.02
+        """Largest share of log-probabilities that may differ by more."""
         self.largest = 0.0
         """Largest difference of a log-probability above ln 1e-4, in nats; not for `sampled`."""
         self.beyond = 0
         """Log-probabilities that differ by more than storing and computing them can explain."""
+        self.compared = 0
+        """Log-probabilities above ln 1e-4, counted on each side."""
         self.moved = 0
         """Positions that have a target on one side only."""
         self.positions = 0
@@ -44,7 +50,7 @@ class Verification:
     def holds(self) -> bool:
         """Whether the differences are explained; a few positions may lie at the border of having a target."""
         drawn = self.agreement is None or self.agreement >= self.least_agreement
-        return drawn and not self.beyond and self.moved <= max(1, self.positions // 50)
+        return drawn and self.beyond <= self.most_beyond * self.compared and self.moved <= max(1, self.positions // 50)
 
     def facts(self, rows: int) -> dict[str, Any]:
         """What a manifest says of it."""
@@ -54,7 +60,7 @@ class Verification:
     def __str__(self) -> str:
         drawn = f"{self.agreement:.2%} of the draws are equal" if self.agreement is not None else ""
         parts = [drawn or f"largest difference {self.largest:.4f} nats"]
-        parts += [f"{self.beyond} log-probabilities beyond rounding"] if self.beyond else []
+        parts += [f"{self.beyond} of {self.compared:,} log-probabilities beyond rounding"] if self.beyond else []
         parts += [f"{self.moved} of {self.positions:,} positions with a target on one side only"] if self.moved else []
         return ", ".join(parts)
 
@@ -88,6 +94,7 @@ class Verification:
             difference = abs(value - other[index]) if index in other else max(value - least, 0.0)
             stored = square_grid_error(np.array([min(-value, 88.0)]).clip(min=0), SINGLE_BITS if chosen else CANDIDATE_BITS)
             self.largest = max(self.largest, difference)
+            self.compared += 1
             self.beyond += difference > float(stored[0]) + self._slack
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import types
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,15 +36,14 @@ _METRICS = {
 }
 
 
-@dataclass(frozen=True)
 class _BatchSums:
     """Sums over a batch's supervised tokens, as one tensor, so that the ranks exchange them at once.
 
-    Not a mapping, so that FSDP does not round them to the type of the weights.
+    A plain class, so that FSDP does not round them; see `StepTargets`.
     """
 
-    names: list[str]
-    values: Tensor
+    def __init__(self, names: list[str], values: Tensor) -> None:
+        self.names, self.values = names, values
 
 
 class KDTrainer(SFTTrainer):

@@ -8,7 +8,7 @@ token from its target.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,17 +36,20 @@ class TargetSource(NamedTuple):
     """Whether the teacher wrote the traces, so that a token without a target is learned from as it stands."""
 
 
-@dataclass(frozen=True)
 class StepTargets:
     """The targets of a batch's supervised tokens, in the order of its rows. `M` supervised tokens.
 
-    Not a mapping, so that neither FSDP nor DeepSpeed rounds its log-probabilities to the type of the weights.
+    A plain class: FSDP looks into tuples, mappings and dataclasses, and rounds what it finds there to the type of the weights,
+    which would cost log-probabilities all but three digits.
+
+    Args:
+        sparse: What the teacher stored.
+        falls_back_M: Whether a token without a target is learned from as it stands.
+        weights_M: Factors of the loss; None for 1.
     """
 
-    sparse: SparseTargets
-    falls_back_M: Tensor
-    """Whether a token without a target is learned from as it stands."""
-    weights_M: Tensor | None
+    def __init__(self, sparse: SparseTargets, falls_back_M: Tensor, weights_M: Tensor | None) -> None:
+        self.sparse, self.falls_back_M, self.weights_M = sparse, falls_back_M, weights_M
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> StepTargets:
         """The same on another device."""
