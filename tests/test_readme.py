@@ -35,9 +35,12 @@ def test_a_command_of_the_readme_works(command: str) -> None:
         assert (ROOT / words[1]).exists() and words[2] == "--config"
         load_recipe(ROOT / words[3], words[4:])
     else:
-        known = subprocess.run([sys.executable, "-m", "distill", words[0], "--help"], capture_output=True, cwd=ROOT)
+        known = subprocess.run([sys.executable, "-m", "distill", words[0], "--help"], capture_output=True, text=True, cwd=ROOT)
         assert known.returncode == 0
-        load_recipe(ROOT / words[1], words[2:])
+        overrides = words[2:]
+        for place in [i for i, word in enumerate(overrides) if f" {word} " in known.stdout]:  # options of the command itself
+            del overrides[place : place + 2]
+        load_recipe(ROOT / words[1], overrides)
 
 
 def test_the_quickstart_recipe_is_what_the_makefile_runs() -> None:

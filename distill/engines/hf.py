@@ -52,6 +52,22 @@ class SeededSampler(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, token_B1, 0.0)
 
 
+class OnlyTokens(LogitsProcessor):
+    """Leaves out the ids behind the vocabulary: rows that pad a head are nothing that can be written or read.
+
+    Args:
+        vocab_size: Number of token ids.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores with -inf behind the vocabulary."""
+        scores[:, self._vocab_size :] = -torch.inf
+        return scores
+
+
 class HFEngine:
     """Writes completions with a model in this process.
 
@@ -67,6 +83,7 @@ class HFEngine:
         self._sampling = sampling
         self._guard = MemoryGuard(self._complete, free_memory)
         self._prompts: dict[str, list[int]] = {}
+        self._vocab_size = max(chat.tokenizer.get_vocab().values()) + 1
         # `generate` fills what a config leaves open from the checkpoint's own (Qwen2.5 brings a repetition penalty).
         model.generation_config = self._generation_config()
 
@@ -115,9 +132,9 @@ class HFEngine:
     def _processors(self, batch: list[Request], length: int, device: torch.device) -> LogitsProcessorList:
         sampling = self._sampling
         if sampling.temperature == 0:
-            return LogitsProcessorList()
+            return LogitsProcessorList([OnlyTokens(self._vocab_size)])
         uniforms = np.stack([np.random.default_rng(request.seed).random(sampling.max_new_tokens, dtype=np.float32) for request in batch])
-        processors: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))]
+        processors: list[Any] = [OnlyTokens(self._vocab_size), TemperatureLogitsWarper(float(sampling.temperature))]
         if sampling.top_k:
             processors.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:

@@ -1,0 +1,187 @@
+"""On-policy rounds through the command line: what is made, again without work, killed on the way, stopped, and mixed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_tiny_model
+from safetensors.torch import load_file
+
+from distill.recipe_io import load_recipe
+from distill.recipe_learning import Rollouts
+from distill.stages import folder, last_round, previous_student, stages_of, student_folder
+from distill.storage import MANIFEST, read_manifest, read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("teacher"), seed=5, hidden_size=48)
+
+
+def write_recipe(place: Path, student: Path, teacher: Path, *, rollouts: str = "", start: str = "student") -> Path:
+    problems = [json.dumps({"question": f"What is {n} plus {2 * n}?", "answer": 3 * n}) for n in range(28)]
+    (place / "problems.jsonl").write_text("\n".join(problems))
+    path = place / "recipe.yaml"
+    learns = "generate: {max_new_tokens: 16, temperature: 1.0, top_p: 1.0}\ncurate: {checks: []}\n"
+    path.write_text(
+        f"name: rounds\nrun_dir: {place / 'run'}\nseed: 3\nteacher: {{model: {teacher}}}\n"
+        f"student: {{model: {student}, adapter: {{type: lora, r: 4}}}}\n"
+        f"prompts: {{source: {place / 'problems.jsonl'}, heldout_size: 4}}\n"
+        f"{learns if start == 'student' or 'teacher_share' in rollouts else ''}"
+        "score: {target: {kind: top_k, k: 16}, verify_rows: 1}\n"
+        "train: {max_length: 256, kd: {divergence: reverse_kl}, trainer_args: {max_steps: 3, learning_rate: 5e-3, "
+        "per_device_train_batch_size: 8}}\n"
+        f"rounds: 2\nrollouts: {{start: {start}, prompts_per_round: 12, max_new_tokens: 20, batch_size: 6{rollouts}}}\n"
+        "evaluate: {models: [base, student], max_new_tokens: 8}\nexport: {parity_prompts: 2}\n"
+    )
+    return path
+
+
+def distill(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "distill", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=600)
+
+
+def adapter(student: Path) -> dict[str, torch.Tensor]:
+    return load_file(student / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, teacher: Path) -> Path:
+    place = tmp_path_factory.mktemp("rounds")
+    result = distill("run", write_recipe(place, tiny_model_dir, teacher, rollouts=", first_max_new_tokens: 5"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "round 1 of 2" in result.stdout and "round 2 of 2" in result.stdout
+    return place / "recipe.yaml"
+
+
+@pytest.mark.slow
+def test_each_round_writes_scores_and_trains_on_from_the_one_before(finished: Path) -> None:
+    recipe = load_recipe(finished)
+    students = [folder(recipe, "train", number) for number in range(3)]
+    for number in (1, 2):
+        rows = read_rows(folder(recipe, "rollouts", number), "traces")
+        assert len(rows) == 12 and {row["author"] for row in rows} == {"student"}
+        assert max(len(row["completion_ids"]) for row in rows) <= (5, 20)[number - 1]
+        scored = read_manifest(folder(recipe, "score", number))
+        assert scored.facts["positions"] == sum(len(row["completion_ids"]) for row in rows)  # cut-off rollouts get no end of turn
+        trained = read_manifest(students[number])
+        assert trained.rows_kept == 12 and trained.facts["method"] == "kd" and trained.facts["steps"] == 3
+        name = "student" if number == 1 else "rounds/01/student"
+        assert read_manifest(folder(recipe, "rollouts", number)).inputs[name] == read_manifest(students[number - 1]).digest
+    weights = [adapter(student) for student in students]
+    assert all(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0] if "lora_B" in name)
+    assert all(not torch.equal(weights[1][name], weights[2][name]) for name in weights[1] if "lora_B" in name)
+    first, second = (
+        {row["prompt_id"]: row["completion_ids"] for row in read_rows(folder(recipe, "rollouts", number), "traces")} for number in (1, 2)
+    )
+    assert set(first) != set(second) or first != second  # other prompts, other random numbers
+
+
+@pytest.mark.slow
+def test_the_last_student_is_measured_and_exported(finished: Path) -> None:
+    recipe = load_recipe(finished)
+    assert student_folder(recipe) == folder(recipe, "train", 2)
+    assert read_manifest(folder(recipe, "evaluate")).inputs["rounds/02/student"] == read_manifest(student_folder(recipe)).digest
+    exported = load_file(folder(recipe, "export") / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(value, adapter(student_folder(recipe))[name]) for name, value in exported.items())
+
+
+@pytest.mark.slow
+def test_a_finished_run_does_no_work(finished: Path) -> None:
+    again = distill("run", finished)
+    assert again.returncode == 0 and again.stdout.count("nothing to do") == len(stages_of(load_recipe(finished))) + 6
+
+
+@pytest.mark.slow
+def test_killed_rounds_end_with_the_same_weights(finished: Path, tmp_path: Path) -> None:
+    """Killed as soon as each of the second round's stages has begun, and run again."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "distill", "run", str(finished), "--run_dir", str(run)]
+    for stage in ("rollouts", "targets", "student"):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 300
+        while not (run / "rounds" / "02" / stage / "plan.json").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=600).returncode == 0
+    undisturbed = adapter(student_folder(load_recipe(finished)))
+    for name, value in adapter(run / "rounds" / "02" / "student").items():
+        assert torch.equal(value, undisturbed[name]), name
+
+
+@pytest.mark.slow
+def test_rounds_from_the_base_with_a_share_of_the_teachers_traces(tmp_path: Path, tiny_model_dir: Path, teacher: Path) -> None:
+    path = write_recipe(tmp_path, tiny_model_dir, teacher, start="base", rollouts=", teacher_share: 0.25")
+    recipe = load_recipe(path)
+    assert stages_of(recipe) == ["prompts", "generate", "curate", "score", "train", "evaluate", "report", "export"]
+    assert distill("run", path).returncode == 0
+    trained = read_manifest(folder(recipe, "train", 1))
+    assert trained.rows_in == 12 + 24 and trained.rows_kept == 12 + 4 and trained.drops == {"not_drawn": 20}
+    assert "student" not in read_manifest(folder(recipe, "rollouts", 1)).inputs  # the base wrote
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("limit", "says"),
+    [
+        (", stop_truncation_rate: 0.0", "were cut off, over rollouts.stop_truncation_rate"),
+        (", stop_mean_tokens: 1", "tokens on average, over rollouts.stop_mean_tokens"),
+        (", stop_kl: 1000.0", "under rollouts.stop_kl"),
+    ],
+)
+def test_rounds_stop_with_a_reason(limit: str, says: str, tmp_path: Path, tiny_model_dir: Path, teacher: Path) -> None:
+    path = write_recipe(tmp_path, tiny_model_dir, teacher, rollouts=limit)
+    result = distill("run", path)
+    assert result.returncode == 0 and says in result.stdout, result.stdout + result.stderr[-1500:]
+    recipe = load_recipe(path)
+    stopped_after = 1 if "kl" in limit else 0
+    assert last_round(recipe) == stopped_after and not (folder(recipe, "train", stopped_after + 1) / MANIFEST).exists()
+    assert read_manifest(folder(recipe, "evaluate")).rows_kept == 8
+    assert says in (folder(recipe, "report") / "report.md").read_text().replace("\\", "")
+
+
+def test_a_run_that_never_trained_has_no_student(tmp_path: Path, tiny_model_dir: Path, teacher: Path) -> None:
+    path = write_recipe(tmp_path, tiny_model_dir, teacher, start="base")
+    recipe = load_recipe(path)
+    assert "train" not in stages_of(recipe) and previous_student(recipe, 1) is None
+    assert previous_student(recipe, 2) == folder(recipe, "train", 1)
+    result = distill("evaluate", path)
+    assert result.returncode == 1 and "is not there" in result.stderr and "Traceback" not in result.stderr
+    beyond = distill("rollouts", path, "--round", "3")
+    assert beyond.returncode == 1 and "the recipe has 2 rounds" in beyond.stderr
+
+
+def test_the_horizon_grows_by_a_constant_factor() -> None:
+    rollouts = Rollouts(first_max_new_tokens=100, max_new_tokens=1600)
+    assert [rollouts.horizon(number, 5) for number in (1, 2, 3, 4, 5)] == [100, 200, 400, 800, 1600]
+    assert Rollouts(max_new_tokens=64).horizon(1, 3) == 64
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("rounds: 2\n", "", "go together"),
+        ("score: {target: {kind: top_k, k: 16}, verify_rows: 1}\n", "", "section score"),
+        ("kind: top_k, k: 16", "kind: sampled", "can't be computed from sampled"),
+        ("generate: {max_new_tokens: 16, temperature: 1.0, top_p: 1.0}\n", "", "exactly one of the sections"),
+        ("teacher: {model: ", "#", "needs a teacher"),
+        ("batch_size: 6", "batch_size: 6, teacher_share: 1.0", "less than 1"),
+    ],
+)
+def test_damaged_recipes_of_rounds(old: str, new: str, says: str, tmp_path: Path, tiny_model_dir: Path, teacher: Path) -> None:
+    path = write_recipe(tmp_path, tiny_model_dir, teacher)
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=says):
+        load_recipe(path)
