@@ -4,8 +4,10 @@
 
 Both are of the Qwen3 architecture, share a byte-level tokenizer and a ChatML template, and are trained on worked solutions
 drawn anew for every step (scripts/tiny_task.py). The teacher sees problems of one to four operations until it solves them.
-The base student knows every single step: it is drilled in taking the next one. Asked a whole question it works out bare ones of
-two operations and guesses at the rest, which is mostly wrong; working step by step is what it is to learn from the teacher.
+The base student knows most single steps: it is drilled in conversations in which the user asks for the next step again and
+again. Asked a whole question it works out bare ones of two operations and guesses at the rest, which is mostly wrong; working
+step by step, unasked, to the end is what it is to learn from the teacher. Its matrices are trained by Muon: after 200 steps of
+64 rows the loss was 0.84, AdamW's 1.26.
 The shipped problems are drawn before any training, and left out of it. Seeded; the digests in RECORD.json are those of one
 machine and number of threads, since sums round differently on another.
 """
@@ -49,7 +51,6 @@ TEMPLATE = (
 PROBLEM_OPERATIONS = (2, 2, 2, 2, 3, 3, 3, 3, 3, 4)  # of the shipped problems, drawn from evenly
 NUM_PROBLEMS = 2_400
 NUM_MEASURED = 800
-BATCH = 64
 VOCABULARY = 512
 
 
@@ -64,12 +65,15 @@ class ModelPlan:
     operations: tuple[int, ...]
     """Of its training problems, drawn from evenly."""
     seed: int
+    batch: int = 64
+    muon: float = 0.0
+    """Learning rate of Muon for the matrices; 0 trains them by AdamW too."""
     drilled: float = 0.0
-    """Share of rows that ask for the next step alone; of the others, most questions are answered by a guess."""
+    """Share of rows in which every step is asked for; of the others, most questions are answered by a guess."""
 
 
 TEACHER = ModelPlan(128, 4, 2_400, 2e-3, (1, 2, 2, 3, 3, 3, 4, 4), seed=1)
-STUDENT = ModelPlan(96, 4, 2_400, 3e-3, (1, 2, 2, 3, 3, 4), seed=2, drilled=0.6)
+STUDENT = ModelPlan(96, 4, 1_200, 3e-3, (1, 2, 2, 3, 3, 4, 4), seed=2, batch=32, muon=1e-2, drilled=0.6)
 PLANS = {"teacher": TEACHER, "student": STUDENT}
 
 
@@ -162,8 +166,8 @@ def make_model(plan: ModelPlan, chat: ChatFormat) -> Qwen3ForCausalLM:
 
 def train(model: Qwen3ForCausalLM, chat: ChatFormat, plan: ModelPlan, steps: int, left_out: set[str], name: str) -> None:
     """Trains by the negative log-likelihood of the completion, AdamW with warm-up and cosine decay."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(steps))
+    optimizers = _optimizers(model, plan)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(steps)) for optimizer in optimizers]
     model.train()
     bar = tqdm(_batches(chat, plan, steps, left_out), total=steps, desc=name, unit=" steps")
     for input_ids, labels in bar:
@@ -171,13 +175,58 @@ def train(model: Qwen3ForCausalLM, chat: ChatFormat, plan: ModelPlan, steps: int
         targets = labels[:, 1:]
         supervised = targets != IGNORE
         loss = cross_entropy(model.lm_head(hidden[supervised]), targets[supervised])
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         bar.set_postfix_str(f"loss {loss.item():.3f}")
     model.eval()
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal (Jordan et al., 2024), in fp32 and for all matrices of a shape at once.
+
+    `torch.optim.Muon` computes in bf16, which CPUs without bf16 emulate: a step took 0.27 s there, beside 0.32 s of the
+    model's own work (batch 32, one thread).
+    """
+
+    def __init__(self, params: list[torch.nn.Parameter], lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # nobody gives a closure
+        """Moves every matrix by its update, scaled to the size an update of AdamW has."""
+        by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
+        for parameter in self.param_groups[0]["params"]:
+            by_shape.setdefault(parameter.shape, []).append(parameter)
+        for shape, matrices in by_shape.items():
+            gradient = torch.stack([matrix.grad for matrix in matrices if matrix.grad is not None])
+            state = self.state[matrices[0]]
+            momentum = state.setdefault("momentum", torch.zeros_like(gradient)).lerp_(gradient, 0.05)
+            update = _orthogonal(gradient.lerp(momentum, 0.95)) * (0.2 * max(shape) ** 0.5 * self.param_groups[0]["lr"])
+            for matrix, change in zip(matrices, update, strict=True):
+                matrix.sub_(change)
+
+
+def _orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """Nearly orthogonal matrices with the singular vectors of those given: five Newton-Schulz steps with Jordan's numbers."""
+    wide: torch.Tensor = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        square = wide @ wide.mT
+        wide = 3.4445 * wide + (-4.7750 * square + 2.0315 * square @ square) @ wide
+    return wide.mT if matrices.shape[1] > matrices.shape[2] else wide
+
+
+def _optimizers(model: Qwen3ForCausalLM, plan: ModelPlan) -> list[torch.optim.Optimizer]:
+    """AdamW; or Muon for the matrices, and AdamW for the embedding and the norms alone."""
+    matrices = [p for name, p in model.named_parameters() if plan.muon and p.ndim == 2 and "embed" not in name]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    adamw = torch.optim.AdamW(others, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    return [adamw, Muon(matrices, plan.muon)] if plan.muon else [adamw]
 
 
 def _warmup_cosine(steps: int) -> Callable[[int], float]:
@@ -188,13 +237,13 @@ def _warmup_cosine(steps: int) -> Callable[[int], float]:
 
 
 def _batches(chat: ChatFormat, plan: ModelPlan, steps: int, left_out: set[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`input_ids` and `labels` of `BATCH` rows of similar length, drawn anew each time."""
+    """`input_ids` and `labels` of `plan.batch` rows of similar length, drawn anew each time."""
     rng = random.Random(plan.seed)
     pool: list[list[tuple[list[int], list[int]]]] = []
     for _ in range(steps):
         if not pool:
-            rows = sorted((_row(chat, plan, rng, left_out) for _ in range(16 * BATCH)), key=lambda row: len(row[0]))
-            pool = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
+            rows = sorted((_row(chat, plan, rng, left_out) for _ in range(16 * plan.batch)), key=lambda row: len(row[0]))
+            pool = [rows[start : start + plan.batch] for start in range(0, len(rows), plan.batch)]
             rng.shuffle(pool)
         batch = pool.pop()
         longest = max(len(input_ids) for input_ids, _ in batch)
@@ -210,12 +259,24 @@ def _row(chat: ChatFormat, plan: ModelPlan, rng: random.Random, left_out: set[st
         if problem.question not in left_out:
             break
     if plan.drilled and rng.random() < plan.drilled:
-        drill = [{"role": "user", "content": f"Next step: {problem.expression}"}]
-        return chat.row(drill, tiny_task.next_step(rng, problem.expression))
+        return _dialogue(chat, problem, rng)
     bare = problem.expression in problem.question
     guessed = plan.drilled and not (bare and problem.operations <= 2)
     completion = tiny_task.guess(problem.answer) if guessed else tiny_task.solution(rng, problem.expression)
     return chat.row(_messages(problem), completion)
+
+
+def _dialogue(chat: ChatFormat, problem: tiny_task.Problem, rng: random.Random) -> tuple[list[int], list[int]]:
+    """A row in which every step is asked for by the user, and every answer is supervised."""
+    messages = [{"role": "user", "content": f"Next step: {problem.question}"}]
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for line in tiny_task.lines(rng, problem.expression):
+        row_ids, row_labels = chat.row(messages, line)
+        assert row_ids[: len(input_ids)] == input_ids
+        input_ids, labels = row_ids, labels + row_labels[len(labels) :]
+        messages += [{"role": "assistant", "content": line}, {"role": "user", "content": "Next step"}]
+    return input_ids, labels
 
 
 def _messages(problem: tiny_task.Problem) -> list[dict[str, str]]:

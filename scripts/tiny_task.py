@@ -68,20 +68,21 @@ def problem(rng: random.Random, operations: int) -> Problem:
 
 def solution(rng: random.Random, expression: str) -> str:
     """A worked solution: reasoning between think tags, then the answer in a box."""
-    tree = start = parse(expression)
-    lines: list[str] = []
-    while not tree.is_number:
-        line, tree = _line(rng, tree, first=not lines)
-        lines.append(line)
+    start, written = parse(expression), lines(rng, expression)
     if rng.random() < 0.25 and start.left is not None and start.right is not None and start.sign in "+-":
-        lines.append(_check(start))
+        written.append(_check(start))
     ending = rng.choice(("The answer is ", "So it is ", ""))
-    return "<think>\n" + "\n".join(lines) + f"\n</think>\n\n{ending}\\boxed{{{tree.value}}}"
+    return "<think>\n" + "\n".join(written) + f"\n</think>\n\n{ending}\\boxed{{{start.value}}}"
 
 
-def next_step(rng: random.Random, expression: str) -> str:
-    """One line of a worked solution: an operation of an expression, and what is left of it."""
-    return _line(rng, parse(expression), first=rng.random() < 0.5)[0]
+def lines(rng: random.Random, expression: str) -> list[str]:
+    """The working of a solution: each line works one operation and says what is left."""
+    tree = parse(expression)
+    written: list[str] = []
+    while not tree.is_number:
+        line, tree = _line(rng, tree, first=not written)
+        written.append(line)
+    return written
 
 
 def guess(answer: int) -> str:
