@@ -4,10 +4,10 @@
 
 Both are of the Qwen3 architecture, share a byte-level tokenizer and a ChatML template, and are trained on worked solutions
 drawn anew for every step (scripts/tiny_task.py). The teacher sees problems of one to four operations until it solves them.
-The base student knows every single step: it is drilled in conversations in which the user asks for the next step again and
+The base student knows most single steps: it is drilled in conversations in which the user asks for the next step again and
 again. Asked a whole question it works out bare ones of two operations and guesses at the rest, which is mostly wrong; working
-step by step, unasked, to the end is what it is to learn from the teacher. Its matrices are trained by Muon, which needs a
-fraction of AdamW's steps here.
+step by step, unasked, to the end is what it is to learn from the teacher. Its matrices are trained by Muon: after 200 steps of
+64 rows the loss was 0.84, AdamW's 1.26.
 The shipped problems are drawn before any training, and left out of it. Seeded; the digests in RECORD.json are those of one
 machine and number of threads, since sums round differently on another.
 """
@@ -188,7 +188,8 @@ def train(model: Qwen3ForCausalLM, chat: ChatFormat, plan: ModelPlan, steps: int
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal (Jordan et al., 2024), in fp32 and for all matrices of a shape at once.
 
-    `torch.optim.Muon` computes in bf16, which most CPUs emulate: it took longer than the model's own forward and backward.
+    `torch.optim.Muon` computes in bf16, which CPUs without bf16 emulate: a step took 0.27 s there, beside 0.32 s of the
+    model's own work (batch 32, one thread).
     """
 
     def __init__(self, params: list[torch.nn.Parameter], lr: float) -> None:
