@@ -104,7 +104,7 @@ def _train(recipe: Recipe, plan: _Plan, number: int, out: StageFolder) -> Manife
         arguments = training_arguments(recipe, plan.train, out.path / "checkpoints", device)
     _check_world_size()
     chat = load_chat_format(recipe.student)
-    stored = _stored_targets(plan, chat)
+    stored = _stored_targets(recipe, plan, chat)
     rows = _rows(recipe, plan, out.path / "cache", chat, stored)
     checkpoint = last_whole_checkpoint(out.path / "checkpoints")
     if checkpoint:
@@ -141,10 +141,11 @@ def _train(recipe: Recipe, plan: _Plan, number: int, out: StageFolder) -> Manife
     return manifest
 
 
-def _stored_targets(plan: _Plan, chat: ChatFormat) -> StoredTargets | None:
+def _stored_targets(recipe: Recipe, plan: _Plan, chat: ChatFormat) -> StoredTargets | None:
     """The targets of a plan, after their digests and those of the student's tokenizer were compared."""
     if not plan.targets:
         return None
+    assert recipe.score is not None  # the recipe was validated
     from distill.trainers.targets import StoredTargets, TargetSource
 
     sources = []
@@ -152,7 +153,7 @@ def _stored_targets(plan: _Plan, chat: ChatFormat) -> StoredTargets | None:
         manifest = check_files(place)
         sources.append(TargetSource([place / name for name in sorted(manifest.files)], teacher_wrote=table == "curated"))
     stored = StoredTargets(sources)
-    stored.check(chat.tokenizer_digest, chat.template_digest)
+    stored.check(recipe.score.target, chat.tokenizer_digest, chat.template_digest)
     return stored
 
 
@@ -209,14 +210,17 @@ def _make_trainer(
     elif stored is None:
         trainer = SFTTrainer(**common)
     else:
-        assert recipe.score is not None  # the recipe was validated
         settings = plan.train.kd
-        trainer = KDTrainer(stored=stored, objective=settings.objective(recipe.score.target), half_life=settings.early_half_life, **common)
+        trainer = KDTrainer(stored=stored, objective=settings.objective(stored.target), half_life=settings.early_half_life, **common)
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     trained: Any = trainer.model
     if student.adapter.type == "lora":
         # The name others load it by, not the path it was found at.
         trained.peft_config["default"].base_model_name_or_path = student.model
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        # Without it a folder of shards would be saved in place of a model.
+        plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     if arguments.fp16:
         # TRL puts a quantised model's adapter into bf16, which the gradient scaler of fp16 training can't handle.
         for parameter in trained.parameters():

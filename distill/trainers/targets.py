@@ -22,6 +22,7 @@ from distill.errors import IntegrityError
 from distill.losses.sparse import SparseTargets
 from distill.targets.codec import Targets, concatenate
 from distill.targets.files import TargetReader
+from distill.targets.spec import TargetSpec
 
 NO_TARGET = -1
 _REMAKE = "Run `distill score` with --redo."
@@ -77,7 +78,7 @@ class StoredTargets:
         self._readers = [TargetReader(source.shards) for source in sources]
         self._starts = np.cumsum([0, *(len(reader) for reader in self._readers)])
         first = self._readers[0].header
-        self.kind, self.vocab_size = first.target.kind, first.vocab_size
+        self.target, self.vocab_size = first.target, first.vocab_size
         for reader, source in zip(self._readers, sources, strict=True):
             other = reader.header
             if (other.target, other.vocab_size, other.tokenizer_digest) != (first.target, first.vocab_size, first.tokenizer_digest):
@@ -86,13 +87,20 @@ class StoredTargets:
     def __reduce__(self) -> tuple[type[StoredTargets], tuple[list[TargetSource]]]:
         return StoredTargets, (self._sources,)
 
-    def check(self, tokenizer_digest: str, template_digest: str) -> None:
-        """Compares the tokenizer and template that the targets were stored for.
+    def check(self, target: TargetSpec, tokenizer_digest: str, template_digest: str) -> None:
+        """Compares what was asked for, and the tokenizer and template that the targets were stored for.
+
+        Args:
+            target: What the recipe asks to be stored.
+            tokenizer_digest: Of the student.
+            template_digest: Of the student.
 
         Raises:
             IntegrityError: they are others.
         """
         for reader, source in zip(self._readers, self._sources, strict=True):
+            if reader.header.target != target:
+                raise IntegrityError(f"{source.shards[0]}: holds {reader.header.target!r}, the recipe asks for {target!r}. {_REMAKE}")
             found = reader.header.tokenizer_digest, reader.header.template_digest
             if found != (tokenizer_digest, template_digest):
                 what = "tokenizer" if found[0] != tokenizer_digest else "chat template"
@@ -136,15 +144,16 @@ class StoredTargets:
         stored = [self._readers[int(source)][int(place)] for source, place in np.stack([source_of_row, places], 1)]
         starts = np.cumsum([0, *(len(targets) for targets in stored)])
         # Nothing, but in the shape that the loss takes where no token of a batch has a target.
-        nothing = Targets(np.empty((0, int(self.kind != "chosen_token")), np.int32), np.empty((0, 1), np.float32), np.empty(0, np.float32))
+        width = int(self.target.kind != "chosen_token")
+        nothing = Targets(np.empty((0, width), np.int32), np.empty((0, 1), np.float32), np.empty(0, np.float32))
         together = concatenate([*stored, nothing])
         taken_M = starts[which_M] + places_M
         teacher_wrote = np.array([source.teacher_wrote for source in self._sources], dtype=np.bool_)
         sparse = SparseTargets(
-            self.kind,
+            self.target.kind,
             torch.from_numpy(together.ids[taken_M]),
             torch.from_numpy(together.log_probs[taken_M]),
-            torch.from_numpy(together.log_rest[taken_M]) if self.kind == "top_k" else None,
+            torch.from_numpy(together.log_rest[taken_M]) if self.target.kind == "top_k" else None,
         )
         weights = None if half_life is None else torch.from_numpy(np.exp2(-places_M / half_life).astype(np.float32))
         return StepTargets(sparse, torch.from_numpy(teacher_wrote[source_of_row][which_M]), weights)
