@@ -91,9 +91,12 @@ _stage_command("curate", "Check the traces, and choose those to learn from.")
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
 def score(context: typer.Context, recipe: RecipePath, redo: Redo = False, number: Round = 0, shard: Shard = "") -> None:
     """Let the teacher read finished traces, and store its distributions; in several processes: accelerate launch -m distill score."""
+    from distill.errors import RecipeError
     from distill.pipeline import run_score_shard, run_stage
 
     loaded = _load(recipe, context)
+    if shard and redo:
+        raise RecipeError("--redo with --shard would delete the other parts too. Run `distill score` with --redo, or delete the folder.")
     if shard:
         run_score_shard(loaded, shard, number=number)
     else:
@@ -102,7 +105,7 @@ def score(context: typer.Context, recipe: RecipePath, redo: Redo = False, number
 
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
 def train(context: typer.Context, recipe: RecipePath, redo: Redo = False, number: Round = 0) -> None:
-    """Train the student, in this process; for several: accelerate launch distill/train.py --config RECIPE."""
+    """Train the student, in this process; for several: accelerate launch distill/train.py --config RECIPE [--round N]."""
     from distill.pipeline import run_stage
 
     run_stage("train", _load(recipe, context), number=number, redo=redo)
@@ -134,10 +137,11 @@ def pair(
     context: typer.Context,
     recipe: RecipePath,
     prompts: Annotated[int, typer.Option(min=1, help="Training prompts to look at.")] = 32,
+    redo: Redo = False,
 ) -> None:
     """Measure on a few prompts whether this teacher can teach this student, before anything is spent."""
     loaded = _load(recipe, context)
-    importlib.import_module("distill.pair").run(loaded, prompts)
+    importlib.import_module("distill.pair").run(loaded, prompts, redo=redo)
 
 
 @app.command()

@@ -33,7 +33,7 @@ from distill.schema import TRACE
 from distill.scoring import Statistics, score_rows
 from distill.stages import run_dir
 from distill.stages.prompts import split
-from distill.storage import StageFolder, write_text
+from distill.storage import StageFolder, delete_stage, write_text
 from distill.targets.codec import Targets
 from distill.targets.spec import ChosenToken, TopK
 from distill.vocabulary import AlignedRow, VocabularyMap, align, vocabulary_map
@@ -44,12 +44,13 @@ _CONFIDENCE = 0.95
 _WIDTH = 100  # of the tables, where the output is no terminal
 
 
-def run(recipe: Recipe, num_prompts: int) -> bool:
-    """Measures, prints, and keeps what was found; whether the verdict is good.
+def run(recipe: Recipe, num_prompts: int, *, redo: bool = False) -> None:
+    """Measures, prints, and keeps what was found.
 
     Args:
         recipe: The recipe.
         num_prompts: Training prompts to look at.
+        redo: Delete what an earlier call found.
 
     Raises:
         RecipeError: it has no teacher.
@@ -63,22 +64,23 @@ def run(recipe: Recipe, num_prompts: int) -> bool:
         "prompts": recipe.prompts.identity(),
         "sampling": sampling.identity(),
         "num_prompts": num_prompts,
+        "min_aligned": (recipe.score or Score()).min_aligned,
         "seed": recipe.seed,
     }
+    if redo:
+        delete_stage(run_dir(recipe) / _FOLDER)
     with StageFolder(run_dir(recipe) / _FOLDER, _FOLDER, settings) as out:
         if out.manifest is None:
             _measure(recipe, recipe.teacher, sampling, split(recipe.prompts, recipe.seed)[0][:num_prompts], out)
         found = json.loads((out.path / _FINDINGS).read_text(encoding="utf-8"))
     _print(found)
     say(f"\nkept in {out.path / _FINDINGS}")
-    return bool(found["good"])
 
 
 def _sampling(recipe: Recipe) -> Sampling:
-    """As the student will write in rounds, else as the teacher writes; drawn, because greedy answers show one way only."""
+    """As the student will write in rounds, else as the teacher writes, else drawn from the model as it is."""
     source = recipe.rollouts or recipe.generate or Sampling(temperature=1.0, top_p=1.0)
-    settings = {name: getattr(source, name) for name in Sampling.model_fields} | {"samples_per_prompt": 1}
-    return Sampling.model_validate(settings)
+    return source.plain(samples_per_prompt=1)
 
 
 def _measure(recipe: Recipe, teacher: ModelSpec, sampling: Sampling, prompts: list[Row], out: StageFolder) -> None:
@@ -114,7 +116,7 @@ def _measure(recipe: Recipe, teacher: ModelSpec, sampling: Sampling, prompts: li
         on_teacher=read(teacher_reads[half:], student_reads[half:], student_wrote=False),
         difference=_difference(right[:half], right[half:], recipe.seed),
     )
-    good, sentences = verdict(found, min_aligned=recipe.score.min_aligned if recipe.score is not None else Score().min_aligned)
+    good, sentences = verdict(found, min_aligned=(recipe.score or Score()).min_aligned)
     kept = {"num_prompts": len(prompts), **asdict(found), "good": good, "verdict": sentences}
     write_text(out.path / _FINDINGS, json.dumps(kept, indent=2))
     out.write_table("traces", traces, TRACE)

@@ -81,6 +81,8 @@ def run(recipe: Recipe) -> bool:
     for role, spec in (("student", recipe.student), ("teacher", recipe.teacher)):
         if spec is not None and found.prove(f"{role}'s tokenizer and template", lambda r=role, s=spec: load(r, s)):  # type: ignore[misc]
             _check_rows_of_head(role, spec, chats[role], found)
+    if "student" in chats and recipe.score is not None:
+        found.prove("loss on targets", lambda: _loss(recipe, chats["student"]))
     if len(chats) == 2 and recipe.train.is_live:
         found.prove("the teacher can judge the student's tokens", lambda: _live_pair(recipe, chats, prompts))
     elif len(chats) == 2:
@@ -179,6 +181,13 @@ def _compare_vocabularies(teacher: ChatFormat, student: ChatFormat, found: _Find
     same = sum(ours.get(token) == index for token, index in theirs.items())
     detail = f"{same:,} of the teacher's {len(theirs):,} tokens have the same id"
     found.good("vocabularies", detail + ("" if same == len(theirs) == len(ours) else "; traces are carried over as text"))
+
+
+def _loss(recipe: Recipe, student: ChatFormat) -> str:
+    assert recipe.score is not None
+    target = recipe.score.target
+    recipe.train.kd.check_size(target, max(student.tokenizer.get_vocab().values()) + 1)
+    return f"{recipe.train.kd.objective(target).divergence} from {target.kind} targets"
 
 
 def _targets(recipe: Recipe, chats: dict[str, ChatFormat], rows: list[Row]) -> str:
@@ -310,8 +319,10 @@ def _check_lengths(recipe: Recipe, chat: ChatFormat, rows: list[Row], prompts: l
         return
     fate = {"drop": "dropped", "cut": "cut"}[recipe.train.overlong]
     found.good("lengths", f"{detail}; {over:,} of {len(lengths):,} rows are over train.max_length ({limit:,}) and would be {fate}")
-    if not rows and recipe.generate is not None and longest + recipe.generate.max_new_tokens > limit:
-        possible = int(longest) + recipe.generate.max_new_tokens
-        found.unknown(
-            "lengths of traces", f"none is written yet; with generate.max_new_tokens one can have {possible:,}, and would be {fate}"
-        )
+    prompt = max(len(chat.prompt_ids(row["messages"])) for row in prompts) if rows and recipe.rollouts else int(longest)
+    for section, sampling in (("generate", None if rows else recipe.generate), ("rollouts", recipe.rollouts)):
+        if sampling is not None and prompt + sampling.max_new_tokens > limit:
+            possible = prompt + sampling.max_new_tokens
+            found.unknown(
+                "lengths of traces", f"none is written yet; with {section}.max_new_tokens one can have {possible:,}, and would be {fate}"
+            )

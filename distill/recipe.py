@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from distill.recipe_base import PositiveInt, Sampling, Section
-from distill.recipe_learning import Distillation, Rollouts, Score, Train
+from distill.recipe_learning import LOSS_OF_SFT, Distillation, Rollouts, Score, Train
 
 CheckName = Literal["finish", "think", "math"]
 ModelRole = Literal["base", "student", "teacher"]
@@ -301,13 +301,19 @@ class Recipe(Section):
     def learns_from_traces(self) -> bool:
         """Whether traces are written or brought before training: not where a student only learns from its own."""
         only_own = self.rounds > 0 and self.rollouts is not None and self.rollouts.start == "base" and self.rollouts.teacher_share == 0
-        return self.train.method in ("sft", "kd") and not only_own
+        return not self.train.is_live and not only_own
+
+    @property
+    def trains_on_traces(self) -> bool:
+        """Whether a student is trained on traces before the rounds, if any: not where these start from the base."""
+        from_base = self.rounds > 0 and self.rollouts is not None and self.rollouts.start == "base"
+        return self.learns_from_traces and not from_base
 
     @property
     def scores_traces(self) -> bool:
         """Whether the teacher scores the curated traces, beside the student's own in the rounds."""
         shared = self.rounds > 0 and self.rollouts is not None and self.rollouts.teacher_share > 0
-        return self.learns_from_traces and (self.train.method == "kd" or shared)
+        return (self.trains_on_traces and self.train.method == "kd") or shared
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Recipe:
@@ -332,12 +338,13 @@ class Recipe(Section):
     def _distillation_fits(self) -> Recipe:
         if (self.rounds > 0) != (self.rollouts is not None):
             raise ValueError("rounds and the section rollouts go together: give both or neither")
-        if self.rounds and self.train.method not in ("sft", "kd"):
+        if self.rounds and self.train.is_live:
             raise ValueError(f"rounds repeat stored-target distillation; train.method {self.train.method} is on-policy by itself")
         uses_targets = self.rounds > 0 or self.train.method == "kd"
         if uses_targets != (self.score is not None):
             advice = "add it" if uses_targets else "leave it out"
             raise ValueError(f"the section score goes with train.method kd or with rounds: {advice}")
+        self._rounds_fit()
         if not uses_targets and self.train.kd != Distillation():
             raise ValueError("train.kd would be ignored: set train.method kd, or rounds")
         if self.score is not None:
@@ -347,3 +354,17 @@ class Recipe(Section):
             if self.rollouts is not None and self.rollouts.stop_kl is not None and self.score.target.kind == "sampled":
                 raise ValueError("rollouts.stop_kl can't be measured from sampled targets; use top_k or chosen_token")
         return self
+
+    def _rounds_fit(self) -> None:
+        if self.rollouts is None:
+            return
+        ignored = LOSS_OF_SFT & set(self.train.trainer_args)
+        if ignored:
+            raise ValueError(f"train.trainer_args.{min(ignored)} would be ignored in the rounds: their loss is that of train.kd")
+        if self.rounds == 1 and self.rollouts.first_max_new_tokens is not None:
+            raise ValueError("rollouts.first_max_new_tokens would be ignored: there is one round, so nothing grows")
+        if self.train.overlong == "drop" and self.rollouts.max_new_tokens >= self.train.max_length:
+            raise ValueError(
+                f"rollouts.max_new_tokens ({self.rollouts.max_new_tokens:,}) leaves no room for a prompt in train.max_length "
+                f"({self.train.max_length:,}), so every rollout of that length would be dropped"
+            )

@@ -51,3 +51,7 @@ class Sampling(Section):
         if self.temperature == 0 and any(getattr(self, name) != fields[name].default for name in ("top_p", "top_k", "min_p")):
             raise ValueError("temperature 0 ignores top_p, top_k and min_p; leave them out")
         return self
+
+    def plain(self, **changed: Any) -> Sampling:
+        """These settings without those that a section adds to them, and some of them changed; not validated anew."""
+        return Sampling.model_construct(**{name: getattr(self, name) for name in Sampling.model_fields} | changed)

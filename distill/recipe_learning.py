@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from distill.errors import RecipeError
 from distill.losses.settings import Divergence, Objective, default_divergence
 from distill.recipe_base import PositiveInt, Sampling, Section, Share
 from distill.targets.spec import ChosenToken, Sampled, TargetSpec, TopK
@@ -14,6 +15,8 @@ from distill.trainer_args import ConfigName, check_trainer_args
 Method = Literal["sft", "kd", "on_policy", "cross_tokenizer"]
 LIVE_METHODS = ("on_policy", "cross_tokenizer")
 """Methods in which the student writes while it trains, and a teacher beside it judges."""
+LOSS_OF_SFT = frozenset({"loss_type", "label_smoothing_factor", "router_aux_loss_coef", "use_liger_kernel"})
+"""Fields of SFTConfig that nothing reads where the loss is the one on stored targets."""
 
 
 class Score(Section):
@@ -49,10 +52,32 @@ class Distillation(Section):
     early_half_life: PositiveInt | None = None
     """Number of tokens into an answer after which a token counts half, a quarter, ...; null weighs all alike."""
 
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> Distillation:
+        if self.weight == self.nll_weight == 0:
+            raise ValueError("weight and nll_weight are both 0, so nothing would be learned; raise one of them")
+        return self
+
     def objective(self, target: TargetSpec) -> Objective:
         """These settings for one kind of targets, checked against it."""
         divergence = self.divergence or default_divergence(target.kind)
         return Objective(target.kind, divergence, self.jsd_beta, self.temperature, self.weight, self.nll_weight)
+
+    def check_size(self, target: TargetSpec, vocab_size: int) -> None:
+        """Refuses what shows only once the student's vocabulary is known.
+
+        Raises:
+            RecipeError: more candidates are asked for than there are tokens, or a temperature with fewer.
+        """
+        if target.kind != "top_k":
+            return
+        if target.k > vocab_size:
+            raise RecipeError(f"score.target.k: is {target.k:,}, but the student has {vocab_size:,} tokens. Lower it.")
+        if self.temperature != 1 and (target.k < vocab_size or target.min_probability):
+            raise RecipeError(
+                f"train.kd.temperature: {self.temperature:g} needs the teacher's whole distribution, but score.target keeps "
+                f"{target.k:,} of {vocab_size:,} tokens. Use temperature 1, or keep them all (k, without min_probability)."
+            )
 
 
 class OnPolicy(Section):
@@ -110,7 +135,20 @@ class Rollouts(Sampling):
     stop_kl: Annotated[float, Field(ge=0)] | None = None
     """End the rounds where the divergence from the teacher, in nats a token, has fallen below this."""
 
-    _known_fields = field_validator("trainer_args")(check_trainer_args)
+    @field_validator("trainer_args")
+    @classmethod
+    def _known_fields(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in sorted(LOSS_OF_SFT & set(value)):
+            raise ValueError(f"{name} belongs to the loss of method sft; the rounds have their own, see train.kd")
+        return check_trainer_args(value)
+
+    @model_validator(mode="after")
+    def _horizon_grows(self) -> Rollouts:
+        if self.first_max_new_tokens is not None and self.first_max_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"first_max_new_tokens ({self.first_max_new_tokens:,}) is above max_new_tokens ({self.max_new_tokens:,}), to which it grows"
+            )
+        return self
 
     def horizon(self, number: int, rounds: int) -> int:
         """Longest rollout of round `number`, counted from 1, of so many rounds."""
@@ -162,7 +200,7 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _no_ignored_loss(self) -> Train:
-        ignored = {"loss_type", "label_smoothing_factor", "router_aux_loss_coef", "use_liger_kernel"} & set(self.trainer_args)
+        ignored = LOSS_OF_SFT & set(self.trainer_args)
         if self.method == "kd" and ignored:
             raise ValueError(f"train.trainer_args.{min(ignored)} belongs to the loss of method sft; kd has its own, see train.kd")
         return self

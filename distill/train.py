@@ -1,4 +1,7 @@
-"""The GPU entry: `accelerate launch distill/train.py --config RECIPE [--section.key value ...]`, any number of processes."""
+"""The GPU entry, for any number of processes.
+
+usage: accelerate launch distill/train.py --config RECIPE [--round N] [--section.key value ...]
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,19 @@ def main(arguments: list[str]) -> None:
     """Trains the student of a recipe.
 
     Args:
-        arguments: `--config RECIPE`, then overrides.
+        arguments: `--config RECIPE`, `--round N` for the training of an on-policy round, then overrides.
     """
-    if len(arguments) < 2 or arguments[0] != "--config":
-        print(f"usage: accelerate launch distill/train.py --config RECIPE [--section.key value ...]\n\n{__doc__}")
-        sys.exit(0 if {"-h", "--help"} & set(arguments) else 2)
+    match arguments:
+        case ["--config", recipe, "--round", number, *overrides] if number.isdigit():
+            pass
+        case ["--config", recipe, *overrides] if overrides[:1] != ["--round"]:
+            number = "0"
+        case _:
+            print(__doc__)
+            sys.exit(0 if {"-h", "--help"} & set(arguments) else 2)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        run_stage("train", load_recipe(arguments[1], arguments[2:]))
+        run_stage("train", load_recipe(recipe, overrides), number=int(number))
     except DistillError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

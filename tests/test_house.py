@@ -170,9 +170,11 @@ def test_errors_are_one_message_without_a_traceback(tmp_path: Path) -> None:
         assert "teachr" in result.stderr and "teacher" in result.stderr
 
 
-def test_train_entry_explains_itself() -> None:
+def test_train_entry_explains_itself(tmp_path: Path) -> None:
     assert "--config RECIPE" in run("distill/train.py", "--help").stdout
     assert run("distill/train.py").returncode == 2
+    recipe = "recipes/qwen3-8b-to-0.6b-rounds.yaml"
+    assert "the recipe has 3 rounds" in run("distill/train.py", "--config", recipe, "--round", "4", "--run_dir", str(tmp_path)).stderr
 
 
 def test_every_setting_is_read() -> None:

@@ -209,7 +209,7 @@ def test_in_the_teachers_traces_a_token_without_a_target_is_learned_as_written(k
 
 def test_in_its_own_traces_it_is_not(make: Make, teacher: Path) -> None:
     """A round of the student's traces: a token without a target adds nothing, but counts as a token."""
-    rounds = {"rounds": 1, "rollouts": {"start": "base"}, "generate": None}
+    rounds = {"rounds": 1, "rollouts": {"start": "base", "max_new_tokens": 64}, "generate": None}
     recipe = make("own", TopK(k=8), trainer_args=ONE_BATCH, holes=3, **rounds)
     expected = by_trace(recipe).values()
     place = recipe.parent / "run" / "rounds" / "01"
@@ -365,7 +365,15 @@ def test_ten_steps_equal_five_and_a_kill_and_five(make: Make) -> None:
 
 
 def stored_of(recipe: Path) -> StoredTargets:
-    return StoredTargets([TargetSource(sorted((recipe.parent / "run" / "targets").glob("*.targets")), teacher_wrote=True)])
+    return StoredTargets(
+        [
+            TargetSource(
+                sorted((recipe.parent / "run" / "targets").glob("*.targets")),
+                read_manifest(recipe.parent / "run" / "curated").digest,
+                teacher_wrote=True,
+            )
+        ]
+    )
 
 
 def test_targets_travel_as_paths(make: Make) -> None:
@@ -429,7 +437,7 @@ def test_targets_for_another_student_are_refused(
 def test_a_trace_that_was_not_scored_is_refused(make: Make, teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, other = make("unscored", score=False, count=8), make("scored", count=4)
     (other.parent / "run" / "targets").rename(recipe.parent / "run" / "targets")
-    refused(recipe, capsys, "has no targets of trace", "distill score")
+    refused(recipe, capsys, "was scored for other traces", "distill score")
 
 
 def test_another_number_of_tokens_is_refused(make: Make, capsys: pytest.CaptureFixture[str]) -> None:

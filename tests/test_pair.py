@@ -114,3 +114,7 @@ def test_the_command_measures_once(tmp_path: Path, tiny_model_dir: Path) -> None
     second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert second.returncode == 0 and kept.stat().st_mtime_ns == written and "writes" not in second.stderr
     assert found["verdict"][0] in second.stdout
+    other = subprocess.run([*command[:-1], "4"], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert other.returncode == 1 and "num_prompts is 5 there and 4 here" in other.stderr and "--redo" in other.stderr
+    again = subprocess.run([*command[:-1], "4", "--redo"], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert again.returncode == 0 and "answers to 4 prompts" in again.stdout

@@ -124,7 +124,7 @@ def test_killed_rounds_end_with_the_same_weights(finished: Path, tmp_path: Path)
 def test_rounds_from_the_base_with_a_share_of_the_teachers_traces(tmp_path: Path, tiny_model_dir: Path, teacher: Path) -> None:
     path = write_recipe(tmp_path, tiny_model_dir, teacher, start="base", rollouts=", teacher_share: 0.25")
     recipe = load_recipe(path)
-    assert stages_of(recipe) == ["prompts", "generate", "curate", "score", "train", "evaluate", "report", "export"]
+    assert stages_of(recipe) == ["prompts", "generate", "curate", "score", "evaluate", "report", "export"]  # none of it trains before them
     assert distill("run", path).returncode == 0
     trained = read_manifest(folder(recipe, "train", 1))
     assert trained.rows_in == 12 + 24 and trained.rows_kept == 12 + 4 and trained.drops == {"not_drawn": 20}
@@ -162,6 +162,13 @@ def test_a_run_that_never_trained_has_no_student(tmp_path: Path, tiny_model_dir:
     assert beyond.returncode == 1 and "the recipe has 2 rounds" in beyond.stderr
 
 
+def test_greedy_rollouts_keep_their_settings() -> None:
+    rollouts = Rollouts(temperature=0.0, max_new_tokens=64)
+    assert rollouts.plain(max_new_tokens=8).identity() == {
+        "samples_per_prompt": 1, "max_new_tokens": 8, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0
+    }  # fmt: skip
+
+
 def test_the_horizon_grows_by_a_constant_factor() -> None:
     rollouts = Rollouts(first_max_new_tokens=100, max_new_tokens=1600)
     assert [rollouts.horizon(number, 5) for number in (1, 2, 3, 4, 5)] == [100, 200, 400, 800, 1600]
@@ -177,6 +184,12 @@ def test_the_horizon_grows_by_a_constant_factor() -> None:
         ("generate: {max_new_tokens: 16, temperature: 1.0, top_p: 1.0}\n", "", "exactly one of the sections"),
         ("teacher: {model: ", "#", "needs a teacher"),
         ("batch_size: 6", "batch_size: 6, teacher_share: 1.0", "less than 1"),
+        ("batch_size: 6", "batch_size: 6, trainer_args: {loss_type: dft}", "loss_type belongs to the loss of method sft"),
+        ("batch_size: 6", "batch_size: 6, first_max_new_tokens: 21", "first_max_new_tokens .21. is above max_new_tokens .20."),
+        ("rounds: 2\nrollouts: {", "rounds: 1\nrollouts: {first_max_new_tokens: 5, ", "there is one round"),
+        ("learning_rate: 5e-3", "learning_rate: 5e-3, use_liger_kernel: true", "would be ignored in the rounds"),
+        ("max_length: 256", "max_length: 20", "leaves no room for a prompt"),
+        ("divergence: reverse_kl", "weight: 0", "weight and nll_weight are both 0"),
     ],
 )
 def test_damaged_recipes_of_rounds(old: str, new: str, says: str, tmp_path: Path, tiny_model_dir: Path, teacher: Path) -> None:

@@ -372,6 +372,8 @@ def test_a_plain_run_completes_what_shards_began(recipe: Callable[..., Path]) ->
     score(path)
     files = contents(folder_of(path))
     assert len(files) == 4 and files.items() >= first.items() and len(rows_of(path)) == 24
+    refused = distill("score", path, "--shard", "2/4", "--redo")
+    assert refused.returncode == 1 and "would delete the other parts too" in refused.stderr and contents(folder_of(path)) == files
 
 
 @pytest.mark.slow

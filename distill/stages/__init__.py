@@ -49,7 +49,7 @@ def stages_of(recipe: Recipe) -> list[str]:
         "generate": learns,
         "curate": learns,
         "score": recipe.scores_traces,
-        "train": learns or recipe.train.method in ("on_policy", "cross_tokenizer"),
+        "train": recipe.trains_on_traces or recipe.train.is_live,
         "rollouts": False,
         "evaluate": recipe.evaluate is not None,
         "report": True,

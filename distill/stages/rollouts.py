@@ -35,7 +35,7 @@ def run(recipe: Recipe, number: int) -> Manifest:
     rollouts = recipe.rollouts
     if rollouts is None or not 1 <= number <= recipe.rounds:
         raise RecipeError(f"round {number}: the recipe has {recipe.rounds} rounds. Raise rounds, or give --round from 1 up to that.")
-    sampling = _sampling(rollouts, number, recipe.rounds)
+    sampling = rollouts.plain(max_new_tokens=rollouts.horizon(number, recipe.rounds))
     settings = {
         "student": recipe.student.identity(),
         "rollouts": sampling.identity(),
@@ -47,23 +47,16 @@ def run(recipe: Recipe, number: int) -> Manifest:
     writer = previous_student(recipe, number)
     inputs = [folder(recipe, "prompts"), *([] if writer is None else [writer])]
     with StageFolder(folder(recipe, "rollouts", number), "rollouts", settings, inputs) as out:
-        return out.manifest or _write(recipe, rollouts, number, writer, out)
+        return out.manifest or _write(recipe, rollouts, number, sampling, writer, out)
 
 
-def _sampling(rollouts: Rollouts, number: int, rounds: int) -> Sampling:
-    """How tokens are drawn in a round: as the recipe says, up to the round's horizon."""
-    settings = {name: getattr(rollouts, name) for name in Sampling.model_fields}
-    return Sampling.model_validate(settings | {"max_new_tokens": rollouts.horizon(number, rounds)})
-
-
-def _write(recipe: Recipe, rollouts: Rollouts, number: int, writer: Path | None, out: StageFolder) -> Manifest:
+def _write(recipe: Recipe, rollouts: Rollouts, number: int, sampling: Sampling, writer: Path | None, out: StageFolder) -> Manifest:
     # Imported here, so that a finished stage answers without loading torch.
     from distill.engines import request_seed, requests_for, write_traces
     from distill.engines.hf import HFEngine
     from distill.models import free_memory, load_chat_format, load_model, load_trained, model_record, pick_device
 
     clock, device = Clock(), pick_device()
-    sampling = _sampling(rollouts, number, recipe.rounds)
     prompts = _drawn(read_rows(folder(recipe, "prompts"), "train"), rollouts.prompts_per_round, f"{recipe.seed}/{number}")
     chat = load_chat_format(recipe.student)
     if writer is not None:

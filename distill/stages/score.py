@@ -173,9 +173,8 @@ class _Work:
         """The teacher's tokens as the student's."""
         from distill.vocabulary import vocabulary_map
 
-        found, target = vocabulary_map(*self.chats), self.score.target
-        if target.kind == "top_k" and target.k > found.student_size:
-            raise RecipeError(f"score.target.k: is {target.k}, but the student has {found.student_size} tokens. Lower it.")
+        found = vocabulary_map(*self.chats)
+        self.recipe.train.kd.check_size(self.score.target, found.student_size)
         return found
 
     @cached_property

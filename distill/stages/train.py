@@ -105,7 +105,7 @@ def _train(recipe: Recipe, plan: _Plan, number: int, out: StageFolder) -> Manife
     _check_world_size()
     chat = load_chat_format(recipe.student)
     stored = _stored_targets(recipe, plan, chat)
-    rows = _rows(recipe, plan, out.path / "cache", chat, stored)
+    rows = _rows(recipe, plan, number, out.path / "cache", chat, stored)
     checkpoint = last_whole_checkpoint(out.path / "checkpoints")
     if checkpoint:
         say(f"train     going on from step {checkpoint[1]}")
@@ -149,15 +149,15 @@ def _stored_targets(recipe: Recipe, plan: _Plan, chat: ChatFormat) -> StoredTarg
     from distill.trainers.targets import StoredTargets, TargetSource
 
     sources = []
-    for place, (_, table) in zip(plan.targets, plan.tables, strict=True):
-        manifest = check_files(place)
-        sources.append(TargetSource([place / name for name in sorted(manifest.files)], teacher_wrote=table == "curated"))
+    for place, (traces, table) in zip(plan.targets, plan.tables, strict=True):
+        shards = [place / name for name in sorted(check_files(place).files)]
+        sources.append(TargetSource(shards, read_manifest(traces).digest, teacher_wrote=table == "curated"))
     stored = StoredTargets(sources)
     stored.check(recipe.score.target, chat.tokenizer_digest, chat.template_digest)
     return stored
 
 
-def _rows(recipe: Recipe, plan: _Plan, cache: Path, chat: ChatFormat, stored: StoredTargets | None) -> TrainingRows:
+def _rows(recipe: Recipe, plan: _Plan, number: int, cache: Path, chat: ChatFormat, stored: StoredTargets | None) -> TrainingRows:
     from accelerate import PartialState
 
     from distill.trainers.rows import TraceTable, training_rows
@@ -168,7 +168,7 @@ def _rows(recipe: Recipe, plan: _Plan, cache: Path, chat: ChatFormat, stored: St
         return live_rows(recipe, folder(recipe, "prompts"), chat)
     share = recipe.rollouts.teacher_share if recipe.rollouts is not None else 0.0
     tables = [
-        TraceTable(table_files(place, table), read_manifest(place).digest, share / (1 - share) if index else None)
+        TraceTable(table_files(place, table), read_manifest(place).digest, share / (1 - share) if index else None, recipe.seed + number)
         for index, (place, table) in enumerate(plan.tables)
     ]
     with PartialState().main_process_first():

@@ -53,6 +53,7 @@ def training_arguments(recipe: Recipe, train: Train, output_dir: Path, device: t
     }
     if train.method == "kd":
         given["router_aux_loss_coef"] = 0.0  # the loss on targets is the whole loss
+        given.setdefault("logging_first_step", True)  # how far from the teacher the student was before it learned
     if train.validation_prompts and "eval_strategy" not in train.trainer_args:
         given |= {"eval_strategy": "steps", "eval_steps": given["save_steps"]}
     return build_arguments(SFTConfig, given)
@@ -67,9 +68,12 @@ def build_arguments(config: type[Arguments], given: dict[str, Any]) -> Arguments
     # transformers renames the field that TRL 1.16 still defines, and warns of it at every start.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     try:
-        return config(**given)
+        arguments = config(**given)
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"train.trainer_args: {str(error).splitlines()[0]} Correct it in the recipe.") from None
+    # A process works on one device, like every other stage; else transformers would copy the model to all it can see.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def training_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:

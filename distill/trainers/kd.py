@@ -64,6 +64,9 @@ class KDTrainer(SFTTrainer):
     def __init__(self, *, stored: StoredTargets, objective: Objective, half_life: int | None = None, **kwargs: Any) -> None:
         self._sums: dict[str, dict[str, float]] = {"train": defaultdict(float), "eval": defaultdict(float)}
         super().__init__(**kwargs)
+        parallel = self.accelerator.parallelism_config
+        if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+            raise ModelError("train: method kd has targets of whole sequences. Leave context and sequence parallelism out of the launch.")
         self.data_collator = TargetCollator(self.data_collator, stored, half_life)
         model: Any = self.model
         add_distillation_head(model.get_base_model() if hasattr(model, "peft_config") else model, stored.vocab_size, objective)

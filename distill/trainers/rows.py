@@ -15,6 +15,7 @@ from datasets import Dataset, concatenate_datasets, disable_progress_bars, enabl
 from distill.chat import IGNORE, ChatFormat
 from distill.errors import DataError
 from distill.recipe_learning import Train
+from distill.runlog import say
 from distill.trainers.targets import NO_TARGET, StoredTargets
 
 
@@ -28,6 +29,8 @@ class TraceTable:
     """Digest of their content."""
     share_of_rest: float | None = None
     """How many of its rows are taken, drawn by the seed, as a share of all rows of the other tables; null takes all."""
+    draw_seed: int = 0
+    """Of that drawing: another in each round."""
 
 
 class TrainingRows(NamedTuple):
@@ -54,7 +57,7 @@ def training_rows(
         chat: The student's tokenizer and template.
         train: Limit, what happens to longer rows, and prompts kept apart.
         cache: Folder for the memory-mapped rows.
-        seed: Of what is drawn.
+        seed: Of the validation prompts.
         stored: Where the targets of the rows are; None for none.
 
     Raises:
@@ -70,7 +73,7 @@ def training_rows(
         unsupervised = ~too_long & (supervised == 0)
         drops.update({"too_long": int(too_long.sum()), "no_supervised_token": int(unsupervised.sum())})
         kept.append(rows.select(np.flatnonzero(~too_long & ~unsupervised)))
-    drawn = [_drawn(rows, table, kept, seed) for rows, table in zip(kept, tables, strict=True)]
+    drawn = [_drawn(rows, table, kept) for rows, table in zip(kept, tables, strict=True)]
     drops["not_drawn"] = sum(map(len, kept)) - sum(map(len, drawn))
     rows = concatenate_datasets(drawn)
     if not len(rows):
@@ -115,13 +118,15 @@ def _encoded(table: TraceTable, number: int, chat: ChatFormat, train: Train, cac
     return traces.map(encode, remove_columns=traces.column_names, new_fingerprint=name, desc="tokenise")
 
 
-def _drawn(rows: Dataset, table: TraceTable, all_rows: list[Dataset], seed: int) -> Dataset:
+def _drawn(rows: Dataset, table: TraceTable, all_rows: list[Dataset]) -> Dataset:
     if table.share_of_rest is None:
         return rows
     wanted = round(table.share_of_rest * sum(len(others) for others in all_rows if others is not rows))
+    if wanted > len(rows):
+        say(f"train     {wanted:,} of these traces were asked for, there are {len(rows):,}: {table.files[0].parent}")
     if wanted >= len(rows):
         return rows
-    return rows.select(np.sort(np.random.default_rng(seed).choice(len(rows), wanted, replace=False)))
+    return rows.select(np.sort(np.random.default_rng(table.draw_seed).choice(len(rows), wanted, replace=False)))
 
 
 def _split(rows: Dataset, prompts: int, seed: int) -> tuple[Dataset, Dataset | None]:

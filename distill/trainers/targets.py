@@ -33,6 +33,8 @@ class TargetSource(NamedTuple):
     """Stored targets of one table of traces."""
 
     shards: list[Path]
+    traces_digest: str
+    """Digest of the traces as they are now."""
     teacher_wrote: bool
     """Whether the teacher wrote the traces, so that a token without a target is learned from as it stands."""
 
@@ -88,7 +90,7 @@ class StoredTargets:
         return StoredTargets, (self._sources,)
 
     def check(self, target: TargetSpec, tokenizer_digest: str, template_digest: str) -> None:
-        """Compares what was asked for, and the tokenizer and template that the targets were stored for.
+        """Compares what was asked for, and the traces, tokenizer and template that the targets were stored for.
 
         Args:
             target: What the recipe asks to be stored.
@@ -101,6 +103,8 @@ class StoredTargets:
         for reader, source in zip(self._readers, self._sources, strict=True):
             if reader.header.target != target:
                 raise IntegrityError(f"{source.shards[0]}: holds {reader.header.target!r}, the recipe asks for {target!r}. {_REMAKE}")
+            if reader.header.traces_digest != source.traces_digest:
+                raise IntegrityError(f"{source.shards[0]}: was scored for other traces than are there now. {_REMAKE}")
             found = reader.header.tokenizer_digest, reader.header.template_digest
             if found != (tokenizer_digest, template_digest):
                 what = "tokenizer" if found[0] != tokenizer_digest else "chat template"
