@@ -80,7 +80,7 @@ METHODS = {
     "rounds": Method(
         "on-policy, 2 rounds", _rounds(2, {"kind": "top_k", "k": 64}, {"divergence": "reverse_kl"}), 1e-3, 1e-3, warm_start=True
     ),
-    "chosen_token": Method("chosen token, 1 round", _rounds(1, {"kind": "chosen_token"}, {}), 1e-3, 1e-3, warm_start=True),
+    "chosen_token": Method("chosen token, 1 round", _rounds(1, {"kind": "chosen_token"}, {}), 1e-3, 1e-4, warm_start=True),
     "live": Method("on-policy, live teacher", {"train": LIVE}, 1e-3, warm_start=True),
 }
 
@@ -88,7 +88,7 @@ BASE = Method("base student", {}, 0.0)
 
 
 def main() -> None:
-    """Runs what is missing and writes the results."""
+    """Runs what is missing, and writes the results of all that is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="of prompts, traces and training")
@@ -107,9 +107,9 @@ def main() -> None:
         for job in as_completed(jobs):
             record = job.result()
             print(f"{record['method']:<13} seed {record['seed']} lr {record['learning_rate'] or 0:g}: {record['accuracy']:.3f}", flush=True)
-        records = [job.result() for job in jobs]
     if not arguments.tune:
-        write(records)
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RUNS.glob("seed*/*/record.json"))]
+        write([record for record in found if record["seed"] != TUNING_SEED])
 
 
 def share(seed: int, samples: int) -> None:
@@ -215,9 +215,10 @@ def write(records: list[dict[str, Any]]) -> None:
     """Writes the table, the figure and the numbers behind them."""
     names = [name for name in ["base", *METHODS] if any(record["method"] == name for record in records)]
     by_method = {name: {r["seed"]: r for r in records if r["method"] == name} for name in names}
-    OUT.with_suffix(".json").write_text(json.dumps([{**r, "right": None} for r in records], indent=1) + "\n", encoding="utf-8")
+    numbers = [{name: value for name, value in record.items() if name != "right"} for record in records]
+    OUT.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     rows = [_row(name, by_method) for name in names]
-    header = ("method", "accuracy", "less SFT", "teacher tokens", "bytes stored", "bytes a token", "seconds", "GiB")
+    header = ("method", "seeds", "accuracy", "less SFT", "teacher tokens", "bytes stored", "bytes a token", "seconds", "GiB")
     lines = [" | ".join(header), " | ".join(["---"] + ["---:"] * (len(header) - 1)), *(" | ".join(row) for row in rows)]
     claims = [
         _claim("KD from 50 draws, less KD from the full distribution", by_method, "kd_sampled", "kd_full"),
@@ -284,6 +285,7 @@ def _row(name: str, by_method: dict[str, dict[int, dict[str, Any]]]) -> list[str
     stored, tokens = _values(by_method, name, "bytes").mean(), _values(by_method, name, "positions").mean()
     return [
         METHODS[name].label if trained else BASE.label,
+        str(len(by_method[name])),
         f"{100 * mean:.1f} % [{100 * low:.1f}, {100 * high:.1f}]",
         less,
         f"{_values(by_method, name, 'teacher_tokens').mean():,.0f}" if trained else "",
@@ -296,7 +298,8 @@ def _row(name: str, by_method: dict[str, dict[int, dict[str, Any]]]) -> list[str
 
 def _difference(by_method: dict[str, dict[int, dict[str, Any]]], name: str, other: str) -> tuple[float, float, float]:
     """Mean difference in accuracy, paired by seed, and its 95 % interval."""
-    return _interval(_values(by_method, name) - _values(by_method, other))
+    seeds = sorted(set(by_method[name]) & set(by_method[other]))
+    return _interval(np.array([by_method[name][seed]["accuracy"] - by_method[other][seed]["accuracy"] for seed in seeds]))
 
 
 def _claim(text: str, by_method: dict[str, dict[int, dict[str, Any]]], name: str, other: str) -> str:

@@ -463,7 +463,7 @@ def test_student_rollouts_are_read_as_they_were_drawn(tmp_path: Path, tiny_model
     with StageFolder(tmp_path / "rounds" / "rounds" / "01" / "rollouts", "rollouts", {}) as out:
         out.write_table("traces", rollouts, TRACE)
         out.finish(rows_in=4, rows_kept=4)
-    path.write_text(path.read_text() + "rounds: 1\nrollouts: {}\n")
+    path.write_text(path.read_text() + "rounds: 1\nrollouts: {max_new_tokens: 64}\n")
     score(path, "--round", "1")
     manifest = read_manifest(tmp_path / "rounds" / "rounds" / "01" / "targets")
     assert manifest.rows_kept == 4 and manifest.facts["positions"] == 4 * 7
