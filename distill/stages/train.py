@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -215,7 +216,8 @@ def _make_trainer(
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     trained: Any = trainer.model
     if student.adapter.type == "lora":
-        # The name others load it by, not the path it was found at.
+        # The name others load it by, not the path it was found at. peft would look for the embedded one on the Hub.
+        warnings.filterwarnings("ignore", message="Could not find a config file in embedded:")
         trained.peft_config["default"].base_model_name_or_path = student.model
     plugin = trainer.accelerator.state.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3:
