@@ -259,14 +259,7 @@ resident memory of the process, which for most methods has held the teacher befo
 
 {claims}
 
-Learning rates: {rates}. Of 5e-4, 1e-3 and 3e-3, 1e-3 was the best for SFT and for KD from 50 draws on a seed that is not compared
-(`--tune`, with 32 rows a step); the other methods were not tuned on their own. In the chosen-token round 1e-3 was tried first: it
-made the student forget (21.7 % [20.1, 23.3] over seeds 0 to 4).
-
-What it says. The teacher is sure of most tokens here (0.96 of its probability is on one token), so its distributions tell little more
-than its traces, and at this number of steps the student is short of steps rather than of information: twice the traces help about as
-much as the distributions. Fresh on-policy answers in every step help as much again, at nine times the teacher's tokens; two rounds of
-stored ones, after a warm start of half the steps, do not beat plain SFT. A task whose traces leave more open is the next thing to try.
+Learning rates: {rates}. How they were chosen, and what the numbers say: `compare_methods_log.md`.
 """
 
 
