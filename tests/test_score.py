@@ -18,12 +18,13 @@ import pytest
 import torch
 from conftest import build_tiny_model
 from filelock import FileLock
+from test_train import traces as plain_traces
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.chat import IGNORE, ChatFormat, chat_format
 from distill.cli import main
 from distill.errors import IntegrityError
-from distill.schema import TRACE, prompt_id
+from distill.schema import TRACE
 from distill.scoring import MIN_CARRIED, TeacherScorer, score_rows
 from distill.storage import StageFolder, check_files, digest_file, read_manifest
 from distill.targets.codec import Targets
@@ -44,14 +45,7 @@ def spec_id(spec: TargetSpec) -> str:
 
 def traces(count: int) -> list[dict[str, Any]]:
     """Rows of different lengths, some with letters of several bytes."""
-    rows = []
-    for index in range(count):
-        messages = [{"role": "user", "content": f"What is {index} plus {3 * index}?"}]
-        completion = f"<think>\n{index} and {3 * index}{' ünd so 好' * (index % 5)}\n</think>\n\n\\boxed{{{4 * index}}}"
-        rows.append(
-            {"prompt_id": prompt_id(messages), "sample_index": 0, "author": "teacher", "messages": messages, "completion": completion}
-        )
-    return rows
+    return plain_traces(count, " ünd so 好")
 
 
 def key_of(trace: dict[str, Any]) -> str:

@@ -25,12 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes"]
 
 
-def traces(count: int) -> list[dict[str, Any]]:
+def traces(count: int, filler: str = " and so on") -> list[dict[str, Any]]:
     """Rows of different lengths, so that padding and token counts differ from batch to batch."""
     rows = []
     for index in range(count):
         messages = [{"role": "user", "content": f"What is {index} plus {3 * index}?"}]
-        completion = f"<think>\n{index} and {3 * index}{' and so on' * (index % 5)}\n</think>\n\n\\boxed{{{4 * index}}}"
+        completion = f"<think>\n{index} and {3 * index}{filler * (index % 5)}\n</think>\n\n\\boxed{{{4 * index}}}"
         rows.append(
             {"prompt_id": prompt_id(messages), "sample_index": 0, "author": "teacher", "messages": messages, "completion": completion}
         )
