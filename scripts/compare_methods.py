@@ -5,7 +5,7 @@
 
 Every method learns from the same prompts, the same traces of the teacher and in the same number of optimizer steps, each
 through the kit's own stages in a process of its own. `score` has the teacher read the traces once more; on-policy methods have
-it read what the student wrote, so `rounds` is set beside `sft, twice the traces`, which costs about as many of its tokens. Rounds
+it read what the student wrote, so `rounds` is set beside SFT on six traces a prompt, which costs about as many of its tokens. Rounds
 go on with the adapter of a warm start of half the steps; the live method begins a new one on the merged warm start. Writes
 compare_methods.md, .svg and .json beside this file; the runs go to runs/compare.
 """
@@ -39,12 +39,16 @@ OUT = Path(__file__).resolve().with_suffix("")
 RUNS = ROOT / "runs" / "compare"
 SHARED_STAGES = ("prompts", "generate", "curate")
 
-BUDGET = 128  # prompts, with one trace of the teacher each
-STEPS = 96
+BUDGET = 64  # prompts, with one trace of the teacher each
+STEPS = 192
 BATCH = 16
-HELDOUT = 400
-SEEDS = (0, 1, 2, 3, 4)
+HELDOUT = 600
+ROUNDS = 4  # of on-policy methods, sharing the steps behind the warm start
+WARM_START_RATE = 1e-3
+SEEDS = (0, 1, 2, 3, 4, 5, 6, 7)
 TUNING_SEED = 100  # its traces and weights are in no comparison
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
+"""Else glibc gives a CPU trainer's buffers back to the system, and asks for them again, at every step."""
 LEARNING_RATES = (5e-4, 1e-3, 3e-3)
 
 
@@ -55,7 +59,7 @@ class Method:
     label: str
     keys: dict[str, Any]
     learning_rate: float
-    round_learning_rate: float | None = None
+    """Behind the warm start, where there is one."""
     warm_start: bool = False
     """Half of the steps are plain SFT; the other half is shared by what follows."""
     samples_per_prompt: int = 1
@@ -65,22 +69,20 @@ def _kd(target: dict[str, Any]) -> dict[str, Any]:
     return {"score": {"target": target}, "train": {"method": "kd"}}
 
 
-def _rounds(number: int, target: dict[str, Any], kd: dict[str, Any]) -> dict[str, Any]:
-    return {"score": {"target": target}, "rounds": number, "train": {"kd": kd}}
+def _rounds(target: dict[str, Any], kd: dict[str, Any]) -> dict[str, Any]:
+    return {"score": {"target": target}, "rounds": ROUNDS, "train": {"kd": kd}}
 
 
 LIVE = {"method": "on_policy", "on_policy": {"max_new_tokens": 192}}
 WHOLE_VOCABULARY = 403  # every token of the embedded pair
 METHODS = {
-    "sft": Method("SFT", {}, 1e-3),
+    "sft": Method("SFT", {}, 5e-4),
     "kd_full": Method("KD, full distribution", _kd({"kind": "top_k", "k": WHOLE_VOCABULARY}), 1e-3),
     "kd_top_k": Method("KD, top 8", _kd({"kind": "top_k", "k": 8}), 1e-3),
     "kd_sampled": Method("KD, 50 draws", _kd({"kind": "sampled", "draws": 50}), 1e-3),
-    "sft_twice": Method("SFT, twice the traces", {}, 1e-3, samples_per_prompt=2),
-    "rounds": Method(
-        "on-policy, 2 rounds", _rounds(2, {"kind": "top_k", "k": 64}, {"divergence": "reverse_kl"}), 1e-3, 1e-3, warm_start=True
-    ),
-    "chosen_token": Method("chosen token, 1 round", _rounds(1, {"kind": "chosen_token"}, {}), 1e-3, 1e-4, warm_start=True),
+    "sft_six": Method("SFT, six traces a prompt", {}, 5e-4, samples_per_prompt=6),
+    "rounds": Method("on-policy, 4 rounds", _rounds({"kind": "top_k", "k": 64}, {"divergence": "reverse_kl"}), 1e-3, warm_start=True),
+    "chosen_token": Method("chosen token, 4 rounds", _rounds({"kind": "chosen_token"}, {}), 1e-4, warm_start=True),
     "live": Method("on-policy, live teacher", {"train": LIVE}, 1e-3, warm_start=True),
 }
 
@@ -95,12 +97,19 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="runs at once, a thread each")
     parser.add_argument("--tune", action="store_true", help="compare learning rates of each method on one other seed")
     arguments = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= KEEP_MEMORY | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "ACCELERATE_USE_CPU": "true"}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trl", "peft", "transformers", "distill.stages.train", "distill.stages.evaluate"])
     with ProcessPoolExecutor(arguments.processes, mp_context=context, max_tasks_per_child=1) as pool:
         seeds = [TUNING_SEED] if arguments.tune else arguments.seeds
-        for done in as_completed([pool.submit(share, seed, samples) for seed in seeds for samples in (1, 2)]):
+        for done in as_completed(
+            [
+                pool.submit(share, seed, samples)
+                for seed in seeds
+                for samples in sorted({METHODS[name].samples_per_prompt for name in arguments.methods} | {1})
+            ]
+        ):
             done.result()
         rates: tuple[float | None, ...] = LEARNING_RATES if arguments.tune else (None,)
         jobs = [pool.submit(run, name, seed, rate) for rate in rates for seed in seeds for name in [*arguments.methods, "base"]]
@@ -126,7 +135,7 @@ def run(name: str, seed: int, learning_rate: float | None) -> dict[str, Any]:
     if not record.exists():
         _copy_shared(place, seed, method.samples_per_prompt)
         recipe = _recipe(place.name, method, seed, learning_rate)
-        start = _recipe(f"{place.name}/start", METHODS["sft"], seed, None, steps=STEPS // 2) if name == "live" else None
+        start = _recipe(f"{place.name}/start", METHODS["sft"], seed, WARM_START_RATE, steps=STEPS // 2) if name == "live" else None
         if start is not None:
             _copy_shared(run_dir(start), seed, 1)
             _stages(start, ("train", "export"))
@@ -173,10 +182,13 @@ def _recipe(name: str, method: Method, seed: int, learning_rate: float | None, s
     if steps:
         keys["evaluate"] = None
     if "rounds" in method.keys:
-        round_rate = learning_rate or method.round_learning_rate
-        keys["rollouts"] = {**sampling, "prompts_per_round": BUDGET // method.keys["rounds"]}
-        keys["rollouts"]["trainer_args"] = {"max_steps": STEPS // 2 // method.keys["rounds"], "learning_rate": round_rate}
-        arguments["learning_rate"] = METHODS["sft"].learning_rate  # what comes before the rounds is tuned SFT
+        keys["rollouts"] = {**sampling, "prompts_per_round": BUDGET}
+        keys["rollouts"]["trainer_args"] = {
+            "max_steps": STEPS // 2 // ROUNDS,
+            "learning_rate": arguments["learning_rate"],
+            "warmup_steps": 2,
+        }
+        arguments["learning_rate"] = WARM_START_RATE
     if method is METHODS["live"]:
         del keys["generate"]
         keys["student"]["model"] = str(place / "start" / FOLDERS["export"] / "model")
@@ -222,7 +234,7 @@ def write(records: list[dict[str, Any]]) -> None:
     lines = [" | ".join(header), " | ".join(["---"] + ["---:"] * (len(header) - 1)), *(" | ".join(row) for row in rows)]
     claims = [
         _claim("KD from 50 draws, less KD from the full distribution", by_method, "kd_sampled", "kd_full"),
-        _claim("On-policy rounds, less SFT that reads twice the traces", by_method, "rounds", "sft_twice"),
+        _claim("On-policy rounds, less SFT on six traces a prompt", by_method, "rounds", "sft_six"),
     ]
     seeds = sorted({record["seed"] for record in records})
     text = PAGE.format(
@@ -234,9 +246,7 @@ def write(records: list[dict[str, Any]]) -> None:
         heldout=HELDOUT,
         seeds=len(seeds),
         date=datetime.now(UTC).date().isoformat(),
-        rates=", ".join(
-            f"{name} {METHODS[name].round_learning_rate or METHODS[name].learning_rate:g}" for name in names if name in METHODS
-        ),
+        rates=", ".join(f"{name} {METHODS[name].learning_rate:g}" for name in names if name in METHODS),
     )
     OUT.with_suffix(".md").write_text(text, encoding="utf-8")
     _figure(names, by_method)
