@@ -93,6 +93,7 @@ def score(context: typer.Context, recipe: RecipePath, redo: Redo = False, number
     """Let the teacher read finished traces, and store its distributions; in several processes: accelerate launch -m distill score."""
     from distill.errors import RecipeError
     from distill.pipeline import run_score_shard, run_stage
+    from distill.processes import leave
 
     loaded = _load(recipe, context)
     if shard and redo:
@@ -101,6 +102,7 @@ def score(context: typer.Context, recipe: RecipePath, redo: Redo = False, number
         run_score_shard(loaded, shard, number=number)
     else:
         run_stage("score", loaded, number=number, redo=redo)
+        leave()
 
 
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)

@@ -1,4 +1,4 @@
-"""The processes of a launch, for work that is dealt out rather than done in step."""
+"""The processes of a launch: work that is dealt out rather than done in step, and the end of them all."""
 
 from __future__ import annotations
 
@@ -35,3 +35,11 @@ class Processes:
             import torch
 
             torch.distributed.barrier(group=self._group)
+
+
+def leave() -> None:
+    """Ends the group of a launch whose work is done; at exit NCCL would warn of it, and the threads of gloo may abort the process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()

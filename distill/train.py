@@ -16,6 +16,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 
 from distill.errors import DistillError
 from distill.pipeline import run_stage
+from distill.processes import leave
 from distill.recipe_io import load_recipe
 
 
@@ -36,6 +37,7 @@ def main(arguments: list[str]) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         run_stage("train", load_recipe(recipe, overrides), number=int(number))
+        leave()
     except DistillError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
