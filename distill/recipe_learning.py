@@ -127,7 +127,7 @@ class Rollouts(Sampling):
     teacher_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of a round's rows that are traces of the teacher."""
     trainer_args: dict[str, Any] = Field(default_factory=dict)
-    """Laid over train.trainer_args in the rounds, e.g. a lower learning_rate."""
+    """Laid over train.trainer_args in the rounds, e.g. a lower learning_rate. Each round starts optimizer and schedule anew."""
     stop_truncation_rate: Share | None = None
     """End the rounds where a larger share of rollouts than this does not end by itself within max_new_tokens."""
     stop_mean_tokens: PositiveInt | None = None

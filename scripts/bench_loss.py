@@ -178,12 +178,12 @@ def table(case: dict[str, Any], arguments: argparse.Namespace) -> None:
     print(f"\n**T = {case['tokens']:,}, H = {case['hidden']:,}, head {'trainable' if case['trainable'] else 'frozen'}**\n")
     print("| | peak memory, GiB | of whole logits | time, s | of TRL NLL |")
     print("| --- | ---: | ---: | ---: | ---: |", flush=True)
-    results = {contender: measure_alone(contender, case, arguments) for contender in CONTENDERS}
+    results = {contender: measure_alone(contender, case, arguments) for contender in arguments.contenders}
     for contender, result in results.items():
         if isinstance(result, str):
             print(f"| {contender} | {result} | | | |")
             continue
-        memory, seconds = (_ratio(result, results[to], name) for to, name in (("whole logits", "memory"), ("TRL NLL", "time")))
+        memory, seconds = (_ratio(result, results.get(to, ""), name) for to, name in (("whole logits", "memory"), ("TRL NLL", "time")))
         print(f"| {contender} | {result['memory']:.3f} | {memory} | {result['time']:.3f} | {seconds} |")
     sys.stdout.flush()
 
@@ -200,6 +200,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 16_384], help="positions, all supervised")
     parser.add_argument("--hidden", type=int, nargs="+", default=[896, 3584], help="width of the hidden states")
     parser.add_argument("--head", nargs="+", default=["frozen", "trainable"], choices=["frozen", "trainable"])
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), help="only these")
     parser.add_argument("--repetitions", type=int, default=3, help="the least time of so many counts")
     parser.add_argument("--threads", type=int, default=1, help="threads of a CPU")
     parser.add_argument("--quick", action="store_true", help="a small shape, to see that everything runs; its ratios mean nothing")

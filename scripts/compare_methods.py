@@ -5,9 +5,9 @@
 
 Every method learns from the same prompts, the same traces of the teacher and in the same number of optimizer steps, each
 through the kit's own stages in a process of its own. `score` has the teacher read the traces once more; on-policy methods have
-it read what the student wrote, so `rounds` is set beside SFT on six traces a prompt, which costs about as many of its tokens. Rounds
-go on with the adapter of a warm start of half the steps; the live method begins a new one on the merged warm start. Writes
-compare_methods.md, .svg and .json beside this file; the runs go to runs/compare.
+it read what the student wrote, so rounds are set beside SFT on so many traces a prompt that it costs about as many of its tokens.
+Rounds go on with the adapter of a warm start; the live method begins a new one on the merged warm start. Writes compare_methods.md,
+.svg and .json beside this file; the runs go to runs/compare.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ BUDGET = 64  # prompts, with one trace of the teacher each
 STEPS = 192
 BATCH = 16
 HELDOUT = 600
-ROUNDS = 4  # of on-policy methods, sharing the steps behind the warm start
 WARM_START_RATE = 1e-3
 SEEDS = (0, 1, 2, 3, 4, 5, 6, 7)
 TUNING_SEED = 100  # its traces and weights are in no comparison
@@ -60,8 +59,8 @@ class Method:
     keys: dict[str, Any]
     learning_rate: float
     """Behind the warm start, where there is one."""
-    warm_start: bool = False
-    """Half of the steps are plain SFT; the other half is shared by what follows."""
+    warm_start: int = 0
+    """Steps of plain SFT, out of all; the others are shared by what follows."""
     samples_per_prompt: int = 1
 
 
@@ -69,8 +68,12 @@ def _kd(target: dict[str, Any]) -> dict[str, Any]:
     return {"score": {"target": target}, "train": {"method": "kd"}}
 
 
-def _rounds(target: dict[str, Any], kd: dict[str, Any]) -> dict[str, Any]:
-    return {"score": {"target": target}, "rounds": ROUNDS, "train": {"kd": kd}}
+def _rounds(number: int, target: dict[str, Any], kd: dict[str, Any], samples_per_prompt: int = 1) -> dict[str, Any]:
+    rollouts = {"samples_per_prompt": samples_per_prompt}
+    return {"score": {"target": target}, "rounds": number, "train": {"kd": kd}, "rollouts": rollouts}
+
+
+TOP_64, REVERSE_KL = {"kind": "top_k", "k": 64}, {"divergence": "reverse_kl"}
 
 
 LIVE = {"method": "on_policy", "on_policy": {"max_new_tokens": 192}}
@@ -80,10 +83,12 @@ METHODS = {
     "kd_full": Method("KD, full distribution", _kd({"kind": "top_k", "k": WHOLE_VOCABULARY}), 1e-3),
     "kd_top_k": Method("KD, top 8", _kd({"kind": "top_k", "k": 8}), 1e-3),
     "kd_sampled": Method("KD, 50 draws", _kd({"kind": "sampled", "draws": 50}), 1e-3),
-    "sft_six": Method("SFT, six traces a prompt", {}, 5e-4, samples_per_prompt=6),
-    "rounds": Method("on-policy, 4 rounds", _rounds({"kind": "top_k", "k": 64}, {"divergence": "reverse_kl"}), 1e-3, warm_start=True),
-    "chosen_token": Method("chosen token, 4 rounds", _rounds({"kind": "chosen_token"}, {}), 1e-4, warm_start=True),
-    "live": Method("on-policy, live teacher", {"train": LIVE}, 1e-3, warm_start=True),
+    "sft_six": Method("SFT, 6 traces a prompt", {}, 5e-4, samples_per_prompt=6),
+    "rounds": Method("on-policy, 4 rounds", _rounds(4, TOP_64, REVERSE_KL), 1e-3, warm_start=STEPS // 2),
+    "chosen_token": Method("chosen token, 4 rounds", _rounds(4, {"kind": "chosen_token"}, {}), 1e-4, warm_start=STEPS // 2),
+    "sft_34": Method("SFT, 34 traces a prompt", {}, 5e-4, samples_per_prompt=34),
+    "rounds_fresh": Method("on-policy, 8 rounds of 3 a prompt", _rounds(8, TOP_64, REVERSE_KL, 3), 1e-3, warm_start=STEPS // 4),
+    "live": Method("on-policy, live teacher", {"train": LIVE}, 1e-3, warm_start=STEPS // 2),
 }
 
 BASE = Method("base student", {}, 0.0)
@@ -130,7 +135,7 @@ def run(name: str, seed: int, learning_rate: float | None) -> dict[str, Any]:
     if not record.exists():
         _copy_shared(place, seed, method.samples_per_prompt)
         recipe = _recipe(place.name, method, seed, learning_rate)
-        start = _recipe(f"{place.name}/start", METHODS["sft"], seed, WARM_START_RATE, steps=STEPS // 2) if name == "live" else None
+        start = _recipe(f"{place.name}/start", METHODS["sft"], seed, WARM_START_RATE, steps=method.warm_start) if name == "live" else None
         if start is not None:
             _copy_shared(run_dir(start), seed, 1)
             _stages(start, ("train", "export"))
@@ -156,7 +161,7 @@ def _recipe(name: str, method: Method, seed: int, learning_rate: float | None, s
     place = RUNS / f"seed{seed}" / name
     arguments = {
         "learning_rate": learning_rate or method.learning_rate,
-        "max_steps": steps or (STEPS // 2 if method.warm_start else STEPS),
+        "max_steps": steps or (STEPS - method.warm_start if method is METHODS["live"] else method.warm_start or STEPS),
         "per_device_train_batch_size": BATCH,
         "save_strategy": "no",
         "logging_steps": 8,
@@ -179,7 +184,7 @@ def _recipe(name: str, method: Method, seed: int, learning_rate: float | None, s
     if "rounds" in method.keys:
         keys["rollouts"] = {**sampling, "prompts_per_round": BUDGET}
         keys["rollouts"]["trainer_args"] = {
-            "max_steps": STEPS // 2 // ROUNDS,
+            "max_steps": (STEPS - method.warm_start) // method.keys["rounds"],
             "learning_rate": arguments["learning_rate"],
             "warmup_steps": 2,
         }
@@ -229,7 +234,9 @@ def write(records: list[dict[str, Any]]) -> None:
     lines = [" | ".join(header), " | ".join(["---"] + ["---:"] * (len(header) - 1)), *(" | ".join(row) for row in rows)]
     claims = [
         _claim("KD from 50 draws, less KD from the full distribution", by_method, "kd_sampled", "kd_full"),
-        _claim("On-policy rounds, less SFT on six traces a prompt", by_method, "rounds", "sft_six"),
+        _claim("Four on-policy rounds, less SFT on 6 traces a prompt, 30,000 teacher tokens each", by_method, "rounds", "sft_six"),
+        _claim("Eight with new rollouts, less SFT on 34 traces a prompt, 160,000 each", by_method, "rounds_fresh", "sft_34"),
+        _claim("A live teacher, less SFT on 34 traces a prompt, 160,000 each", by_method, "live", "sft_34"),
     ]
     seeds = sorted({record["seed"] for record in records})
     text = PAGE.format(
