@@ -126,6 +126,8 @@ def _trainer_arguments(recipe: Recipe) -> str:
         arguments = live_arguments(recipe, folder_of_checkpoints, device)
     else:
         arguments = training_arguments(recipe, recipe.train, folder_of_checkpoints, device)
+    if recipe.rounds:
+        training_arguments(recipe, recipe.train_in_rounds, folder_of_checkpoints, device)
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     return f"{precision_name(arguments)} on {device}, {batch} rows an optimizer step and process, learning rate {arguments.learning_rate:g}"
 

@@ -315,6 +315,13 @@ class Recipe(Section):
         shared = self.rounds > 0 and self.rollouts is not None and self.rollouts.teacher_share > 0
         return (self.trains_on_traces and self.train.method == "kd") or shared
 
+    @property
+    def train_in_rounds(self) -> Train:
+        """How the student learns in an on-policy round; checked with the recipe, which has a section rollouts."""
+        assert self.rollouts is not None
+        arguments = {**self.train.trainer_args, **self.rollouts.trainer_args}
+        return self.train.model_copy(update={"method": "kd", "trainer_args": arguments})
+
     @model_validator(mode="after")
     def _sections_fit(self) -> Recipe:
         if self.learns_from_traces and (self.generate is None) == (self.traces is None):
@@ -361,6 +368,9 @@ class Recipe(Section):
         ignored = LOSS_OF_SFT & set(self.train.trainer_args)
         if ignored:
             raise ValueError(f"train.trainer_args.{min(ignored)} would be ignored in the rounds: their loss is that of train.kd")
+        schedule = self.train_in_rounds.trainer_args.get("lr_scheduler_type")
+        if self.rollouts.schedule_over == "all_rounds" and schedule in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(f"rollouts.schedule_over: {schedule} follows the evaluation, so it can't run over all rounds; set each_round")
         if self.rounds == 1 and self.rollouts.first_max_new_tokens is not None:
             raise ValueError("rollouts.first_max_new_tokens would be ignored: there is one round, so nothing grows")
         if self.train.overlong == "drop" and self.rollouts.max_new_tokens >= self.train.max_length:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -17,6 +17,13 @@ LIVE_METHODS = ("on_policy", "cross_tokenizer")
 """Methods in which the student writes while it trains, and a teacher beside it judges."""
 LOSS_OF_SFT = frozenset({"loss_type", "label_smoothing_factor", "router_aux_loss_coef", "use_liger_kernel"})
 """Fields of SFTConfig that nothing reads where the loss is the one on stored targets."""
+
+
+class SchedulePart(NamedTuple):
+    """A part of the learning rate's schedule: the first of two is (1, 2)."""
+
+    number: int = 1
+    of: int = 1
 
 
 class Score(Section):
@@ -127,7 +134,10 @@ class Rollouts(Sampling):
     teacher_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of a round's rows that are traces of the teacher."""
     trainer_args: dict[str, Any] = Field(default_factory=dict)
-    """Laid over train.trainer_args in the rounds, e.g. a lower learning_rate. Each round starts optimizer and schedule anew."""
+    """Laid over train.trainer_args in the rounds, e.g. a lower learning_rate."""
+    schedule_over: Literal["all_rounds", "each_round"] = "all_rounds"
+    """What the learning rate's schedule runs over: once over all rounds, each taking its part of it (so that more rounds can't be
+    added to finished ones), or anew over each. The optimizer's own averages start anew in each round."""
     stop_truncation_rate: Share | None = None
     """End the rounds where a larger share of rollouts than this does not end by itself within max_new_tokens."""
     stop_mean_tokens: PositiveInt | None = None

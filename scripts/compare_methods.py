@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="of prompts, traces and training")
     parser.add_argument("--processes", type=int, default=2, help="runs at once, a thread each")
+    parser.add_argument("--keep", action="store_true", help="show the results of compare_methods.json too, where they are not run here")
     parser.add_argument("--tune", action="store_true", help="compare learning rates of each method on one other seed")
     arguments = parser.parse_args()
     os.environ |= KEEP_MEMORY | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -118,7 +119,8 @@ def main() -> None:
             print(f"{record['method']:<13} seed {record['seed']} lr {record['learning_rate'] or 0:g}: {record['accuracy']:.3f}", flush=True)
     if not arguments.tune:
         found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RUNS.glob("seed*/*/record.json"))]
-        write([record for record in found if record["seed"] != TUNING_SEED])
+        found = [record for record in found if record["seed"] != TUNING_SEED]
+        write([*(_kept(found) if arguments.keep else []), *found])
 
 
 def share(seed: int, samples: int) -> None:
@@ -144,6 +146,13 @@ def run(name: str, seed: int, learning_rate: float | None) -> dict[str, Any]:
         _stages(recipe, ("evaluate",))
         record.write_text(json.dumps(_record(recipe, name, seed, learning_rate)), encoding="utf-8")
     return dict(json.loads(record.read_text(encoding="utf-8")))
+
+
+def _kept(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results of earlier runs, of other machines perhaps, that have no successor here."""
+    earlier: list[dict[str, Any]] = json.loads(OUT.with_suffix(".json").read_text(encoding="utf-8"))
+    again = {(record["method"], record["seed"]) for record in found}
+    return [record for record in earlier if (record["method"], record["seed"]) not in again]
 
 
 def _copy_shared(place: Path, seed: int, samples: int) -> None:

@@ -31,6 +31,7 @@ from distill.storage import StageFolder, read_manifest, read_rows
 from distill.targets.codec import Targets
 from distill.targets.files import TargetReader
 from distill.targets.spec import ChosenToken, Sampled, TargetSpec, TopK
+from distill.trainers.callbacks import CheckpointMark
 from distill.trainers.targets import NO_TARGET, StoredTargets, TargetCollator, TargetSource
 
 VOCAB_SIZE = 261
@@ -207,19 +208,86 @@ def test_in_the_teachers_traces_a_token_without_a_target_is_learned_as_written(k
     )
 
 
+def in_rounds(make: Make, teacher: Path, name: str, rounds: int, *, holes: int = 0, **settings: Any) -> Path:
+    """A recipe of rounds from the base, with the rollouts of all of them written and scored."""
+    rollouts = {"start": "base", "max_new_tokens": 64, **settings.pop("rollouts", {})}
+    recipe = make(name, TopK(k=8), holes=holes, rounds=rounds, rollouts=rollouts, generate=None, **settings)
+    for number in range(1, rounds + 1):
+        place = round_of(recipe, number)
+        with StageFolder(place / "rollouts", "rollouts", {}) as out:
+            out.write_table("traces", [row | {"author": "student"} for row in traces(48)], TRACE)
+            out.finish(rows_in=48, rows_kept=48)
+        score_by_hand(place, teacher, TopK(k=8), table=("rollouts", "traces"), holes=holes)
+    return recipe
+
+
+def round_of(recipe: Path, number: int) -> Path:
+    return recipe.parent / "run" / "rounds" / f"{number:02d}"
+
+
 def test_in_its_own_traces_it_is_not(make: Make, teacher: Path) -> None:
     """A round of the student's traces: a token without a target adds nothing, but counts as a token."""
-    rounds = {"rounds": 1, "rollouts": {"start": "base", "max_new_tokens": 64}, "generate": None}
-    recipe = make("own", TopK(k=8), trainer_args=ONE_BATCH, holes=3, **rounds)
+    recipe = in_rounds(make, teacher, "own", 1, trainer_args=ONE_BATCH, holes=3)
     expected = by_trace(recipe).values()
-    place = recipe.parent / "run" / "rounds" / "01"
-    with StageFolder(place / "rollouts", "rollouts", {}) as out:
-        out.write_table("traces", [row | {"author": "student"} for row in traces(48)], TRACE)
-        out.finish(rows_in=48, rows_kept=48)
-    score_by_hand(place, teacher, TopK(k=8), table=("rollouts", "traces"), holes=3)
     train(recipe, "--round", "1")
-    [first, *_] = log(place / "student")
+    [first, *_] = log(round_of(recipe, 1) / "student")
     assert first["loss"] == pytest.approx(mean(expected, lambda row: row["kd"] * row["has_target"]), rel=1e-5)
+
+
+# ---------------------------------------------------------------- the learning rate over rounds
+
+LINEAR = {"lr_scheduler_type": "linear", "warmup_steps": 2, "learning_rate": 3e-3, "max_steps": 6}
+
+
+def rates(recipe: Path, *numbers: int) -> list[float]:
+    """The learning rate of every step of these rounds."""
+    logs = [entry for number in numbers for entry in log(round_of(recipe, number) / "student")]
+    return [entry["learning_rate"] for entry in logs if "learning_rate" in entry]
+
+
+def linear(steps: int) -> list[float]:
+    """Up in two steps, then down to nothing."""
+    return [3e-3 * (step / 2 if step < 2 else (steps - step) / (steps - 2)) for step in range(steps)]
+
+
+def test_one_schedule_runs_over_all_rounds_or_over_each(make: Make, teacher: Path) -> None:
+    recipe = in_rounds(make, teacher, "one", 2, trainer_args=LINEAR)
+    for number in ("1", "2"):
+        train(recipe, "--round", number)
+    assert rates(recipe, 1, 2) == pytest.approx(linear(12), rel=1e-9)
+    each = in_rounds(make, teacher, "each", 2, trainer_args=LINEAR, rollouts={"schedule_over": "each_round"})
+    for number in ("1", "2"):
+        train(each, "--round", number)
+    assert rates(each, 1, 2) == pytest.approx(linear(6) * 2, rel=1e-9)
+
+
+def test_a_round_resumes_within_the_schedule(make: Make, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = LINEAR | {"save_strategy": "steps", "save_steps": 2}
+    whole, killed = (in_rounds(make, teacher, name, 3, trainer_args=settings) for name in ("whole", "killed"))
+    for recipe in (whole, killed):
+        train(recipe, "--round", "1")
+    train(whole, "--round", "2")
+    plain_save = CheckpointMark.on_save
+
+    def save(self: CheckpointMark, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        plain_save(self, args, state, control, **kwargs)
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(CheckpointMark, "on_save", save)
+    assert command("train", killed, "--round", "2") != 0
+    monkeypatch.undo()
+    train(killed, "--round", "2")
+    assert rates(killed, 2) == rates(whole, 2) == pytest.approx(linear(18)[6:12], rel=1e-9)
+    for name, value in adapter(round_of(whole, 2) / "student").items():
+        assert torch.equal(value, adapter(round_of(killed, 2) / "student")[name]), name
+
+
+def test_rounds_are_not_added_to_a_finished_schedule(make: Make, teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = in_rounds(make, teacher, "more", 2, trainer_args=LINEAR)
+    train(recipe, "--round", "1")
+    assert command("train", recipe, "--round", "1", "--rounds", "3") == 1
+    assert "schedule_part" in capsys.readouterr().err
 
 
 def test_the_stored_divergence_is_the_live_teachers(make: Make, teacher: Path) -> None:
@@ -531,7 +599,8 @@ for recipe in recipes:
     stops = recipe.endswith("!")
     for _ in range(1 + stops):
         try:
-            run_stage("train", load_recipe(recipe.rstrip("!")))
+            found = load_recipe(recipe.rstrip("!"))
+            run_stage("train", found, number=min(found.rounds, 1))
         except KeyboardInterrupt:
             stops = False
         AcceleratorState._reset_state()
@@ -603,13 +672,15 @@ def test_one_process_equals_two_and_all_ranks_hold_the_same(make: Make, plain: P
 
 
 @pytest.mark.slow
-def test_fsdp_equals_ddp_and_resumes(make: Make, ddp: dict[str, Path]) -> None:
+def test_fsdp_equals_ddp_and_resumes(make: Make, teacher: Path, ddp: dict[str, Path]) -> None:
     found = {"lora": make("fsdp", trainer_args=HALVES), "full": make("fsdpfull", trainer_args=HALVES, student=FULL)}
     whole, resumed = (make(name, trainer_args=KILLED, student=FULL) for name in ("whole", "resumed"))
     settings = {"VERSION": "2", "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
     environment = {"ACCELERATE_USE_FSDP": "true"} | {f"FSDP_{name}": value for name, value in settings.items()}
     narrow = make("narrow", trainer_args=HALVES | {"bf16": True})
-    in_two_processes("FSDP", *found.values(), whole, f"{resumed}!", narrow, **environment)
+    part = in_rounds(make, teacher, "fsdppart", 2, trainer_args=HALVES | LINEAR)
+    in_two_processes("FSDP", *found.values(), whole, f"{resumed}!", narrow, part, **environment)
+    assert rates(part, 1) == pytest.approx(linear(12)[:6], rel=1e-9)
     for name, recipe in found.items():
         same_students(recipe, ddp[name], 1e-5)
     same_students(resumed, whole, 1e-6)
@@ -620,13 +691,15 @@ def test_fsdp_equals_ddp_and_resumes(make: Make, ddp: dict[str, Path]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_equals_ddp_and_resumes(stage: int, make: Make, ddp: dict[str, Path]) -> None:
+def test_deepspeed_equals_ddp_and_resumes(stage: int, make: Make, teacher: Path, ddp: dict[str, Path]) -> None:
     pytest.importorskip("deepspeed", reason="needs DeepSpeed")
     config = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
     zero = HALVES | {"deepspeed": config}
     found = {"lora": make("zero", trainer_args=zero), "full": make("zerofull", trainer_args=zero, student=FULL)}
     whole, resumed = (make(name, trainer_args=KILLED | zero, student=FULL) for name in ("whole", "resumed"))
-    in_two_processes("DEEPSPEED", *found.values(), whole, f"{resumed}!", DS_ACCELERATOR="cpu", ACCELERATE_USE_CPU="false")
+    part = in_rounds(make, teacher, "zeropart", 2, trainer_args=zero | LINEAR)
+    in_two_processes("DEEPSPEED", *found.values(), whole, f"{resumed}!", part, DS_ACCELERATOR="cpu", ACCELERATE_USE_CPU="false")
+    assert rates(part, 1) == pytest.approx(linear(12)[:6], rel=1e-9)
     for name, recipe in found.items():
         same_students(recipe, ddp[name], 1e-5)
     same_students(resumed, whole, 1e-6)

@@ -188,6 +188,7 @@ def test_the_horizon_grows_by_a_constant_factor() -> None:
         ("batch_size: 6", "batch_size: 6, first_max_new_tokens: 21", "first_max_new_tokens .21. is above max_new_tokens .20."),
         ("rounds: 2\nrollouts: {", "rounds: 1\nrollouts: {first_max_new_tokens: 5, ", "there is one round"),
         ("learning_rate: 5e-3", "learning_rate: 5e-3, use_liger_kernel: true", "would be ignored in the rounds"),
+        ("learning_rate: 5e-3", "lr_scheduler_type: greedy", "greedy follows the evaluation"),
         ("max_length: 256", "max_length: 20", "leaves no room for a prompt"),
         ("divergence: reverse_kl", "weight: 0", "weight and nll_weight are both 0"),
     ],

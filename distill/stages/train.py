@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distill.errors import ModelError, RecipeError
 from distill.recipe import Recipe
-from distill.recipe_learning import Train
+from distill.recipe_learning import SchedulePart, Train
 from distill.runlog import Clock, is_main_process, say
 from distill.stages import folder, previous_student
 from distill.storage import MANIFEST, Manifest, StageFolder, check_files, read_manifest, table_files, write_text
@@ -37,6 +37,8 @@ class _Plan(NamedTuple):
     """Folders with the targets of each table; none for sft."""
     start: Path | None
     """Folder of the student that goes on learning; null starts from the base."""
+    part: SchedulePart = SchedulePart()
+    """What this training takes of the learning rate's schedule."""
 
     @property
     def inputs(self) -> list[Path]:
@@ -58,7 +60,8 @@ def run(recipe: Recipe, number: int = 0) -> Manifest:
         settings["teacher"] = recipe.teacher.identity()
     if number:
         assert recipe.rollouts is not None
-        settings["rollouts"] = {name: getattr(recipe.rollouts, name) for name in ("teacher_share", "stop_kl")}
+        settings["rollouts"] = {name: getattr(recipe.rollouts, name) for name in ("teacher_share", "stop_kl", "schedule_over")}
+        settings["schedule_part"] = plan.part._asdict()
     target = folder(recipe, "train", number)
     out = StageFolder(target, "train", settings, plan.inputs)
     # Only the main process takes the lock; the others find the same files.
@@ -78,13 +81,13 @@ def _plan(recipe: Recipe, number: int) -> _Plan:
     if rollouts is None or number > recipe.rounds:
         raise RecipeError(f"round {number}: the recipe has {recipe.rounds} rounds. Raise rounds, or give --round up to that.")
     shared = rollouts.teacher_share > 0
-    train = recipe.train.model_copy(update={"method": "kd", "trainer_args": {**recipe.train.trainer_args, **rollouts.trainer_args}})
     own = (folder(recipe, "rollouts", number), "traces")
     return _Plan(
-        train,
+        recipe.train_in_rounds,
         [own, curated] if shared else [own],
         [folder(recipe, "score", number), *([targets] if shared else [])],
         previous_student(recipe, number),
+        SchedulePart(number, recipe.rounds) if rollouts.schedule_over == "all_rounds" else SchedulePart(),
     )
 
 
@@ -212,7 +215,8 @@ def _make_trainer(
         trainer = SFTTrainer(**common)
     else:
         settings = plan.train.kd
-        trainer = KDTrainer(stored=stored, objective=settings.objective(stored.target), half_life=settings.early_half_life, **common)
+        objective = settings.objective(stored.target)
+        trainer = KDTrainer(stored=stored, objective=objective, half_life=settings.early_half_life, part=plan.part, **common)
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     trained: Any = trainer.model
     if student.adapter.type == "lora":

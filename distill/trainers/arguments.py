@@ -70,7 +70,7 @@ def build_arguments(config: type[Arguments], given: dict[str, Any]) -> Arguments
     try:
         arguments = config(**given)
     except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"train.trainer_args: {str(error).splitlines()[0]} Correct it in the recipe.") from None
+        raise RecipeError(f"train.trainer_args: {str(error).splitlines()[0].rstrip('.')}. Correct it in the recipe.") from None
     # A process works on one device, like every other stage; else transformers would copy the model to all it can see.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

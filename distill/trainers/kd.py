@@ -9,19 +9,22 @@ from __future__ import annotations
 import functools
 import types
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 from trl import SFTTrainer, pack_dataset
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from distill.chat import IGNORE
-from distill.errors import ModelError
+from distill.errors import ModelError, RecipeError
 from distill.heads import backbone, head_of
 from distill.losses.distillation import DistillationLoss, distillation_loss
 from distill.losses.settings import Objective
+from distill.recipe_learning import SchedulePart
 from distill.trainers.targets import StepTargets, StoredTargets, TargetCollator
 
 # Name in the log: the sum it comes from, and what it is divided by.
@@ -58,18 +61,49 @@ class KDTrainer(SFTTrainer):
         stored: The targets.
         objective: The loss.
         half_life: Tokens into an answer after which a token counts half; None weighs all alike.
+        part: Of the learning rate's schedule; all of it, or one of so many equal parts that follow each other.
         kwargs: SFTTrainer's.
+
+    Raises:
+        ModelError: the launch splits sequences over processes.
+        RecipeError: only a part of the schedule is wanted, and DeepSpeed's config has one of its own, which can't be divided.
     """
 
-    def __init__(self, *, stored: StoredTargets, objective: Objective, half_life: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        stored: StoredTargets,
+        objective: Objective,
+        half_life: int | None = None,
+        part: SchedulePart = SchedulePart(),  # noqa: B008 (immutable)
+        **kwargs: Any,
+    ) -> None:
+        self._part = part
         self._sums: dict[str, dict[str, float]] = {"train": defaultdict(float), "eval": defaultdict(float)}
         super().__init__(**kwargs)
         parallel = self.accelerator.parallelism_config
         if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
             raise ModelError("train: method kd has targets of whole sequences. Leave context and sequence parallelism out of the launch.")
+        plugin = self.accelerator.state.deepspeed_plugin
+        if part.of > 1 and plugin is not None and "scheduler" in plugin.deepspeed_config:
+            raise RecipeError(
+                "rollouts.schedule_over: the scheduler of the DeepSpeed config can't run over all rounds. Leave it out of the "
+                "config, so that trainer_args.lr_scheduler_type decides, or set each_round."
+            )
         self.data_collator = TargetCollator(self.data_collator, stored, half_life)
         model: Any = self.model
         add_distillation_head(model.get_base_model() if hasattr(model, "peft_config") else model, stored.vocab_size, objective)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The learning rate's schedule, or this training's part of it."""
+        number, of = self._part
+        if of == 1 or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        whole: Any = super().create_scheduler(num_training_steps * of, optimizer)
+        assert isinstance(whole, LambdaLR)  # the recipe was validated: others are no function of the step
+        start = num_training_steps * (number - 1)
+        self.lr_scheduler = LambdaLR(whole.optimizer, [functools.partial(_later, schedule, start) for schedule in whole.lr_lambdas])
+        return self.lr_scheduler
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *others: Any) -> Any:
         """Rows are tokens already; SFTTrainer's own would drop `target_index` when it packs."""
@@ -123,6 +157,10 @@ class KDTrainer(SFTTrainer):
             logs["eval_loss"] = sums["loss"] / sums["num_positions"]  # SFTTrainer averages over batches, which differ in size
         sums.clear()
         super().log(logs, start_time)
+
+
+def _later(schedule: Callable[[int], float], start: int, step: int) -> float:
+    return schedule(start + step)
 
 
 def add_distillation_head(model: PreTrainedModel, vocab_size: int, objective: Objective) -> None:
