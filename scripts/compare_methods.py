@@ -2,6 +2,7 @@
 
     python scripts/compare_methods.py                     # resumes; a finished part is not run again
     python scripts/compare_methods.py --tune              # learning rates, on a seed that is not compared
+    python scripts/compare_methods.py --methods sft_34 rounds_fresh --seeds 8 9 10 11 12 13 14 15 --keep    # more of a claim
 
 Every method learns from the same prompts, the same traces of the teacher and in the same number of optimizer steps, each
 through the kit's own stages in a process of its own. `score` has the teacher read the traces once more; on-policy methods have
@@ -243,9 +244,15 @@ def write(records: list[dict[str, Any]]) -> None:
     lines = [" | ".join(header), " | ".join(["---"] + ["---:"] * (len(header) - 1)), *(" | ".join(row) for row in rows)]
     claims = [
         _claim("KD from 50 draws, less KD from the full distribution", by_method, "kd_sampled", "kd_full"),
-        _claim("Four on-policy rounds, less SFT on 6 traces a prompt, 30,000 teacher tokens each", by_method, "rounds", "sft_six"),
-        _claim("Eight with new rollouts, less SFT on 34 traces a prompt, 160,000 each", by_method, "rounds_fresh", "sft_34"),
+        _claim(
+            "Eight on-policy rounds of 3 rollouts a prompt, less SFT on 34 traces a prompt, 160,000 teacher tokens each",
+            by_method,
+            "rounds_fresh",
+            "sft_34",
+        ),
+        _claim("Four of one rollout a prompt, less SFT on 6 traces a prompt, 30,000 each", by_method, "rounds", "sft_six"),
         _claim("A live teacher, less SFT on 34 traces a prompt, 160,000 each", by_method, "live", "sft_34"),
+        _claim("Eight rounds, less a live teacher, 160,000 each", by_method, "rounds_fresh", "live"),
     ]
     seeds = sorted({record["seed"] for record in records})
     text = PAGE.format(
@@ -268,7 +275,7 @@ def write(records: list[dict[str, Any]]) -> None:
 PAGE = """# What each method recovers
 
 `python scripts/compare_methods.py`: the embedded pair, {budget} prompts with one trace of the teacher each (those that pass
-curation), {steps} optimizer steps of {batch} rows, LoRA of rank 32, {seeds} seeds (other prompts, traces, held-out prompts and
+curation), {steps} optimizer steps of {batch} rows, LoRA of rank 32, up to {seeds} seeds (other prompts, traces, held-out prompts and
 initial weights in each), {heldout} held-out prompts answered greedily. {date}, 2 CPU cores, one thread a run.
 
 ![accuracies with intervals](compare_methods.svg)
@@ -276,8 +283,9 @@ initial weights in each), {heldout} held-out prompts answered greedily. {date}, 
 {table}
 
 Intervals are 95 %, from Student's t over the seeds; *less SFT* is paired by seed. *Teacher tokens* are those the teacher wrote or
-read; *bytes a token*, of the supervised tokens that were scored; *seconds* of scoring, rollouts and training; *GiB*, the most
-resident memory of the process, which for most methods has held the teacher before the student.
+read; *bytes a token*, of the supervised tokens that were scored; *seconds* of scoring, rollouts and training, comparable only between
+rows of one machine (see the log); *GiB*, the most resident memory of the process, which for most methods has held the teacher
+before the student.
 
 {claims}
 
