@@ -60,6 +60,8 @@ def run_rounds(recipe: Recipe) -> None:
             stop = run_stage(name, recipe, number=number).facts.get("stop")
             if stop is not None:
                 say(f"\nthe rounds end here: {stop}")
+                if number < recipe.rounds and recipe.rollouts is not None and recipe.rollouts.schedule_over == "all_rounds":
+                    say("the learning rate has not come to the end of its schedule; see rollouts.schedule_over")
                 return
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from distill.recipe_base import PositiveInt, Sampling, Section
-from distill.recipe_learning import LOSS_OF_SFT, Distillation, Rollouts, Score, Train
+from distill.recipe_learning import DEEPSPEED_HAS_NO_PARTS, LOSS_OF_SFT, Distillation, Rollouts, Score, Train
 
 CheckName = Literal["finish", "think", "math"]
 ModelRole = Literal["base", "student", "teacher"]
@@ -362,15 +362,28 @@ class Recipe(Section):
                 raise ValueError("rollouts.stop_kl can't be measured from sampled targets; use top_k or chosen_token")
         return self
 
+    def _schedule_has_parts(self) -> None:
+        if self.rollouts is None or self.rounds < 2 or self.rollouts.schedule_over == "each_round":
+            return
+        arguments = self.train_in_rounds.trainer_args
+        schedule, deepspeed = arguments.get("lr_scheduler_type"), arguments.get("deepspeed")
+        if schedule in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(f"rollouts.schedule_over: {schedule} follows the evaluation, so it can't run over all rounds; set each_round")
+        if isinstance(deepspeed, dict) and "scheduler" in deepspeed:
+            raise ValueError(f"rollouts.schedule_over: {DEEPSPEED_HAS_NO_PARTS}")
+        if "num_stable_steps" in (arguments.get("lr_scheduler_kwargs") or {}):
+            raise ValueError(
+                "rollouts.schedule_over: num_stable_steps can't be meant for all rounds and for one; leave it out (what warmup and decay "
+                "leave is stable), or set each_round"
+            )
+
     def _rounds_fit(self) -> None:
         if self.rollouts is None:
             return
         ignored = LOSS_OF_SFT & set(self.train.trainer_args)
         if ignored:
             raise ValueError(f"train.trainer_args.{min(ignored)} would be ignored in the rounds: their loss is that of train.kd")
-        schedule = self.train_in_rounds.trainer_args.get("lr_scheduler_type")
-        if self.rollouts.schedule_over == "all_rounds" and schedule in ("reduce_lr_on_plateau", "greedy"):
-            raise ValueError(f"rollouts.schedule_over: {schedule} follows the evaluation, so it can't run over all rounds; set each_round")
+        self._schedule_has_parts()
         if self.rounds == 1 and self.rollouts.first_max_new_tokens is not None:
             raise ValueError("rollouts.first_max_new_tokens would be ignored: there is one round, so nothing grows")
         if self.train.overlong == "drop" and self.rollouts.max_new_tokens >= self.train.max_length:

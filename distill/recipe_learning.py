@@ -19,6 +19,12 @@ LOSS_OF_SFT = frozenset({"loss_type", "label_smoothing_factor", "router_aux_loss
 """Fields of SFTConfig that nothing reads where the loss is the one on stored targets."""
 
 
+DEEPSPEED_HAS_NO_PARTS = (
+    "the scheduler of the DeepSpeed config can't run over all rounds. Leave it out of the config, so that "
+    "trainer_args.lr_scheduler_type decides, or set each_round."
+)
+
+
 class SchedulePart(NamedTuple):
     """A part of the learning rate's schedule: the first of two is (1, 2)."""
 
@@ -136,8 +142,10 @@ class Rollouts(Sampling):
     trainer_args: dict[str, Any] = Field(default_factory=dict)
     """Laid over train.trainer_args in the rounds, e.g. a lower learning_rate."""
     schedule_over: Literal["all_rounds", "each_round"] = "all_rounds"
-    """What the learning rate's schedule runs over: once over all rounds, each taking its part of it (so that more rounds can't be
-    added to finished ones), or anew over each. The optimizer's own averages start anew in each round."""
+    """What the learning rate's schedule runs over: once over all rounds, or anew over each. Of one over all, each round takes an equal
+    share whatever its number of steps (so give every round as many where warmup or decay are numbers of steps), more rounds can't be
+    added to finished ones, and rounds that a stop condition ends early have not come to its end. The optimizer's own averages start
+    anew in each round."""
     stop_truncation_rate: Share | None = None
     """End the rounds where a larger share of rollouts than this does not end by itself within max_new_tokens."""
     stop_mean_tokens: PositiveInt | None = None

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -288,6 +289,13 @@ def test_rounds_are_not_added_to_a_finished_schedule(make: Make, teacher: Path, 
     train(recipe, "--round", "1")
     assert command("train", recipe, "--round", "1", "--rounds", "3") == 1
     assert "schedule_part" in capsys.readouterr().err
+    train(recipe, "--round", "2")
+    for number in (1, 2):
+        shutil.copytree(round_of(recipe, number) / "rollouts", round_of(recipe, number + 2) / "rollouts")
+        shutil.copytree(round_of(recipe, number) / "targets", round_of(recipe, number + 2) / "targets")
+    for change in (("--rounds", "3"), ("--rounds", "3", "--rollouts.schedule_over", "each_round")):
+        assert command("train", recipe, "--round", "3", *change) == 1
+        assert "was trained as part {'number': 2, 'of': 2}" in capsys.readouterr().err
 
 
 def test_the_stored_divergence_is_the_live_teachers(make: Make, teacher: Path) -> None:

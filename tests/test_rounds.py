@@ -189,6 +189,8 @@ def test_the_horizon_grows_by_a_constant_factor() -> None:
         ("rounds: 2\nrollouts: {", "rounds: 1\nrollouts: {first_max_new_tokens: 5, ", "there is one round"),
         ("learning_rate: 5e-3", "learning_rate: 5e-3, use_liger_kernel: true", "would be ignored in the rounds"),
         ("learning_rate: 5e-3", "lr_scheduler_type: greedy", "greedy follows the evaluation"),
+        ("learning_rate: 5e-3", "lr_scheduler_kwargs: {num_stable_steps: 1}", "num_stable_steps can't be meant for all rounds"),
+        ("learning_rate: 5e-3", "deepspeed: {scheduler: {type: WarmupLR}}", "scheduler of the DeepSpeed config can't run over all"),
         ("max_length: 256", "max_length: 20", "leaves no room for a prompt"),
         ("divergence: reverse_kl", "weight: 0", "weight and nll_weight are both 0"),
     ],

@@ -60,7 +60,7 @@ def run(recipe: Recipe, number: int = 0) -> Manifest:
         settings["teacher"] = recipe.teacher.identity()
     if number:
         assert recipe.rollouts is not None
-        settings["rollouts"] = {name: getattr(recipe.rollouts, name) for name in ("teacher_share", "stop_kl", "schedule_over")}
+        settings["rollouts"] = {name: getattr(recipe.rollouts, name) for name in ("teacher_share", "stop_kl")}
         settings["schedule_part"] = plan.part._asdict()
     target = folder(recipe, "train", number)
     out = StageFolder(target, "train", settings, plan.inputs)
@@ -79,16 +79,30 @@ def _plan(recipe: Recipe, number: int) -> _Plan:
         return _Plan(recipe.train, [curated], [targets] if recipe.train.method == "kd" else [], None)
     rollouts = recipe.rollouts
     if rollouts is None or number > recipe.rounds:
-        raise RecipeError(f"round {number}: the recipe has {recipe.rounds} rounds. Raise rounds, or give --round up to that.")
+        raise RecipeError(f"round {number}: the recipe has {recipe.rounds} rounds. Give --round up to that.")
     shared = rollouts.teacher_share > 0
     own = (folder(recipe, "rollouts", number), "traces")
+    part = SchedulePart(number, recipe.rounds) if rollouts.schedule_over == "all_rounds" else SchedulePart()
+    if number > 1:
+        _check_part_before(folder(recipe, "train", number - 1), part)
     return _Plan(
         recipe.train_in_rounds,
         [own, curated] if shared else [own],
         [folder(recipe, "score", number), *([targets] if shared else [])],
         previous_student(recipe, number),
-        SchedulePart(number, recipe.rounds) if rollouts.schedule_over == "all_rounds" else SchedulePart(),
+        part,
     )
+
+
+def _check_part_before(student: Path, part: SchedulePart) -> None:
+    """Refuses to go on from a round of another schedule, whose learning rate has come to its end, say."""
+    before = read_manifest(student).settings.get("schedule_part")
+    expected = part._replace(number=max(part.number - 1, 1))
+    if before != expected._asdict():
+        raise RecipeError(
+            f"{student}: was trained as part {before} of a learning-rate schedule, but this round goes on from {expected._asdict()}. Keep "
+            "rounds and rollouts.schedule_over as they were, or give another run_dir."
+        )
 
 
 def _train(recipe: Recipe, plan: _Plan, number: int, out: StageFolder) -> Manifest:

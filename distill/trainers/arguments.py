@@ -56,11 +56,12 @@ def training_arguments(recipe: Recipe, train: Train, output_dir: Path, device: t
         given.setdefault("logging_first_step", True)  # how far from the teacher the student was before it learned
     if train.validation_prompts and "eval_strategy" not in train.trainer_args:
         given |= {"eval_strategy": "steps", "eval_steps": given["save_steps"]}
-    return build_arguments(SFTConfig, given)
+    section = "train.trainer_args" if train is recipe.train else "rollouts.trainer_args over train.trainer_args"
+    return build_arguments(SFTConfig, given, section)
 
 
-def build_arguments(config: type[Arguments], given: dict[str, Any]) -> Arguments:
-    """An instance of one of TRL's config classes.
+def build_arguments(config: type[Arguments], given: dict[str, Any], section: str = "train.trainer_args") -> Arguments:
+    """An instance of one of TRL's config classes; `section` is where the recipe has its values.
 
     Raises:
         RecipeError: TRL or transformers refuses a value.
@@ -70,7 +71,7 @@ def build_arguments(config: type[Arguments], given: dict[str, Any]) -> Arguments
     try:
         arguments = config(**given)
     except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"train.trainer_args: {str(error).splitlines()[0].rstrip('.')}. Correct it in the recipe.") from None
+        raise RecipeError(f"{section}: {str(error).splitlines()[0].rstrip('.')}. Correct it in the recipe.") from None
     # A process works on one device, like every other stage; else transformers would copy the model to all it can see.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

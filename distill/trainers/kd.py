@@ -24,7 +24,7 @@ from distill.errors import ModelError, RecipeError
 from distill.heads import backbone, head_of
 from distill.losses.distillation import DistillationLoss, distillation_loss
 from distill.losses.settings import Objective
-from distill.recipe_learning import SchedulePart
+from distill.recipe_learning import DEEPSPEED_HAS_NO_PARTS, SchedulePart
 from distill.trainers.targets import StepTargets, StoredTargets, TargetCollator
 
 # Name in the log: the sum it comes from, and what it is divided by.
@@ -86,21 +86,23 @@ class KDTrainer(SFTTrainer):
             raise ModelError("train: method kd has targets of whole sequences. Leave context and sequence parallelism out of the launch.")
         plugin = self.accelerator.state.deepspeed_plugin
         if part.of > 1 and plugin is not None and "scheduler" in plugin.deepspeed_config:
-            raise RecipeError(
-                "rollouts.schedule_over: the scheduler of the DeepSpeed config can't run over all rounds. Leave it out of the "
-                "config, so that trainer_args.lr_scheduler_type decides, or set each_round."
-            )
+            raise RecipeError(f"rollouts.schedule_over: {DEEPSPEED_HAS_NO_PARTS}")
         self.data_collator = TargetCollator(self.data_collator, stored, half_life)
         model: Any = self.model
         add_distillation_head(model.get_base_model() if hasattr(model, "peft_config") else model, stored.vocab_size, objective)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The learning rate's schedule, or this training's part of it."""
+        """The learning rate's schedule, or this training's part of it.
+
+        Raises:
+            RecipeError: the optimizer brings a schedule that has no parts.
+        """
         number, of = self._part
         if of == 1 or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         whole: Any = super().create_scheduler(num_training_steps * of, optimizer)
-        assert isinstance(whole, LambdaLR)  # the recipe was validated: others are no function of the step
+        if not isinstance(whole, LambdaLR):  # a layer-wise optimizer brings one of its own
+            raise RecipeError(f"rollouts.schedule_over: optimizer {self.args.optim} has a schedule that can't be divided. Set each_round.")
         start = num_training_steps * (number - 1)
         self.lr_scheduler = LambdaLR(whole.optimizer, [functools.partial(_later, schedule, start) for schedule in whole.lr_lambdas])
         return self.lr_scheduler
