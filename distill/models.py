@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from distill import embedded
 from distill.chat import ChatFormat, chat_format
+from distill.cpu_precision import cpu_computes_in_bf16
 from distill.errors import ModelError
 from distill.recipe import Adapter, LoraAdapter, ModelSpec
 
@@ -39,6 +40,8 @@ def pick_dtype(device: torch.device, setting: str = "auto") -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "xpu":
         return torch.bfloat16
+    if device.type == "cpu":
+        return torch.bfloat16 if cpu_computes_in_bf16() else torch.float32
     return torch.float16 if device.type == "mps" else torch.float32
 
 

@@ -30,7 +30,8 @@ class ModelSpec(Section):
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer, where it is not the model's own."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Weights in memory. auto: bf16 where the device has it, else fp16 on a GPU, else fp32."""
+    """Weights in memory. auto: bf16 where the device computes in it (a CPU is timed once, ~/.cache/distill-kit/cpu-precision.json), else
+    fp16 on a GPU, else fp32. On a CPU the student's is also what it is trained in: a bit-equal resume on another CPU needs float32."""
     quantization: Literal["none", "nf4"] = "none"
     """nf4 loads the frozen weights in 4 bits through bitsandbytes (double quantisation): QLoRA, or a cheap teacher."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -313,7 +314,13 @@ class Recipe(Section):
     def scores_traces(self) -> bool:
         """Whether the teacher scores the curated traces, beside the student's own in the rounds."""
         shared = self.rounds > 0 and self.rollouts is not None and self.rollouts.teacher_share > 0
-        return (self.trains_on_traces and self.train.method == "kd") or shared
+        return (self.trains_on_traces and self.train.method == "kd") or shared or self.follows_teacher
+
+    @property
+    def follows_teacher(self) -> bool:
+        """Whether method sft is to measure the student's divergence from the teacher, on validation prompts."""
+        scores = self.score is not None and (self.rounds == 0 or (self.rollouts is not None and self.rollouts.teacher_share > 0))
+        return self.trains_on_traces and self.train.method == "sft" and self.train.validation_prompts > 0 and scores
 
     @property
     def train_in_rounds(self) -> Train:
@@ -348,8 +355,8 @@ class Recipe(Section):
         if self.rounds and self.train.is_live:
             raise ValueError(f"rounds repeat stored-target distillation; train.method {self.train.method} is on-policy by itself")
         uses_targets = self.rounds > 0 or self.train.method == "kd"
-        if uses_targets != (self.score is not None):
-            advice = "add it" if uses_targets else "leave it out"
+        if uses_targets != (self.score is not None) and not self.follows_teacher:
+            advice = "add it" if uses_targets else "leave it out, or set train.validation_prompts, on which sft can follow the divergence"
             raise ValueError(f"the section score goes with train.method kd or with rounds: {advice}")
         self._rounds_fit()
         if not uses_targets and self.train.kd != Distillation():

@@ -8,6 +8,7 @@ Each contender gets hidden states (T, H), a head (V, H) and targets of K = 64 ca
 the hidden states, and by the head where it is trainable. Contenders:
 
     ours           forward KL on the candidates and the rest, plus NLL
+    ours, NLL      NLL alone: what methods without targets train by
     whole logits   the same loss with the logits and their log-softmax held whole, as DistillKit computes it
     TRL NLL        plain NLL with the chunked head that SFTTrainer uses: what a step costs without distillation
     Liger JSD      chunked JSD against a dense teacher, whose own head is part of it, plus NLL; gradient by the head always
@@ -44,7 +45,7 @@ WARM_UP = {"tokens": 8, "hidden": 64, "vocab_size": 1024}
 Inputs = dict[str, Tensor]
 
 
-def inputs_of(tokens: int, hidden: int, vocab_size: int, trainable: bool, device: str, dtype: torch.dtype) -> Inputs:
+def inputs_of(tokens: int, hidden: int, vocab_size: int, trainable: bool, device: str | torch.device, dtype: torch.dtype) -> Inputs:
     """Hidden states, head, labels and targets: real shapes, random numbers."""
     generator = torch.Generator(device).manual_seed(0)
     place: dict[str, Any] = {"generator": generator, "device": device}
@@ -75,6 +76,13 @@ def ours(inputs: Inputs) -> Tensor:
     return distillation_loss(inputs["hidden_NH"], head, inputs["labels_N"], targets, nll_weight=NLL_WEIGHT).loss
 
 
+def ours_nll(inputs: Inputs) -> Tensor:
+    """NLL alone, by this project."""
+    from distill.losses.distillation import StudentHead, likelihood_loss
+
+    return likelihood_loss(inputs["hidden_NH"], StudentHead(inputs["weight_VH"]), inputs["labels_N"]).loss
+
+
 def whole_logits(inputs: Inputs) -> Tensor:
     """The same loss on whole logits."""
     log_q_NV = (inputs["hidden_NH"] @ inputs["weight_VH"].T).float().log_softmax(-1)
@@ -97,18 +105,19 @@ def trl_nll(inputs: Inputs) -> Tensor:
     return nll
 
 
-def liger_jsd(inputs: Inputs) -> Tensor:
-    """JSD against a teacher of the student's shape."""
+def liger_jsd(inputs: Inputs, compiled: bool | None = None) -> Tensor:
+    """JSD against a teacher of the student's shape; compiled, where not said otherwise, on a GPU."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # type: ignore[import-not-found]
 
     weight_VH, hidden_NH = inputs["weight_VH"], inputs["hidden_NH"]
-    loss = LigerFusedLinearJSDLoss(compiled=hidden_NH.is_cuda)
+    loss = LigerFusedLinearJSDLoss(compiled=hidden_NH.is_cuda if compiled is None else compiled)
     value: Tensor = loss(hidden_NH, weight_VH, hidden_NH.detach(), weight_VH.detach(), inputs["labels_N"])
     return value
 
 
 CONTENDERS: dict[str, Callable[[Inputs], Tensor]] = {
     "ours": ours,
+    "ours, NLL": ours_nll,
     "whole logits": whole_logits,
     "TRL NLL": trl_nll,
     "Liger JSD": liger_jsd,
@@ -118,18 +127,19 @@ CONTENDERS: dict[str, Callable[[Inputs], Tensor]] = {
 def measure(contender: str, inputs: Inputs, repetitions: int) -> dict[str, float]:
     """GiB of peak memory above what stood there, and the least seconds of a forward and backward."""
     cuda = inputs["hidden_NH"].is_cuda
-    before = _peak_bytes(cuda, reset=True)
+    before = peak_bytes(cuda, reset=True)
     times = []
     for _ in range(repetitions):
-        start = _clock(cuda)
+        start = clock(cuda)
         CONTENDERS[contender](inputs).backward()
-        times.append(_clock(cuda) - start)
+        times.append(clock(cuda) - start)
         for tensor in inputs.values():
             tensor.grad = None
-    return {"memory": (_peak_bytes(cuda) - before) / 2**30, "time": min(times)}
+    return {"memory": (peak_bytes(cuda) - before) / 2**30, "time": min(times)}
 
 
-def _peak_bytes(cuda: bool, reset: bool = False) -> int:
+def peak_bytes(cuda: bool, reset: bool = False) -> int:
+    """Peak of memory: of torch's allocator on a GPU, from now on if it's reset; else of this process since its start."""
     if not cuda:
         # Linux counts in KiB, macOS in bytes.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -139,7 +149,8 @@ def _peak_bytes(cuda: bool, reset: bool = False) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def _clock(cuda: bool) -> float:
+def clock(cuda: bool) -> float:
+    """Seconds: the clock's once a GPU has finished, else the processor's."""
     if not cuda:
         return time.process_time()
     torch.cuda.synchronize()

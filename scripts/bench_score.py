@@ -17,10 +17,11 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from distill.chat import IGNORE
 from distill.heads import backbone, head_of, logits_of
-from distill.scoring import BUFFER_BYTES, TeacherScorer
+from distill.scoring import BUFFER_BYTES, ScoredRow, TeacherScorer
 from distill.targets.files import TargetWriter
 from distill.targets.spec import ChosenToken, Sampled, TargetHeader, TargetSpec, TopK
 from distill.vocabulary import AlignedRow, Tokens, VocabularyMap
@@ -60,22 +61,37 @@ def build_model(arguments: argparse.Namespace) -> PreTrainedModel:
     return model
 
 
-def make_rows(arguments: argparse.Namespace) -> list[AlignedRow]:
-    """Rows of one length, an eighth of them prompt."""
+class Written(NamedTuple):
+    """What scoring put on disk, and what that cost."""
+
+    size_bytes: int
+    """Of the shard."""
+    writer_s: float
+    """Processor seconds of the thread that encodes and writes."""
+
+
+def make_rows(lengths: Sequence[int], vocab_size: int) -> list[AlignedRow]:
+    """Rows of random ids, an eighth of each a prompt."""
     rng = np.random.default_rng(0)
-    prompt = arguments.length // 8
     rows = []
-    for index in range(arguments.rows):
-        ids = rng.integers(0, TOKENS, arguments.length).astype(np.int32)
-        labels = np.where(np.arange(arguments.length) < prompt, IGNORE, ids).astype(np.int32)
-        rows.append(AlignedRow(f"{index}/0", ids, labels, ids, np.arange(prompt, arguments.length, dtype=np.int32)))
+    for index, length in enumerate(lengths):
+        ids = rng.integers(0, vocab_size, length).astype(np.int32)
+        labels = np.where(np.arange(length) < length // 8, IGNORE, ids).astype(np.int32)
+        rows.append(AlignedRow(f"{index}/0", ids, labels, ids, np.arange(length // 8, length, dtype=np.int32)))
     return rows
 
 
-def bare(model: PreTrainedModel, batches: list[list[AlignedRow]]) -> None:
-    """The forward alone: backbone, and head at the supervised positions."""
-    head = head_of(model, TOKENS)
-    chunk = BUFFER_BYTES // (4 * ROWS)
+def own_vocabulary(vocab_size: int) -> VocabularyMap:
+    """Of a teacher and a student with one tokenizer."""
+    ids = np.arange(vocab_size, dtype=np.int32)
+    nothing = Tokens([], {}, frozenset(), frozenset())
+    return VocabularyMap(ids, ids, True, True, nothing, nothing)
+
+
+def bare(model: PreTrainedModel, batches: list[list[AlignedRow]], vocab_size: int) -> None:
+    """The forward alone: backbone, and head at the supervised positions. The rows of a batch have one length."""
+    head = head_of(model, vocab_size)
+    chunk = BUFFER_BYTES // (4 * head.weight_VH.shape[0])
     with torch.inference_mode():
         for batch in batches:
             ids = torch.from_numpy(np.stack([row.teacher_ids for row in batch]).astype(np.int64)).to(model.device)
@@ -87,24 +103,30 @@ def bare(model: PreTrainedModel, batches: list[list[AlignedRow]]) -> None:
         torch.cuda.synchronize()
 
 
-def scoring(model: PreTrainedModel, batches: list[list[AlignedRow]], spec: TargetSpec, vocabulary: VocabularyMap) -> None:
+def scoring(model: PreTrainedModel, batches: list[list[AlignedRow]], spec: TargetSpec, vocabulary: VocabularyMap) -> Written:
     """What the stage does with the same batches: read, make targets, encode, write."""
     digests = ("tokenizer_digest", "template_digest", "teacher_tokenizer_digest", "teacher_template_digest", "traces_digest")
     known = dict.fromkeys(digests, "0" * 64)
-    header = TargetHeader(target=spec, vocab_size=TOKENS, teacher_model="random", teacher_revision=None, **known)
+    header = TargetHeader(target=spec, vocab_size=vocabulary.student_size, teacher_model="random", teacher_revision=None, **known)
     scorer = TeacherScorer(model, spec, vocabulary)
     with (
         tempfile.TemporaryDirectory() as folder,
         ThreadPoolExecutor(1) as disk,
         TargetWriter(Path(folder) / "targets-00000.targets", header) as writer,
     ):
-        stored = [disk.submit(writer.append, row.key, row.targets) for batch in batches for row in scorer.score(batch)]
-        for future in stored:
-            future.result()
+        stored = [disk.submit(_append, writer, row) for batch in batches for row in scorer.score(batch)]
+        writer_s = sum(future.result() for future in stored)
         writer.close()
+        return Written(writer.path.stat().st_size, writer_s)
 
 
-def timed(work: Callable[[], None]) -> tuple[float, float]:
+def _append(writer: TargetWriter, row: ScoredRow) -> float:
+    start = time.thread_time()
+    writer.append(row.key, row.targets)
+    return time.thread_time() - start
+
+
+def timed(work: Callable[[], object]) -> tuple[float, float]:
     """Wall seconds and processor seconds of all threads."""
     wall, processor = time.perf_counter(), time.process_time()
     work()
@@ -123,10 +145,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    model, rows = build_model(arguments), make_rows(arguments)
-    ids = np.arange(TOKENS, dtype=np.int32)
-    nothing = Tokens([], {}, frozenset(), frozenset())
-    vocabulary = VocabularyMap(ids, ids, True, True, nothing, nothing)
+    model, rows, vocabulary = build_model(arguments), make_rows([arguments.length] * arguments.rows, TOKENS), own_vocabulary(TOKENS)
     batches = [rows[start : start + arguments.batch_size] for start in range(0, len(rows), arguments.batch_size)]
     tokens = sum(len(row.teacher_ids) for row in rows)
     parameters = sum(weight.numel() for weight in model.parameters())
@@ -136,11 +155,11 @@ def main() -> None:
     print(f"{arguments.batch_size} at once, medians of {arguments.repeats}\n")
     print("| target | bare forward, tokens/s | scoring, tokens/s | ratio of wall time | ratio of processor time |")
     print("| --- | ---: | ---: | ---: | ---: |")
-    bare(model, batches[:1])
+    bare(model, batches[:1], TOKENS)
     for name, spec in SPECS.items():
         plain, scored = [], []
         for _ in range(arguments.repeats):
-            plain.append(timed(lambda: bare(model, batches)))
+            plain.append(timed(lambda: bare(model, batches, TOKENS)))
             scored.append(timed(lambda spec=spec: scoring(model, batches, spec, vocabulary)))  # type: ignore[misc]
         walls, processors = ([statistics.median(run[kind] for run in runs) for runs in (plain, scored)] for kind in (0, 1))
         ratios = f"{walls[0] / walls[1]:.2f} | {processors[0] / processors[1]:.2f}"

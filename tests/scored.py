@@ -84,12 +84,6 @@ def _with_holes(targets: Targets, every: int) -> Targets:
     return Targets(ids, log_probs, log_rest)
 
 
-def _with_holes(targets: Targets, every: int) -> Targets:
-    ids, log_probs, log_rest = targets.ids.copy(), targets.log_probs.copy(), targets.log_rest.copy()
-    ids[::every], log_probs[::every], log_rest[::every] = -1, -np.inf, 0
-    return Targets(ids, log_probs, log_rest)
-
-
 def _targets(model: Any, chat: Any, trace: dict[str, Any], target: TargetSpec, vocab_size: int) -> Targets:
     input_ids, labels = chat.trace_row(trace)
     with torch.no_grad():

@@ -50,7 +50,7 @@ class Engine(Protocol):
         ...
 
     def complete(self, batch: list[Request]) -> list[Completion]:
-        """One completion for each request, in order; a request's tokens depend on its seed alone."""
+        """One completion for each request, in order; a request's random numbers depend on its seed alone, its tokens also on rounding."""
         ...
 
 

@@ -1,8 +1,9 @@
 """The loss of many positions through the head, a chunk of positions at a time, with the gradients taken on the way.
 
-One (n, V) buffer of float32 serves all chunks: logits, then exponentials, then the gradient by the logits. The gradient
-needs no second look at the vocabulary, so it costs no second product with the head as recomputing it in the backward
-would; the backward only multiplies by the gradient that comes in.
+One (n, V) buffer of float32 serves all chunks. The gradient by the logits is made of the logits that are still in it, so
+it costs no second product with the head as recomputing it in the backward would; the backward only multiplies by the
+gradient that comes in. Between the products the vocabulary is passed over by torch's own operations, which turn the buffer
+into exponentials and then into the gradient, or, where Triton runs, by two kernels (`losses.kernels`).
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from distill.losses import kernels
 from distill.losses.objective import PositionLosses, position_losses
 from distill.losses.settings import Objective
 from distill.losses.sparse import SparseTargets
 
-# 128 MiB of float32: above some hundred positions the products with the head don't get faster.
+# 128 MiB of float32: on a CPU the products with the head don't get faster above some hundred positions.
 _BUFFER_ELEMENTS = 2**25
+# On a GPU they do, up to some thousand. A 64th of its memory is the same on an 8 GiB card, and enough on one of 80.
+_BUFFER_SHARE, _LARGEST_BUFFER_ELEMENTS = 64, 2**28
 # Elements worked on at once between products: on a CPU what its caches hold, elsewhere what is worth starting kernels for.
 _BLOCK_ELEMENTS = {"cpu": 2**18}
 _OTHER_BLOCK_ELEMENTS = 2**23
@@ -47,6 +51,7 @@ class Sums(NamedTuple):
     log_ratio: Tensor
     entropy: Tensor
     agreements: Tensor
+    hits: Tensor
     targets: Tensor
 
 
@@ -116,14 +121,19 @@ class _Work:
         compute = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden_NH.dtype
         self.dtype = torch.float64 if compute == torch.float64 else torch.float32
         self.scale = _FLOAT16_SCALE if compute == torch.float16 else 1.0
-        self.chunk_size = chunk_size or max(64, _BUFFER_ELEMENTS // head.vocab_size // 64 * 64)
+        self.chunk_size = chunk_size or max(64, _buffer_elements(device) // head.vocab_size // 64 * 64)
         self._hidden_NH, self._head, self._objective = hidden_NH, head, objective
         self._weight_VH = head.weight_VH[: head.vocab_size].to(compute)
         self._bias_V = None if head.bias_V is None else head.bias_V[: head.vocab_size]
         rows = min(self.chunk_size, positions)
         self._logits_nV = torch.empty((rows, head.vocab_size), dtype=self.dtype, device=device)
-        self._slope_nV = torch.empty_like(self._logits_nV) if head.softcap is not None and any(needs) else None
         self._needs_gradient = any(needs)
+        self._fused = self.dtype == torch.float32 and kernels.available(device)
+        slopes = head.softcap is not None and self._needs_gradient and not self._fused
+        self._slope_nV = torch.empty_like(self._logits_nV) if slopes else None
+        # The gradient in the type of the products. Of the logits' own type it takes their place.
+        own = self._fused and self._needs_gradient and compute != self.dtype
+        self._gradient_nV = torch.empty(self._logits_nV.shape, dtype=compute, device=device) if own else self._logits_nV
         # Of the whole parameters, padding included: filling up at the end would take the memory twice.
         self.grad_hidden_NH, self.grad_weight_VH, self.grad_bias_V = (
             torch.zeros(tensor.shape, dtype=self.dtype, device=device) if needed and tensor is not None else None
@@ -141,9 +151,10 @@ class _Work:
         slots_nS = torch.cat([torch.where(filled_nK, targets.ids_NK, labels_n[:, None]), labels_n[:, None]], 1).long()
         is_label_nK = filled_nK & (targets.ids_NK == labels_n[:, None])
         is_new_n1 = ~is_label_nK.any(1, keepdim=True)
-        logits_nS = logits_nV.gather(1, slots_nS).masked_fill(~torch.cat([filled_nK, is_new_n1], 1), -math.inf)
+        at_slots_nS = logits_nV.gather(1, slots_nS)
+        logits_nS = at_slots_nS.masked_fill(~torch.cat([filled_nK, is_new_n1], 1), -math.inf)
         logits_nV.scatter_(1, slots_nS, -math.inf)
-        peak_n, sum_n, gap_n = _exponentials(logits_nV)
+        peak_n, sum_n, gap_n = (kernels.statistics if self._fused else _exponentials)(logits_nV)
         logits_nO = torch.cat([logits_nS, (peak_n + sum_n.log())[:, None]], 1)
         # Relative to the highest first: at a logit of 40, float32 would round every probability by 4e-6.
         highest_n1 = logits_nO.amax(1, keepdim=True)
@@ -156,9 +167,14 @@ class _Work:
         if self._needs_gradient:
             gradient_nO = losses.gradient_nO * (self._head.logit_scale * self.scale)
             gradient_nO = gradient_nO if weights_n is None else gradient_nO * weights_n[:, None]
-            self._spread(logits_nV, slots_nS, gradient_nO, sum_n)
-            self._accumulate(rows_n, hidden_nH, logits_nV)
-        return self._sums(losses, _entropy(log_q_nO, log_other_n + gap_n / sum_n), weights_n)
+            factor_n = (gradient_nO[:, -1] / sum_n).masked_fill(sum_n == 0, 0)
+            if self._fused:
+                gradient_nV = self._spread_fused(logits_nV, peak_n, factor_n, at_slots_nS, slots_nS, gradient_nO[:, :-1])
+            else:
+                gradient_nV = self._spread(logits_nV, factor_n, slots_nS, gradient_nO[:, :-1])
+            self._accumulate(rows_n, hidden_nH, gradient_nV)
+        is_hit_n = log_q_nO.masked_fill(~is_written_nO, -math.inf).amax(1) >= log_peak_n
+        return self._sums(losses, _entropy(log_q_nO, log_other_n + gap_n / sum_n), is_hit_n, weights_n)
 
     def _project(self, hidden_nH: Tensor) -> Tensor:
         """Logits in the buffer, and beside it their slope by what goes into the cap."""
@@ -176,16 +192,27 @@ class _Work:
             logits_nV *= self._head.softcap
         return logits_nV
 
-    def _spread(self, exponentials_nV: Tensor, slots_nS: Tensor, gradient_nO: Tensor, sum_n: Tensor) -> None:
+    def _spread(self, exponentials_nV: Tensor, factor_n: Tensor, slots_nS: Tensor, gradient_nS: Tensor) -> Tensor:
         """Turns the exponentials of the others into the gradient by what the head computes, before scale and cap."""
-        exponentials_nV *= (gradient_nO[:, -1] / sum_n).masked_fill(sum_n == 0, 0)[:, None]
-        exponentials_nV.scatter_add_(1, slots_nS, gradient_nO[:, :-1])
+        exponentials_nV *= factor_n[:, None]
+        exponentials_nV.scatter_add_(1, slots_nS, gradient_nS)
         if self._slope_nV is not None:
             exponentials_nV *= self._slope_nV[: len(exponentials_nV)]
+        return exponentials_nV
+
+    def _spread_fused(
+        self, logits_nV: Tensor, peak_n: Tensor, factor_n: Tensor, at_slots_nS: Tensor, slots_nS: Tensor, gradient_nS: Tensor
+    ) -> Tensor:
+        """The same from the logits of the others, in the type of the products."""
+        softcap = self._head.softcap
+        gradient_nV = kernels.gradient(logits_nV, peak_n, factor_n, self._gradient_nV[: len(logits_nV)], softcap)
+        if softcap is not None:
+            gradient_nS = gradient_nS * (1 - (at_slots_nS / softcap).square())
+        return gradient_nV.scatter_add_(1, slots_nS, gradient_nS.to(gradient_nV.dtype))
 
     def _accumulate(self, rows_n: Tensor, hidden_nH: Tensor, gradient_nV: Tensor) -> None:
         if self.grad_bias_V is not None:
-            self.grad_bias_V[: self._head.vocab_size] += gradient_nV.sum(0)
+            self.grad_bias_V[: self._head.vocab_size] += gradient_nV.sum(0, dtype=self.dtype)
         narrow_nV = gradient_nV.to(hidden_nH.dtype)
         if self.grad_hidden_NH is not None:
             grad_nH = torch.empty(hidden_nH.shape, dtype=self.dtype, device=hidden_nH.device)
@@ -197,9 +224,9 @@ class _Work:
             torch.addmm(grad_weight_VH, narrow_nV.t(), hidden_nH, out_dtype=self.dtype, out=grad_weight_VH)
         else:
             # Rounding each chunk's product to 16 bits before summing would bias the sum.
-            grad_weight_VH.addmm_(gradient_nV.t(), hidden_nH.to(self.dtype))
+            grad_weight_VH.addmm_(gradient_nV.t().to(self.dtype), hidden_nH.to(self.dtype))
 
-    def _sums(self, losses: PositionLosses, entropy_n: Tensor, weights_n: Tensor | None) -> Tensor:
+    def _sums(self, losses: PositionLosses, entropy_n: Tensor, is_hit_n: Tensor, weights_n: Tensor | None) -> Tensor:
         kd_n, nll_n = (term_n if weights_n is None else term_n * weights_n for term_n in (losses.kd_n, losses.nll_n))
         loss_n = self._objective.kd_weight * kd_n + losses.nll_weight_n * nll_n
         by_name = {
@@ -210,9 +237,17 @@ class _Work:
             "log_ratio": losses.log_ratio_n,
             "entropy": entropy_n,
             "agreements": losses.agrees_n,
+            "hits": is_hit_n,
             "targets": losses.has_target_n,
         }
         return torch.stack([by_name[name].sum(dtype=self.dtype) for name in Sums._fields])
+
+
+def _buffer_elements(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _BUFFER_ELEMENTS
+    of_memory = torch.cuda.get_device_properties(device).total_memory // (4 * _BUFFER_SHARE)
+    return min(max(of_memory, _BUFFER_ELEMENTS), _LARGEST_BUFFER_ELEMENTS)
 
 
 def _exponentials(logits_nV: Tensor) -> tuple[Tensor, Tensor, Tensor]:

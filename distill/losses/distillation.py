@@ -1,7 +1,8 @@
-"""The loss of distillation on stored targets: what it takes, what it checks, what comes back."""
+"""The losses of training on traces: distillation on stored targets, and the likelihood alone. What they take, check, give."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ from distill.errors import DataError, ModelError, RecipeError
 from distill.losses.chunked import ChunkedLoss, Head, Sums
 from distill.losses.settings import Divergence, Objective
 from distill.losses.sparse import SparseTargets, check_targets
+
+_LIKELIHOOD = Objective("chosen_token", "policy_gradient", None, temperature=1.0, kd_weight=0.0, nll_weight=1.0)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class DistillationLoss:
     log_ratio: Tensor | None
     """log q - log p of the written tokens: if the student wrote them, an unbiased estimate of KL(student ‖ teacher).
     Only from `chosen_token`."""
+    hits: Tensor
+    """Positions where no token is more probable to the student than the written one."""
     top1_agreements: Tensor | None
     """Positions where no token is more probable to the student than the teacher's first candidate; of `sampled`, the
     one drawn most. Not from `chosen_token`."""
@@ -120,7 +125,6 @@ def distillation_loss(
         RecipeError: a setting is out of range, would be ignored, or doesn't suit the kind of targets.
     """
     objective = Objective(targets.kind, divergence, jsd_beta, temperature, kd_weight, nll_weight)
-    weight_VH, bias_V = _gathered(head.weight_VH), None if head.bias_V is None else _gathered(head.bias_V)
     vocab_size = _check(hidden_NH, head, labels_N, position_weights_N, chunk_size)
     if falls_back_N is not None and (falls_back_N.shape != labels_N.shape or falls_back_N.dtype != torch.bool):
         found = f"{tuple(falls_back_N.shape)} of {falls_back_N.dtype}"
@@ -128,22 +132,47 @@ def distillation_loss(
     check_targets(targets, labels_N, vocab_size)
     if temperature != 1:
         _check_complete(targets, labels_N, vocab_size, temperature)
+    return _loss(hidden_NH, head, vocab_size, labels_N, targets, objective, position_weights_N, falls_back_N, chunk_size)
+
+
+def likelihood_loss(hidden_NH: Tensor, head: StudentHead, labels_N: Tensor, *, chunk_size: int | None = None) -> DistillationLoss:
+    """Sum over positions of -log q(written token), in nats: the loss of SFT, with the same precision, memory and backward.
+
+    It is `distillation_loss` with a target at no position, so `kd` and `num_targets` are 0.
+
+    Args:
+        hidden_NH: As there.
+        head: As there.
+        labels_N: As there.
+        chunk_size: As there.
+
+    Raises:
+        DataError: shapes, devices, types or ids don't fit.
+        ModelError: the head is smaller than the vocabulary, or wider than the hidden states.
+        RecipeError: the chunk size is not positive.
+    """
+    vocab_size = _check(hidden_NH, head, labels_N, None, chunk_size)
+    nothing = SparseTargets("chosen_token", labels_N.new_empty(len(labels_N), 0), hidden_NH.new_full((len(labels_N), 1), -math.inf))
+    check_targets(nothing, labels_N, vocab_size)
+    return _loss(hidden_NH, head, vocab_size, labels_N, nothing, _LIKELIHOOD, None, None, chunk_size)
+
+
+def _loss(
+    hidden_NH: Tensor,
+    head: StudentHead,
+    vocab_size: int,
+    labels_N: Tensor,
+    targets: SparseTargets,
+    objective: Objective,
+    position_weights_N: Tensor | None,
+    falls_back_N: Tensor | None,
+    chunk_size: int | None,
+) -> DistillationLoss:
+    """The loss of arguments that were checked."""
+    weight_VH, bias_V = _gathered(head.weight_VH), None if head.bias_V is None else _gathered(head.bias_V)
     plain = Head(weight_VH.detach(), None if bias_V is None else bias_V.detach(), vocab_size, head.logit_scale, head.softcap)
-    sums = Sums(
-        *ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-            hidden_NH,
-            weight_VH,
-            bias_V,
-            plain,
-            objective,
-            targets,
-            labels_N,
-            position_weights_N,
-            falls_back_N,
-            chunk_size,
-            torch.is_grad_enabled(),
-        )
-    )
+    settings = plain, objective, targets, labels_N, position_weights_N, falls_back_N, chunk_size, torch.is_grad_enabled()
+    sums = Sums(*ChunkedLoss.apply(hidden_NH, weight_VH, bias_V, *settings))  # type: ignore[no-untyped-call]
     return DistillationLoss(
         loss=sums.loss,
         kd=sums.kd,
@@ -153,6 +182,7 @@ def distillation_loss(
         num_targets=sums.targets,
         forward_kl=sums.forward_kl if targets.kind == "top_k" else None,
         log_ratio=sums.log_ratio if targets.kind == "chosen_token" else None,
+        hits=sums.hits,
         top1_agreements=None if targets.kind == "chosen_token" else sums.agreements,
     )
 

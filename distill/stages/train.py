@@ -34,7 +34,7 @@ class _Plan(NamedTuple):
     tables: list[tuple[Path, str]]
     """Folders with traces and the name of the table there."""
     targets: list[Path]
-    """Folders with the targets of each table; none for sft."""
+    """Folders with the targets of each table; none where sft doesn't follow the divergence from the teacher."""
     start: Path | None
     """Folder of the student that goes on learning; null starts from the base."""
     part: SchedulePart = SchedulePart()
@@ -76,7 +76,8 @@ def _plan(recipe: Recipe, number: int) -> _Plan:
     if recipe.train.is_live:
         return _Plan(recipe.train, [(folder(recipe, "prompts"), "train")], [], None)
     if not number:
-        return _Plan(recipe.train, [curated], [targets] if recipe.train.method == "kd" else [], None)
+        scored = recipe.train.method == "kd" or recipe.follows_teacher
+        return _Plan(recipe.train, [curated], [targets] if scored else [], None)
     rollouts = recipe.rollouts
     if rollouts is None or number > recipe.rounds:
         raise RecipeError(f"round {number}: the recipe has {recipe.rounds} rounds. Give --round up to that.")
@@ -205,11 +206,10 @@ def _make_trainer(
 ) -> Any:
     """TRL's trainer on rows that are already token ids and labels."""
     from transformers import PrinterCallback, ProgressCallback
-    from trl import SFTTrainer
 
     from distill.models import lora_config
     from distill.trainers.callbacks import CheckpointMark, MetricsFile, ProgressBar, StopOnNonFinite
-    from distill.trainers.kd import KDTrainer
+    from distill.trainers.traces import TraceTrainer
 
     student = recipe.student
     common: dict[str, Any] = {
@@ -226,11 +226,11 @@ def _make_trainer(
 
         trainer: Any = live_trainer(recipe, chat, common)
     elif stored is None:
-        trainer = SFTTrainer(**common)
+        trainer = TraceTrainer(**common)
     else:
         settings = plan.train.kd
-        objective = settings.objective(stored.target)
-        trainer = KDTrainer(stored=stored, objective=objective, half_life=settings.early_half_life, part=plan.part, **common)
+        objective = settings.measure(stored.target) if plan.train.method == "sft" else settings.objective(stored.target)
+        trainer = TraceTrainer(stored=stored, objective=objective, half_life=settings.early_half_life, part=plan.part, **common)
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     trained: Any = trainer.model
     if student.adapter.type == "lora":

@@ -43,7 +43,7 @@ def training_arguments(recipe: Recipe, train: Train, output_dir: Path, device: t
     given = {**default_arguments(recipe, device), **train.trainer_args}
     packing = bool(given.get("packing", False))
     if not {"bf16", "fp16"} & set(train.trainer_args):
-        given |= precision_flags(device)
+        given |= precision_flags(device, recipe.student.dtype)
     given |= {
         "output_dir": str(output_dir),
         "seed": recipe.seed,
@@ -110,9 +110,14 @@ def default_arguments(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     }
 
 
-def precision_flags(device: torch.device) -> dict[str, bool]:
-    """Autocast to what the device computes in; both false is fp32. SFTConfig would take bf16 even where it is slow."""
-    dtype = pick_dtype(device)
+def precision_flags(device: torch.device, setting: str) -> dict[str, bool]:
+    """Autocast to what the device computes in; both false is fp32. SFTConfig would take bf16 even where it is slow.
+
+    Args:
+        device: Where.
+        setting: The student's `dtype`, which on a CPU also says what is computed in: there fp32 is no hardship.
+    """
+    dtype = pick_dtype(device, setting if device.type == "cpu" else "auto")
     return {"bf16": dtype is torch.bfloat16, "fp16": dtype is torch.float16 and device.type == "cuda"}
 
 

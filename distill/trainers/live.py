@@ -55,7 +55,7 @@ def live_arguments(recipe: Recipe, output_dir: Path, device: torch.device) -> Di
     train, settings = recipe.train, _settings(recipe)
     given = {**default_arguments(recipe, device), **_method_arguments(recipe), **train.trainer_args}
     if not {"bf16", "fp16"} & set(train.trainer_args):
-        given |= precision_flags(device)
+        given |= precision_flags(device, recipe.student.dtype)
     given |= {
         "output_dir": str(output_dir),
         "seed": recipe.seed,

@@ -37,9 +37,9 @@ class TrainingRows(NamedTuple):
     """What training reads."""
 
     dataset: Dataset
-    """Columns `input_ids` and `labels`: not shifted, `IGNORE` on the prompt; with targets also `target_index`."""
+    """Columns `input_ids` and `labels`: not shifted, `IGNORE` on the prompt; with kd also `target_index`."""
     validation: Dataset | None
-    """The same of the prompts that are not trained on."""
+    """The same of the prompts that are not trained on; with `target_index` wherever there are targets."""
     drops: dict[str, int]
     """Rows that were left out, by reason."""
     rows_in: int
@@ -85,7 +85,7 @@ def training_rows(
     rows, validation = _split(rows, train.validation_prompts, seed)
     drops["validation"] = 0 if validation is None else len(validation)
     return TrainingRows(
-        dataset=_columns(rows),
+        dataset=_columns(rows, with_targets=train.method != "sft"),
         validation=None if validation is None else _columns(validation),
         drops={reason: count for reason, count in drops.items() if count},
         rows_in=sum(map(len, parts)),
@@ -140,6 +140,6 @@ def _split(rows: Dataset, prompts: int, seed: int) -> tuple[Dataset, Dataset | N
     return rows.select(np.flatnonzero(~apart)), rows.select(np.flatnonzero(apart))
 
 
-def _columns(rows: Dataset) -> Dataset:
-    names = [name for name in ("input_ids", "labels", "target_index") if name in rows.column_names]
+def _columns(rows: Dataset, with_targets: bool = True) -> Dataset:
+    names = ["input_ids", "labels", *(["target_index"] if with_targets and "target_index" in rows.column_names else [])]
     return rows.select_columns(names)

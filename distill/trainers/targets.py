@@ -178,8 +178,10 @@ class TargetCollator:
         self._half_life = half_life
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch of rows with `input_ids`, `labels` and `target_index`."""
+        """A batch of rows with `input_ids`, `labels` and `target_index`; of rows without the last, TRL's alone."""
         batch = self._collate(examples)
+        if "target_index" not in examples[0]:  # sft has targets for its validation rows only
+            return batch
         labels_BT = batch["labels"]
         index_BT = torch.full_like(labels_BT, NO_TARGET, dtype=torch.int64)
         rows = [torch.tensor(example["target_index"], dtype=torch.int64) for example in examples]

@@ -1,0 +1,85 @@
+"""The loss inside the model's own forward, so that DDP, FSDP and DeepSpeed see a plain module that returns it."""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from distill.chat import IGNORE
+from distill.heads import backbone, head_of
+from distill.losses.distillation import DistillationLoss, distillation_loss, likelihood_loss
+from distill.losses.settings import Objective
+from distill.trainers.targets import StepTargets
+
+
+class BatchSums:
+    """Sums over a batch's supervised tokens, as one float64 tensor, so that they are kept and exchanged at once.
+
+    A plain class, so that FSDP does not round them; see `StepTargets`.
+
+    Args:
+        found: The loss of the batch; what its targets can't tell has no name here.
+    """
+
+    def __init__(self, found: DistillationLoss) -> None:
+        known = {name: value for name, value in vars(found).items() if value is not None}
+        exact = torch.float32 if found.loss.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        self.names = list(known)
+        self.values = torch.stack([torch.as_tensor(value, dtype=exact, device=found.loss.device).detach() for value in known.values()])
+
+    def of(self, name: str) -> Tensor:
+        """One of them, a tensor without dimensions."""
+        return self.values[self.names.index(name)]
+
+
+def add_loss_head(model: PreTrainedModel, vocab_size: int | None = None, objective: Objective | None = None) -> None:
+    """Lets `model(..., labels=..., trace_loss=True)` return the loss instead of logits: the likelihood, or that on targets.
+
+    The result is a dictionary: `loss`, the sum over supervised tokens, which alone has a gradient; `num_positions`; and
+    `sums`, a `BatchSums`. Without `trace_loss` the forward is the one it was.
+
+    Args:
+        model: A causal language model, not wrapped by peft.
+        vocab_size: Number of token ids, for the loss on targets; the likelihood takes every row of the head for a token, as
+            the model's own loss does.
+        objective: The loss of a batch that comes with `distillation=StepTargets`.
+    """
+    plain = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` reads its signature
+    def forward(self: PreTrainedModel, *args: Any, trace_loss: bool = False, distillation: StepTargets | None = None, **kwargs: Any) -> Any:
+        if not trace_loss:
+            return plain(*args, **kwargs)
+        labels_BT = kwargs.pop("labels")
+        hidden_BTH = backbone(self)(*args, **kwargs).last_hidden_state[:, :-1]
+        layer: Any = self.get_output_embeddings()
+        labels_BT = labels_BT[:, 1:].to(layer.weight.device)
+        supervised_BT = labels_BT != IGNORE
+        hidden_NH, labels_N = hidden_BTH.to(labels_BT.device)[supervised_BT], labels_BT[supervised_BT]
+        with maybe_gather_lm_head_ctx(layer.weight, layer.bias):  # DeepSpeed ZeRO-3 leaves the weight empty until then
+            if distillation is None:
+                found = likelihood_loss(hidden_NH, head_of(self), labels_N)
+            else:
+                assert objective is not None  # no batch has targets without it
+                found = distillation_loss(
+                    hidden_NH,
+                    head_of(self, vocab_size),
+                    labels_N,
+                    distillation.sparse,
+                    divergence=objective.divergence,
+                    jsd_beta=objective.jsd_beta,
+                    temperature=objective.temperature,
+                    kd_weight=objective.kd_weight,
+                    nll_weight=objective.nll_weight,
+                    position_weights_N=distillation.weights_M,
+                    falls_back_N=distillation.falls_back_M,
+                )
+        return {"loss": found.loss, "num_positions": found.num_positions, "sums": BatchSums(found)}
+
+    model.forward = types.MethodType(forward, model)

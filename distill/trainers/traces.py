@@ -1,0 +1,172 @@
+"""Methods `sft` and `kd`: TRL's SFTTrainer with the kit's own loss, on finished traces.
+
+All that differs from TRL's is here: the loss is computed inside the model's own forward (`trainers.losshead`), with its
+gradients taken on the way instead of a second product with the head; and its sums are averaged over tokens, whatever the
+batches were. They stay on the device until they are logged.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from trl import SFTTrainer, pack_dataset
+
+from distill.errors import ModelError, RecipeError
+from distill.losses.settings import Objective
+from distill.recipe_learning import DEEPSPEED_HAS_NO_PARTS, SchedulePart
+from distill.trainers.losshead import BatchSums, add_loss_head
+from distill.trainers.targets import StoredTargets, TargetCollator
+
+# Name in the log: the sum it comes from, and what it is divided by.
+_ALWAYS = {
+    "nll": ("nll", "num_positions"),
+    "entropy": ("student_entropy", "num_positions"),
+    "mean_token_accuracy": ("hits", "num_positions"),
+}
+_ON_TARGETS = {
+    "kd": ("kd", "num_targets"),
+    "kl": ("forward_kl", "num_targets"),
+    "log_ratio": ("log_ratio", "num_targets"),
+    "top1_agreement": ("top1_agreements", "num_targets"),
+    "target_share": ("num_targets", "num_positions"),
+}
+
+
+class TraceTrainer(SFTTrainer):
+    """Trains on rows of `input_ids` and `labels`, and with targets `target_index`.
+
+    The loss is divided by the supervised tokens of the whole optimizer step over all ranks, as SFTTrainer's. Logged beside
+    it, averaged over tokens: `nll`, `entropy` of the student, `mean_token_accuracy`. Of batches with targets also `kd` (the
+    distillation term), `target_share` (the share of supervised tokens that have one), of top_k targets `kl`, the forward KL
+    to the teacher, and `top1_agreement`; of chosen_token ones `log_ratio`.
+
+    Where a loss of TRL's own is asked for (`loss_type: dft`, label smoothing, a router's loss, sequences split over
+    processes), the likelihood is left to it.
+
+    Args:
+        stored: The targets; None learns from the traces alone.
+        objective: The loss on them; None without them.
+        half_life: Tokens into an answer after which a token counts half; None weighs all alike.
+        part: Of the learning rate's schedule; all of it, or one of so many equal parts that follow each other.
+        kwargs: SFTTrainer's.
+
+    Raises:
+        ModelError: there are targets, and the launch splits sequences over processes.
+        RecipeError: only a part of the schedule is wanted, and DeepSpeed's config has one of its own, which can't be divided.
+    """
+
+    def __init__(
+        self,
+        *,
+        stored: StoredTargets | None = None,
+        objective: Objective | None = None,
+        half_life: int | None = None,
+        part: SchedulePart = SchedulePart(),  # noqa: B008 (immutable)
+        **kwargs: Any,
+    ) -> None:
+        self._part = part
+        self._sums: dict[str, BatchSums | None] = {"train": None, "eval": None}
+        self._seen: Tensor | int = 0
+        super().__init__(**kwargs)
+        parallel = self.accelerator.parallelism_config
+        splits_sequences = parallel is not None and (parallel.cp_enabled or parallel.sp_enabled)
+        if splits_sequences and stored is not None:
+            raise ModelError("train: the targets are of whole sequences. Leave context and sequence parallelism out of the launch.")
+        plugin = self.accelerator.state.deepspeed_plugin
+        if part.of > 1 and plugin is not None and "scheduler" in plugin.deepspeed_config:
+            raise RecipeError(f"rollouts.schedule_over: {DEEPSPEED_HAS_NO_PARTS}")
+        arguments: Any = self.args
+        asked_for = arguments.loss_type != "nll" or arguments.label_smoothing_factor > 0 or self.aux_loss_enabled
+        self._loss_is_trls = asked_for or splits_sequences
+        if stored is not None:
+            self.data_collator = TargetCollator(self.data_collator, stored, half_life)
+        model: Any = self.model
+        plain = model.get_base_model() if hasattr(model, "peft_config") else model
+        add_loss_head(plain, None if stored is None else stored.vocab_size, objective)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The learning rate's schedule, or this training's part of it.
+
+        Raises:
+            RecipeError: the optimizer brings a schedule that has no parts.
+        """
+        number, of = self._part
+        if of == 1 or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        whole: Any = super().create_scheduler(num_training_steps * of, optimizer)
+        if not isinstance(whole, LambdaLR):  # a layer-wise optimizer brings one of its own
+            raise RecipeError(f"rollouts.schedule_over: optimizer {self.args.optim} has a schedule that can't be divided. Set each_round.")
+        start = num_training_steps * (number - 1)
+        self.lr_scheduler = LambdaLR(whole.optimizer, [functools.partial(_later, schedule, start) for schedule in whole.lr_lambdas])
+        return self.lr_scheduler
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *others: Any) -> Any:
+        """Rows are tokens already; SFTTrainer's own would drop `target_index` when it packs."""
+        if not packing:
+            return dataset
+        shuffled = dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+        return pack_dataset(shuffled, args.max_length, args.packing_strategy)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns: Any = ["input_ids", "labels", "seq_lengths", "target_index"]
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """The loss of a batch, divided by the supervised tokens of the optimizer step.
+
+        Raises:
+            ModelError: the outputs were asked for, which this loss never computes.
+        """
+        if self._loss_is_trls and "distillation" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
+        if return_outputs:
+            raise ModelError("train: the loss has no logits to return. Leave compute_metrics out.")
+        outputs = model(**inputs, use_cache=False, trace_loss=True)
+        mode, sums = self._mode, outputs["sums"]
+        # FSDP gives the loss in the type of the weights; its value, unlike its gradient, needs more than three digits.
+        loss = outputs["loss"] + (sums.of("loss").float() - outputs["loss"].detach())
+        before = self._sums[mode]
+        if before is not None:
+            sums.values += before.values
+        self._sums[mode] = sums
+        num_tokens = outputs["num_positions"] if num_items_in_batch is None else num_items_in_batch
+        loss = loss / torch.as_tensor(num_tokens, device=loss.device).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP and FSDP average gradients over the ranks
+        if mode == "train":
+            self._seen = self._seen + (inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel())
+        return loss
+
+    @property
+    def _mode(self) -> str:
+        model: Any = self.model
+        return "train" if model.training else "eval"
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs with the averages since the last time, over all ranks."""
+        mode = self._mode
+        sums, self._sums[mode] = self._sums[mode], None
+        if sums is not None:
+            logs |= self._averages(sums, "" if mode == "train" else "eval_")
+        super().log(logs, start_time)
+
+    def _averages(self, sums: BatchSums, prefix: str) -> dict[str, float]:
+        seen = torch.as_tensor(self._seen, device=sums.values.device, dtype=sums.values.dtype)
+        *totals, seen_by_all = self.accelerator.reduce(torch.cat([sums.values, seen[None]]), reduction="sum").tolist()
+        total = dict(zip(sums.names, totals, strict=True))
+        names = _ALWAYS | (_ON_TARGETS if total["num_targets"] else {})
+        found = {prefix + name: total[of] / total[by] for name, (of, by) in names.items() if of in total and total[by]}
+        if prefix:
+            # SFTTrainer averages over batches, which differ in size.
+            return found | ({"eval_loss": total["loss"] / total["num_positions"]} if total["num_positions"] else {})
+        self._total_train_tokens += int(seen_by_all)
+        self._seen = 0
+        return found | {"num_tokens": self._total_train_tokens}
+
+
+def _later(schedule: Callable[[int], float], start: int, step: int) -> float:
+    return schedule(start + step)

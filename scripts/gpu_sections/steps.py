@@ -1,0 +1,183 @@
+"""Optimizer steps of a trainer, as a user would run it: seconds from end to end of a step, tokens, and the most memory held."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from distill.recipe import Recipe
+from distill.recipe_learning import Distillation
+from distill.trainers.arguments import training_arguments
+from distill.trainers.targets import StoredTargets
+from distill.trainers.traces import TraceTrainer
+from gpu_sections.frame import Figures
+
+WARM_UP, MEASURED = 2, 5
+Who = Literal["ours", "TRL"]
+
+
+class StepClock(TrainerCallback):
+    """Times whole steps, from the end of one to the end of the next, and counts the tokens of each.
+
+    Args:
+        device: Waited for at the end of each step.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self.ends: list[float] = []
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Notes the time; the peak counts from the end of the warm-up."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+        if self._cuda and len(self.ends) == WARM_UP:
+            torch.cuda.reset_peak_memory_stats()
+
+    @property
+    def step_s(self) -> list[float]:
+        """Seconds of each step behind the warm-up."""
+        return [end - start for start, end in zip(self.ends[WARM_UP - 1 :], self.ends[WARM_UP:])]
+
+
+def make_trainer(
+    who: Who,
+    model: PreTrainedModel,
+    rows: Dataset,
+    tokens: PreTrainedTokenizerBase,
+    *,
+    stored: StoredTargets | None = None,
+    steps: int = WARM_UP + MEASURED,
+    full: bool = False,
+    **arguments: Any,
+) -> SFTTrainer:
+    """A trainer on rows of token ids: the kit's with its own defaults, or TRL's as its documentation sets it up.
+
+    Args:
+        who: Whose.
+        model: Trained in place.
+        rows: Of `shapes.make_rows`.
+        tokens: Their tokenizer.
+        stored: Targets, for the kit's method kd.
+        steps: Optimizer steps.
+        full: Train every weight; else LoRA of rank 32 on all linear layers.
+        arguments: Of SFTConfig, for both alike.
+    """
+    device = model.device
+    common = {"max_steps": steps, "gradient_accumulation_steps": 1, "gradient_checkpointing": True, "save_strategy": "no"} | arguments
+    folder = Path(tempfile.mkdtemp(prefix="bench-"))
+    recipe = _recipe(full, common)
+    args = training_arguments(recipe, recipe.train, folder, device)
+    if who == "TRL":
+        chosen = {name: getattr(args, name) for name in ("max_length", "bf16", "fp16", "use_cpu", "learning_rate")}
+        args = SFTConfig(output_dir=str(folder), report_to="none", **(chosen | common))
+    adapter = None if full else LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")
+    given: dict[str, Any] = {"model": model, "args": args, "train_dataset": rows, "processing_class": tokens, "peft_config": adapter}
+    given["callbacks"] = [StepClock(device)]
+    if who == "TRL":
+        return SFTTrainer(**given)
+    objective = None if stored is None else Distillation().objective(stored.target)
+    return TraceTrainer(stored=stored, objective=objective, **given)
+
+
+def _recipe(full: bool, trainer_args: dict[str, Any]) -> Recipe:
+    adapter = {"type": "full"} if full else {"type": "lora"}
+    limit = trainer_args.pop("max_length", 4096)
+    return Recipe.model_validate(
+        {
+            "name": "bench",
+            "student": {"model": "random", "adapter": adapter},
+            "prompts": {"source": "none.jsonl"},
+            "traces": {"source": "none.jsonl"},
+            "train": {"max_length": limit, "trainer_args": {**trainer_args, "disable_tqdm": True}},
+            "evaluate": None,
+        }
+    )
+
+
+def measure(trainer: SFTTrainer, tokens_a_step: float) -> Figures:
+    """Median milliseconds of a step, tokens/s, and the peak in GiB (0 on a CPU).
+
+    Args:
+        trainer: Of `make_trainer`.
+        tokens_a_step: How many it reads on average.
+    """
+    [clock] = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StepClock)]
+    with quiet():
+        trainer.train()
+    step_s = statistics.median(clock.step_s)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    return {"step_ms": 1e3 * step_s, "tokens_per_s": tokens_a_step / step_s, "peak_gib": peak}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the lines and bars that a trainer prints."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):  # noqa: PTH123
+        yield
+
+
+def profile(trainer: SFTTrainer, loss: tuple[Any, str]) -> Figures:
+    """Median milliseconds of a step's parts; each is waited for, so their sum is more than an undisturbed step.
+
+    The kit takes the loss's gradients in the forward, TRL in the backward: compare forward and backward together.
+
+    Args:
+        trainer: Of `make_trainer`.
+        loss: The object and the name of its function that the loss is computed by, a part of the forward.
+    """
+    spent: dict[str, list[float]] = {"data": [], "forward": [], "loss": [], "backward": [], "optimizer": []}
+    _timed(trainer, "get_batch_samples", spent["data"])
+    _timed(trainer, "compute_loss", spent["forward"])
+    _timed(trainer.accelerator, "backward", spent["backward"])
+    plain_optimizer = trainer.create_optimizer
+
+    def create_optimizer(*args: Any, **kwargs: Any) -> Any:
+        optimizer = plain_optimizer(*args, **kwargs)
+        _timed(optimizer, "step", spent["optimizer"])
+        return optimizer
+
+    trainer.create_optimizer = create_optimizer  # type: ignore[method-assign]
+    before = getattr(*loss)
+    _timed(*loss, spent["loss"])
+    try:
+        with quiet():
+            trainer.train()
+    finally:
+        setattr(*loss, before)
+    found = {f"{part}_ms": 1e3 * statistics.median(times[WARM_UP:]) for part, times in spent.items() if len(times) > WARM_UP}
+    if "loss_ms" in found and "forward_ms" in found:
+        found["forward_ms"] -= found["loss_ms"]
+    return found
+
+
+def _timed(owner: Any, name: str, spent: list[float]) -> None:
+    """Lets a function note the seconds of each call."""
+    plain: Callable[..., Any] = getattr(owner, name)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = _now()
+        result = plain(*args, **kwargs)
+        spent.append(_now() - start)
+        return result
+
+    setattr(owner, name, timed)
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
