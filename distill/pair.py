@@ -30,7 +30,8 @@ from distill.recipe_base import Sampling
 from distill.recipe_learning import Score
 from distill.runlog import Clock, progress, say
 from distill.schema import TRACE
-from distill.scoring import Statistics, score_rows
+from distill.scored import Statistics
+from distill.scoring import score_rows
 from distill.stages import run_dir
 from distill.stages.prompts import split
 from distill.storage import StageFolder, delete_stage, write_text

@@ -27,9 +27,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from distill.batching import buffer_elements
 from distill.chat import IGNORE
 from distill.heads import backbone, head_of, logits_of
-from distill.scoring import BUFFER_BYTES, ScoredRow, TeacherScorer
+from distill.scored import ScoredRow
+from distill.scoring import LARGEST_BUFFER, TeacherScorer
 from distill.targets.files import TargetWriter
 from distill.targets.spec import ChosenToken, Sampled, TargetHeader, TargetSpec, TopK
 from distill.vocabulary import AlignedRow, Tokens, VocabularyMap
@@ -91,7 +93,7 @@ def own_vocabulary(vocab_size: int) -> VocabularyMap:
 def bare(model: PreTrainedModel, batches: list[list[AlignedRow]], vocab_size: int) -> None:
     """The forward alone: backbone, and head at the supervised positions. The rows of a batch have one length."""
     head = head_of(model, vocab_size)
-    chunk = BUFFER_BYTES // (4 * head.weight_VH.shape[0])
+    chunk = buffer_elements(model.device, LARGEST_BUFFER) // head.weight_VH.shape[0]
     with torch.inference_mode():
         for batch in batches:
             ids = torch.from_numpy(np.stack([row.teacher_ids for row in batch]).astype(np.int64)).to(model.device)
@@ -114,7 +116,7 @@ def scoring(model: PreTrainedModel, batches: list[list[AlignedRow]], spec: Targe
         ThreadPoolExecutor(1) as disk,
         TargetWriter(Path(folder) / "targets-00000.targets", header) as writer,
     ):
-        stored = [disk.submit(_append, writer, row) for batch in batches for row in scorer.score(batch)]
+        stored = [disk.submit(_append, writer, row) for batch in scorer.read(batches) for row in batch]
         writer_s = sum(future.result() for future in stored)
         writer.close()
         return Written(writer.path.stat().st_size, writer_s)

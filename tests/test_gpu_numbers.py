@@ -16,7 +16,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from distill.chat import IGNORE
 from distill.losses.distillation import DistillationLoss, StudentHead, distillation_loss
 from distill.losses.sparse import SparseTargets
-from distill.scoring import ScoredRow, score_rows
+from distill.scored import ScoredRow
+from distill.scoring import score_rows
 from distill.targets import kinds
 from distill.targets.codec import Codec, Targets
 from distill.targets.compare import Verification
@@ -324,19 +325,23 @@ def stored(scored: ScoredRow, spec: TargetSpec) -> Targets:
 def test_a_batch_of_eight_and_a_row_alone_agree_within_what_score_allows(
     spec: TargetSpec, dtype: torch.dtype, teacher: Any, rows: list[AlignedRow], own_vocabulary: VocabularyMap, record_property: Record
 ) -> None:
-    """What `score.verify_rows` compares: stored from batches, read again alone."""
+    """What `score.verify_rows` compares: stored from batches, read again alone. Those of the next position are found out."""
     model = cast(teacher, dtype)
     together, alone = (score_rows(model, rows, spec, own_vocabulary, size) for size in (8, 1))
-    verification = Verification(spec, exact=dtype == torch.float32)
+    verification, shifted = (Verification(spec, exact=dtype == torch.float32) for _ in range(2))
     for one, other in zip(together, alone, strict=True):
         verification.add(stored(one, spec), other.targets)
+        shifted.add(stored(one, spec)[1:], other.targets[:-1])
+    assert not shifted.holds
     if verification.agreement is not None:
         record_property("equal_draws_share", verification.agreement)
+        record_property("equal_draws_share_of_next_position", float(shifted.agreement or 0))
     else:
         difference = np.concatenate([differences(a.targets, b.targets) for a, b in zip(together, alone, strict=True)])
         record_property("max_abs_difference_nats", float(difference.max()))
         record_property("p99_abs_difference_nats", float(np.quantile(difference, 0.99)))
         record_property("largest_stored_difference_nats", verification.largest)
         record_property("beyond_share", verification.beyond / verification.compared)
+        record_property("beyond_share_of_next_position", shifted.beyond / shifted.compared)
         assert verification.compared > len(difference) / 2 > 50
     assert verification.holds, str(verification)

@@ -28,7 +28,7 @@ LAYERS = [
     {"stages", "trainers.live", "plots", "pages", "tables"},
     {"scoring", "trainers.arguments", "trainers.callbacks", "trainers.gold", "trainers.traces", "trainers.rows"},
     {"trainers.losshead"},
-    {"trainers.targets"},
+    {"trainers.targets", "scored"},
     {
         "engines.hf",
         "checks.math",
@@ -41,7 +41,7 @@ LAYERS = [
         "vocabulary",
         "pairing",
     },
-    {"losses.distillation"},
+    {"losses.distillation", "targets.blocks"},
     {"losses.chunked"},
     {"losses.objective"},
     {"engines", "checks.form", "processes"},

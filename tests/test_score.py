@@ -25,7 +25,8 @@ from distill.chat import IGNORE, ChatFormat, chat_format
 from distill.cli import main
 from distill.errors import IntegrityError
 from distill.schema import TRACE
-from distill.scoring import MIN_CARRIED, TeacherScorer, score_rows
+from distill.scored import MIN_CARRIED
+from distill.scoring import TeacherScorer, score_rows
 from distill.storage import StageFolder, check_files, digest_file, read_manifest
 from distill.targets.codec import Targets
 from distill.targets.compare import Verification
@@ -215,7 +216,7 @@ def test_targets_are_the_definition(spec: TargetSpec, other: bool, tiny_model_di
     assert vocabulary.identical != other
     assert model.get_output_embeddings().weight.shape[0] > vocabulary.teacher_size  # rows that pad the head
     rows = [align(trace, teacher, student, vocabulary) for trace in traces(6)]
-    small = TeacherScorer(model, spec, vocabulary, buffer_bytes=7 * 4 * 264).score(rows)  # a few positions at a time
+    small = TeacherScorer(model, spec, vocabulary, buffer=7 * 264).score(rows)  # a few positions at a time
     together = score_rows(model, rows, spec, vocabulary, batch_size=4)
     for row, one, two in zip(rows, small, together, strict=True):
         number = check_against(one.targets, dense(model, row, vocabulary), row, vocabulary, spec)

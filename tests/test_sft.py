@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from test_kd import (  # noqa: F401 (fixtures)
+    FULL,
     HALVES,
     KILLED,
     ONE_BATCH,
@@ -37,7 +38,6 @@ from distill.targets.spec import TopK
 from distill.trainers.traces import TraceTrainer
 
 FOLLOWS = {"method": "sft", "validation_prompts": 8}
-# Under FSDP an evaluation leaves the outermost weights whole until the next step; the processes look at them behind the last.
 EARLY = {"eval_strategy": "steps", "eval_steps": 4}
 
 
@@ -206,10 +206,13 @@ def test_fsdp_equals_one_process_and_resumes(make: Make, one: Path) -> None:  # 
     settings = {"VERSION": "2", "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
     environment = {"ACCELERATE_USE_FSDP": "true"} | {f"FSDP_{name}": value for name, value in settings.items()}
     two = make("fsdpsft", TopK(k=8), trainer_args=HALVES | EARLY, train=FOLLOWS)
-    whole, resumed = (make(name, trainer_args=KILLED | EARLY, train=FOLLOWS) for name in ("wholesft", "resumedsft"))
+    whole, resumed = (make(name, trainer_args=KILLED | EARLY, train=FOLLOWS, student=FULL) for name in ("wholesft", "resumedsft"))
     in_two_processes("FSDP", two, whole, f"{resumed}!", **environment)
     same_students(one, two, 1e-5)
     same_students(whole, resumed, 1e-6)
+    alone = make("fullsft", trainer_args=KILLED | EARLY | {"per_device_train_batch_size": 8}, train=FOLLOWS, student=FULL)
+    train(alone)
+    same_students(alone, whole, 1e-5)
 
 
 @pytest.mark.slow

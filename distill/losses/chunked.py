@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from distill.batching import buffer_elements
 from distill.losses import kernels
-from distill.losses.objective import PositionLosses, position_losses
+from distill.losses.objective import Teacher, position_gradient, position_losses, prepare
 from distill.losses.settings import Objective
 from distill.losses.sparse import SparseTargets
 
-# 128 MiB of float32: on a CPU the products with the head don't get faster above some hundred positions.
-_BUFFER_ELEMENTS = 2**25
-# On a GPU they do, up to some thousand. A 64th of its memory is the same on an 8 GiB card, and enough on one of 80.
-_BUFFER_SHARE, _LARGEST_BUFFER_ELEMENTS = 64, 2**28
+# Of float32, half as much again for the gradient in 16 bits: eight hundred positions of a vocabulary of 152,000, from where on a
+# GPU is busier than the processor that launches its work. (TRL's tiles take 320 MiB.)
+_LARGEST_BUFFER = 2**27
 # Elements worked on at once between products: on a CPU what its caches hold, elsewhere what is worth starting kernels for.
 _BLOCK_ELEMENTS = {"cpu": 2**18}
 _OTHER_BLOCK_ELEMENTS = 2**23
@@ -72,25 +72,27 @@ class ChunkedLoss(torch.autograd.Function):
         objective: Objective,
         targets: SparseTargets,
         labels_N: Tensor,
+        rows_M: Tensor,
         position_weights_N: Tensor | None,
         falls_back_N: Tensor | None,
         chunk_size: int | None,
         with_gradient: bool,
     ) -> tuple[Tensor, ...]:
-        """The `Sums`. `head` holds the same tensors as `weight_VH` and `bias_V`, which are there for their gradients."""
+        """The `Sums` over `rows_M`. `head` holds the same tensors as `weight_VH` and `bias_V`, which are there for their gradients."""
         needs = [needed and with_gradient for needed in ctx.needs_input_grad[:3]]
-        rows_M = (labels_N != -100).nonzero()[:, 0]
-        work = _Work(hidden_NH, head, objective, needs, len(rows_M), chunk_size)
-        sums = torch.zeros(len(Sums._fields), dtype=work.dtype, device=hidden_NH.device)
+        work = _Work(hidden_NH, rows_M, head, objective, needs, chunk_size)
+        weights_M = None if position_weights_N is None else position_weights_N[rows_M].to(work.dtype)
+        falls_back_M = None if falls_back_N is None else falls_back_N[rows_M]
+        targets = targets if len(rows_M) == len(labels_N) else targets.take(rows_M)
+        teacher = prepare(objective, targets, head.vocab_size, work.dtype, falls_back_M)
+        slots = Slots.of(targets.ids_NK, teacher.filled_nK, labels_N[rows_M])
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            for start in range(0, len(rows_M), work.chunk_size):
-                rows_n = rows_M[start : start + work.chunk_size]
-                weights_n = None if position_weights_N is None else position_weights_N[rows_n].to(work.dtype)
-                falls_back_n = None if falls_back_N is None else falls_back_N[rows_n]
-                sums += work.chunk(rows_n, labels_N[rows_n], targets.take(rows_n), weights_n, falls_back_n)
+            parts = [work.chunk(part, slots.part(part), teacher.part(part), weights_M) for part in work.parts()]
+        student = Student(*map(torch.cat, zip(*parts, strict=True))) if parts else work.nothing(slots)
+        sums = _sums(objective, teacher, slots, student, weights_M)
         ctx.scale = work.scale
         ctx.dtypes = hidden_NH.dtype, weight_VH.dtype, None if bias_V is None else bias_V.dtype
-        ctx.save_for_backward(work.grad_hidden_NH, work.grad_weight_VH, work.grad_bias_V)
+        ctx.save_for_backward(work.whole_grad_hidden(), work.grad_weight_VH, work.grad_bias_V)
         ctx.spent = False
         loss, *others = sums.unbind()
         loss, others = loss.clone(), [other.clone() for other in others]
@@ -108,25 +110,62 @@ class ChunkedLoss(torch.autograd.Function):
             None if gradient is None else gradient.mul_(factor).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *by_input, None, None, None, None, None, None, None, None
+        return *by_input, None, None, None, None, None, None, None, None, None
+
+
+class Slots(NamedTuple):
+    """The tokens that count by themselves at n positions: the candidates, and the written token."""
+
+    ids_nS: Tensor
+    """(n, K + 1). Padding stands for the written token once more: it is read nowhere and adds zeros there."""
+    absent_nS: Tensor
+    """Where there is padding, or the written token is a candidate already."""
+    is_written_nO: Tensor
+    """(n, K + 2) where the written token stands, once a position; all others are the last."""
+
+    @staticmethod
+    def of(ids_nK: Tensor, filled_nK: Tensor, labels_n: Tensor) -> Slots:
+        """Those of some positions."""
+        labels_n1 = labels_n[:, None]
+        is_label_nK = filled_nK & (ids_nK == labels_n1)
+        is_new_n1 = ~is_label_nK.any(1, keepdim=True)
+        ids_nS = torch.cat([torch.where(filled_nK, ids_nK, labels_n1), labels_n1], 1).long()
+        is_written_nO = torch.cat([is_label_nK, is_new_n1, torch.zeros_like(is_new_n1)], 1)
+        return Slots(ids_nS, ~torch.cat([filled_nK, is_new_n1], 1), is_written_nO)
+
+    def part(self, rows: slice) -> Slots:
+        """Some of the positions."""
+        return Slots(*(each[rows] for each in self))
+
+
+class Student(NamedTuple):
+    """What the student thinks at n positions."""
+
+    log_q_nO: Tensor
+    """(n, K + 2) log-probabilities of the candidates, of the written token if it is none of them, and of all others together."""
+    log_top_other_n: Tensor
+    """Of the most probable of the others."""
+    mean_gap_n: Tensor
+    """Mean of the others' log-probabilities under their own distribution, less that of the most probable; NaN where there is none."""
 
 
 class _Work:
     """The buffers of one call: what is accumulated over chunks, and what is overwritten by each."""
 
     def __init__(
-        self, hidden_NH: Tensor, head: Head, objective: Objective, needs: list[bool], positions: int, chunk_size: int | None
+        self, hidden_NH: Tensor, rows_M: Tensor, head: Head, objective: Objective, needs: list[bool], chunk_size: int | None
     ) -> None:
         device = hidden_NH.device
         compute = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden_NH.dtype
         self.dtype = torch.float64 if compute == torch.float64 else torch.float32
         self.scale = _FLOAT16_SCALE if compute == torch.float16 else 1.0
-        self.chunk_size = chunk_size or max(64, _buffer_elements(device) // head.vocab_size // 64 * 64)
-        self._hidden_NH, self._head, self._objective = hidden_NH, head, objective
-        self._weight_VH = head.weight_VH[: head.vocab_size].to(compute)
-        self._bias_V = None if head.bias_V is None else head.bias_V[: head.vocab_size]
-        rows = min(self.chunk_size, positions)
-        self._logits_nV = torch.empty((rows, head.vocab_size), dtype=self.dtype, device=device)
+        self._chunk_size = chunk_size or max(64, buffer_elements(device, _LARGEST_BUFFER) // head.vocab_size // 64 * 64)
+        self._head, self._objective = head, objective
+        self._rows_M, self._num_rows = rows_M, len(hidden_NH)
+        self._hidden_MH = (hidden_NH if len(rows_M) == len(hidden_NH) else hidden_NH[rows_M]).to(compute)
+        # The rows that pad a head to a size that devices like go through the products with the others.
+        self._weight_VH, self._bias_V = head.weight_VH.to(compute), head.bias_V
+        self._logits_nV = torch.empty((min(self._chunk_size, len(rows_M)), len(head.weight_VH)), dtype=self.dtype, device=device)
         self._needs_gradient = any(needs)
         self._fused = self.dtype == torch.float32 and kernels.available(device)
         slopes = head.softcap is not None and self._needs_gradient and not self._fused
@@ -134,47 +173,53 @@ class _Work:
         # The gradient in the type of the products. Of the logits' own type it takes their place.
         own = self._fused and self._needs_gradient and compute != self.dtype
         self._gradient_nV = torch.empty(self._logits_nV.shape, dtype=compute, device=device) if own else self._logits_nV
+        hidden, weight, bias = needs[0], needs[1], needs[2] and head.bias_V is not None
+        self._grad_hidden_MH = torch.empty(self._hidden_MH.shape, dtype=self.dtype, device=device) if hidden else None
         # Of the whole parameters, padding included: filling up at the end would take the memory twice.
-        self.grad_hidden_NH, self.grad_weight_VH, self.grad_bias_V = (
-            torch.zeros(tensor.shape, dtype=self.dtype, device=device) if needed and tensor is not None else None
-            for needed, tensor in zip(needs, (hidden_NH, head.weight_VH, head.bias_V), strict=True)
-        )
+        self.grad_weight_VH = torch.zeros(head.weight_VH.shape, dtype=self.dtype, device=device) if weight else None
+        self.grad_bias_V = torch.zeros(len(head.weight_VH), dtype=self.dtype, device=device) if bias else None
 
-    def chunk(
-        self, rows_n: Tensor, labels_n: Tensor, targets: SparseTargets, weights_n: Tensor | None, falls_back_n: Tensor | None
-    ) -> Tensor:
-        """The sums over some positions; adds their gradients to the accumulated ones."""
-        hidden_nH = self._hidden_NH[rows_n].to(self._weight_VH.dtype)
-        logits_nV = self._project(hidden_nH)
-        filled_nK = targets.filled_NK()
-        # Padding stands for the written token once more: it is read nowhere and adds zeros there.
-        slots_nS = torch.cat([torch.where(filled_nK, targets.ids_NK, labels_n[:, None]), labels_n[:, None]], 1).long()
-        is_label_nK = filled_nK & (targets.ids_NK == labels_n[:, None])
-        is_new_n1 = ~is_label_nK.any(1, keepdim=True)
-        at_slots_nS = logits_nV.gather(1, slots_nS)
-        logits_nS = at_slots_nS.masked_fill(~torch.cat([filled_nK, is_new_n1], 1), -math.inf)
-        logits_nV.scatter_(1, slots_nS, -math.inf)
+    def parts(self) -> list[slice]:
+        """The positions of each chunk."""
+        return [slice(start, start + self._chunk_size) for start in range(0, len(self._rows_M), self._chunk_size)]
+
+    def whole_grad_hidden(self) -> Tensor | None:
+        """(N, H) of all positions, those not supervised included."""
+        if self._grad_hidden_MH is None or len(self._grad_hidden_MH) == self._num_rows:
+            return self._grad_hidden_MH
+        whole_NH = self._grad_hidden_MH.new_zeros(self._num_rows, self._grad_hidden_MH.shape[1])
+        whole_NH[self._rows_M] = self._grad_hidden_MH
+        return whole_NH
+
+    def nothing(self, slots: Slots) -> Student:
+        """Of no positions."""
+        none_n = self._logits_nV.new_empty(0)
+        return Student(self._logits_nV.new_empty(slots.is_written_nO.shape), none_n, none_n)
+
+    def chunk(self, rows: slice, slots: Slots, teacher: Teacher, weights_M: Tensor | None) -> Student:
+        """What the student thinks at some positions; adds their gradients to the accumulated ones."""
+        logits_nV = self._project(self._hidden_MH[rows])
+        at_slots_nS = logits_nV.gather(1, slots.ids_nS)
+        logits_nV.scatter_(1, slots.ids_nS, -math.inf)
         peak_n, sum_n, gap_n = (kernels.statistics if self._fused else _exponentials)(logits_nV)
+        logits_nS = at_slots_nS.masked_fill(slots.absent_nS, -math.inf)
         logits_nO = torch.cat([logits_nS, (peak_n + sum_n.log())[:, None]], 1)
         # Relative to the highest first: at a logit of 40, float32 would round every probability by 4e-6.
         highest_n1 = logits_nO.amax(1, keepdim=True)
-        log_total_n1 = (logits_nO - highest_n1).logsumexp(-1, keepdim=True)
-        log_q_nO = logits_nO - highest_n1 - log_total_n1
-        log_other_n = (peak_n - highest_n1[:, 0] - log_total_n1[:, 0]).masked_fill(sum_n == 0, -math.inf)
-        log_peak_n = torch.maximum(log_q_nO[:, :-1].amax(1), log_other_n)
-        is_written_nO = torch.cat([is_label_nK, is_new_n1, torch.zeros_like(is_new_n1)], 1)
-        losses = position_losses(self._objective, targets, log_q_nO, is_written_nO, log_peak_n, logits_nV.shape[1], falls_back_n)
+        logits_nO -= highest_n1
+        log_total_n1 = logits_nO.exp().sum(1, keepdim=True).log_()
+        log_q_nO = logits_nO.sub_(log_total_n1)
         if self._needs_gradient:
-            gradient_nO = losses.gradient_nO * (self._head.logit_scale * self.scale)
-            gradient_nO = gradient_nO if weights_n is None else gradient_nO * weights_n[:, None]
+            gradient_nO = position_gradient(self._objective, teacher, log_q_nO, slots.is_written_nO)
+            scale = self._head.logit_scale * self.scale
+            if weights_M is not None:
+                gradient_nO = gradient_nO * (weights_M[rows, None] * scale)
+            elif scale != 1:
+                gradient_nO = gradient_nO * scale
             factor_n = (gradient_nO[:, -1] / sum_n).masked_fill(sum_n == 0, 0)
-            if self._fused:
-                gradient_nV = self._spread_fused(logits_nV, peak_n, factor_n, at_slots_nS, slots_nS, gradient_nO[:, :-1])
-            else:
-                gradient_nV = self._spread(logits_nV, factor_n, slots_nS, gradient_nO[:, :-1])
-            self._accumulate(rows_n, hidden_nH, gradient_nV)
-        is_hit_n = log_q_nO.masked_fill(~is_written_nO, -math.inf).amax(1) >= log_peak_n
-        return self._sums(losses, _entropy(log_q_nO, log_other_n + gap_n / sum_n), is_hit_n, weights_n)
+            spread = self._spread_fused if self._fused else self._spread
+            self._accumulate(rows, spread(logits_nV, peak_n, factor_n, at_slots_nS, slots.ids_nS, gradient_nO[:, :-1]))
+        return Student(log_q_nO, peak_n - highest_n1[:, 0] - log_total_n1[:, 0], gap_n / sum_n)
 
     def _project(self, hidden_nH: Tensor) -> Tensor:
         """Logits in the buffer, and beside it their slope by what goes into the cap."""
@@ -190,9 +235,12 @@ class _Work:
                 slope_nV = torch.mul(logits_nV, logits_nV, out=self._slope_nV[: len(hidden_nH)])
                 slope_nV.neg_().add_(1)
             logits_nV *= self._head.softcap
+        logits_nV[:, self._head.vocab_size :] = -math.inf
         return logits_nV
 
-    def _spread(self, exponentials_nV: Tensor, factor_n: Tensor, slots_nS: Tensor, gradient_nS: Tensor) -> Tensor:
+    def _spread(
+        self, exponentials_nV: Tensor, peak_n: Tensor, factor_n: Tensor, at_slots_nS: Tensor, slots_nS: Tensor, gradient_nS: Tensor
+    ) -> Tensor:
         """Turns the exponentials of the others into the gradient by what the head computes, before scale and cap."""
         exponentials_nV *= factor_n[:, None]
         exponentials_nV.scatter_add_(1, slots_nS, gradient_nS)
@@ -210,44 +258,42 @@ class _Work:
             gradient_nS = gradient_nS * (1 - (at_slots_nS / softcap).square())
         return gradient_nV.scatter_add_(1, slots_nS, gradient_nS.to(gradient_nV.dtype))
 
-    def _accumulate(self, rows_n: Tensor, hidden_nH: Tensor, gradient_nV: Tensor) -> None:
+    def _accumulate(self, rows: slice, gradient_nV: Tensor) -> None:
+        hidden_nH = self._hidden_MH[rows]
         if self.grad_bias_V is not None:
-            self.grad_bias_V[: self._head.vocab_size] += gradient_nV.sum(0, dtype=self.dtype)
+            self.grad_bias_V += gradient_nV.sum(0, dtype=self.dtype)
         narrow_nV = gradient_nV.to(hidden_nH.dtype)
-        if self.grad_hidden_NH is not None:
-            grad_nH = torch.empty(hidden_nH.shape, dtype=self.dtype, device=hidden_nH.device)
-            self.grad_hidden_NH[rows_n] = _matmul(narrow_nV, self._weight_VH, grad_nH)
+        if self._grad_hidden_MH is not None:
+            _matmul(narrow_nV, self._weight_VH, self._grad_hidden_MH[rows])
         if self.grad_weight_VH is None:
             return
-        grad_weight_VH = self.grad_weight_VH[: self._head.vocab_size]
         if _widens(narrow_nV):
-            torch.addmm(grad_weight_VH, narrow_nV.t(), hidden_nH, out_dtype=self.dtype, out=grad_weight_VH)
+            torch.addmm(self.grad_weight_VH, narrow_nV.t(), hidden_nH, out_dtype=self.dtype, out=self.grad_weight_VH)
         else:
             # Rounding each chunk's product to 16 bits before summing would bias the sum.
-            grad_weight_VH.addmm_(gradient_nV.t().to(self.dtype), hidden_nH.to(self.dtype))
-
-    def _sums(self, losses: PositionLosses, entropy_n: Tensor, is_hit_n: Tensor, weights_n: Tensor | None) -> Tensor:
-        kd_n, nll_n = (term_n if weights_n is None else term_n * weights_n for term_n in (losses.kd_n, losses.nll_n))
-        loss_n = self._objective.kd_weight * kd_n + losses.nll_weight_n * nll_n
-        by_name = {
-            "loss": loss_n,
-            "kd": kd_n,
-            "nll": nll_n,
-            "forward_kl": losses.forward_kl_n,
-            "log_ratio": losses.log_ratio_n,
-            "entropy": entropy_n,
-            "agreements": losses.agrees_n,
-            "hits": is_hit_n,
-            "targets": losses.has_target_n,
-        }
-        return torch.stack([by_name[name].sum(dtype=self.dtype) for name in Sums._fields])
+            self.grad_weight_VH.addmm_(gradient_nV.t().to(self.dtype), hidden_nH.to(self.dtype))
 
 
-def _buffer_elements(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _BUFFER_ELEMENTS
-    of_memory = torch.cuda.get_device_properties(device).total_memory // (4 * _BUFFER_SHARE)
-    return min(max(of_memory, _BUFFER_ELEMENTS), _LARGEST_BUFFER_ELEMENTS)
+def _sums(objective: Objective, teacher: Teacher, slots: Slots, student: Student, weights_M: Tensor | None) -> Tensor:
+    """The `Sums` as one tensor, of what the chunks found."""
+    log_q_nO = student.log_q_nO
+    # Where there are no others, neither the peak nor the mean of them is a number to be looked at.
+    log_top_other_n = student.log_top_other_n.masked_fill(log_q_nO[:, -1] == -math.inf, -math.inf)
+    log_peak_n = torch.maximum(log_q_nO[:, :-1].amax(1), log_top_other_n)
+    losses = position_losses(objective, teacher, log_q_nO, slots.is_written_nO, log_peak_n)
+    kd_n, nll_n = (term_n if weights_M is None else term_n * weights_M for term_n in (losses.kd_n, losses.nll_n))
+    by_name = {
+        "loss": objective.kd_weight * kd_n + teacher.nll_weight_n * nll_n,
+        "kd": kd_n,
+        "nll": nll_n,
+        "forward_kl": losses.forward_kl_n,
+        "log_ratio": losses.log_ratio_n,
+        "entropy": _entropy(log_q_nO, log_top_other_n + student.mean_gap_n),
+        "agreements": losses.agrees_n,
+        "hits": -losses.nll_n >= log_peak_n,
+        "targets": teacher.has_target_n,
+    }
+    return torch.stack([by_name[name].sum(dtype=log_q_nO.dtype) for name in Sums._fields])
 
 
 def _exponentials(logits_nV: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -171,14 +171,15 @@ def _loss(
     """The loss of arguments that were checked."""
     weight_VH, bias_V = _gathered(head.weight_VH), None if head.bias_V is None else _gathered(head.bias_V)
     plain = Head(weight_VH.detach(), None if bias_V is None else bias_V.detach(), vocab_size, head.logit_scale, head.softcap)
-    settings = plain, objective, targets, labels_N, position_weights_N, falls_back_N, chunk_size, torch.is_grad_enabled()
+    rows_M = (labels_N != -100).nonzero()[:, 0]
+    settings = plain, objective, targets, labels_N, rows_M, position_weights_N, falls_back_N, chunk_size, torch.is_grad_enabled()
     sums = Sums(*ChunkedLoss.apply(hidden_NH, weight_VH, bias_V, *settings))  # type: ignore[no-untyped-call]
     return DistillationLoss(
         loss=sums.loss,
         kd=sums.kd,
         nll=sums.nll,
         student_entropy=sums.entropy,
-        num_positions=int((labels_N != -100).sum()),
+        num_positions=len(rows_M),
         num_targets=sums.targets,
         forward_kl=sums.forward_kl if targets.kind == "top_k" else None,
         log_ratio=sums.log_ratio if targets.kind == "chosen_token" else None,

@@ -7,7 +7,6 @@ head. Both kernels give a tile of one row to a program, so that few long rows fi
 from __future__ import annotations
 
 import functools
-import math
 import os
 import warnings
 from collections.abc import Callable
@@ -36,7 +35,7 @@ def available(device: torch.device) -> bool:
     try:
         statistics(torch.zeros((1, 1), device=device))
     except Exception as error:  # C compilers, Triton and drivers raise many kinds, of which the message alone tells
-        warnings.warn(f"the loss works without Triton's kernels, slower: {error}", stacklevel=2)
+        warnings.warn(f"loss and scoring work without Triton's kernels, slower: {error}", stacklevel=2)
         return False
     return True
 
@@ -47,15 +46,12 @@ def statistics(logits_nV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     A logit of -inf adds nothing; a row of nothing else gives 0 three times. Rows are float32, each contiguous.
     """
     rows, parts = len(logits_nV), triton.cdiv(logits_nV.shape[1], _TILE)
-    peak_nP, sum_nP, gap_nP = logits_nV.new_empty((3, rows, parts)).unbind()
-    _launch(_statistics, logits_nV, peak_nP, sum_nP, gap_nP, logits_nV.stride(0))
-    peak_n = peak_nP.amax(1)
-    peak_n.masked_fill_(peak_n == -math.inf, 0)
-    # From each part's peak to the row's. The lowest finite number for -inf, whose product with 0 is no number.
-    shift_nP = (peak_nP - peak_n[:, None]).clamp_(min=torch.finfo(peak_n.dtype).min)
-    scale_nP = shift_nP.exp()
-    sum_nP *= scale_nP
-    return peak_n, sum_nP.sum(1), (gap_nP * scale_nP + shift_nP * sum_nP).sum(1)
+    of_tiles, of_rows = logits_nV.new_empty((3, rows, parts)), logits_nV.new_empty((3, rows))
+    if rows:
+        _launch(_statistics, logits_nV, *of_tiles, logits_nV.stride(0))
+        with torch.accelerator.device_index(logits_nV.device.index):
+            _combined[(rows,)](*of_tiles, *of_rows, parts, PARTS=triton.next_power_of_2(parts), num_warps=1)
+    return of_rows[0], of_rows[1], of_rows[2]
 
 
 def gradient(logits_nV: Tensor, peak_n: Tensor, factor_n: Tensor, out_nV: Tensor, softcap: float | None = None) -> Tensor:
@@ -107,6 +103,34 @@ def _statistics(
     tl.store(peak_nP + program, peak)
     tl.store(sum_nP + program, tl.sum(exponentials, 0))
     tl.store(gap_nP + program, tl.sum(tl.where(distances == float("-inf"), 0.0, exponentials * distances), 0))
+
+
+@_jit
+def _combined(
+    peak_nP: tl.tensor,
+    sum_nP: tl.tensor,
+    gap_nP: tl.tensor,
+    peak_n: tl.tensor,
+    sum_n: tl.tensor,
+    gap_n: tl.tensor,
+    parts: tl.tensor,
+    PARTS: tl.constexpr,
+) -> None:
+    """The statistics of a row from those of its tiles: each is taken from its own peak to the row's."""
+    row = tl.program_id(0)
+    columns = tl.arange(0, PARTS)
+    places, there = row * parts + columns, columns < parts
+    peaks = tl.load(peak_nP + places, mask=there, other=float("-inf"))
+    peak = tl.max(peaks, 0)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    shifts = peaks - peak
+    scales = tl.exp(shifts)
+    sums = tl.load(sum_nP + places, mask=there, other=0.0) * scales
+    gaps = tl.load(gap_nP + places, mask=there, other=0.0) * scales
+    tl.store(peak_n + row, peak)
+    tl.store(sum_n + row, tl.sum(sums, 0))
+    # A tile of nothing is infinitely far away, and adds nothing.
+    tl.store(gap_n + row, tl.sum(tl.where(scales == 0, 0.0, gaps + shifts * sums), 0))
 
 
 @_jit

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +26,8 @@ from distill.stages import folder
 from distill.storage import MANIFEST, Journal, Manifest, StageFolder, iter_rows, read_manifest
 
 if TYPE_CHECKING:
-    from distill.scoring import ScoredRow, Statistics, TeacherScorer
+    from distill.scored import ScoredRow, Statistics
+    from distill.scoring import TeacherScorer
     from distill.targets.files import TargetReader, TargetWriter
     from distill.targets.spec import TargetHeader
     from distill.vocabulary import AlignedRow, VocabularyMap
@@ -242,8 +242,7 @@ class _Work:
 
 def _score_part(work: _Work, index: int) -> None:
     """Writes a part, or what is missing of it, and gives it its name."""
-    from distill.batching import MemoryGuard, by_length
-    from distill.models import free_memory
+    from distill.batching import by_length
     from distill.targets.files import TargetWriter
 
     found = list(work.aligned(index, work.parts))
@@ -256,20 +255,13 @@ def _score_part(work: _Work, index: int) -> None:
     journal = Journal(work.journal(index))
     if not journal.batches:
         journal.append([{"key": key, "skipped": reason} for key, reason in skipped])
-    guard = MemoryGuard(work.scorer.score, free_memory)
     pending: Future[None] | None = None
     tokens = 0
     with TargetWriter(work.shard(index), work.header) as writer, ThreadPoolExecutor(1) as disk, contextlib.ExitStack() as stack:
         bar = stack.enter_context(progress(len(rows), "traces", "score", done=len(writer))) if is_main_process() else None
         # The same batches after a restart, so that its bytes are the same too.
-        for batch in by_length(rows, lambda row: len(row.teacher_ids), work.score.batch_size):
-            if all(row.key in writer for row in batch):
-                continue
-            start = time.perf_counter()
-            scored = list(guard.run(batch))
-            seconds = time.perf_counter() - start
-            for row in scored:
-                row.statistics.device_s = seconds / len(scored)
+        batches = by_length(rows, lambda row: len(row.teacher_ids), work.score.batch_size)
+        for scored in work.scorer.read([batch for batch in batches if any(row.key not in writer for row in batch)]):
             if pending is not None:
                 pending.result()
             pending = disk.submit(_store, scored, journal, writer)  # while the next batch is read
@@ -334,7 +326,7 @@ def _complete(work: _Work, out: StageFolder, clock: Clock) -> Manifest:
 
 def _gathered(work: _Work) -> tuple[Statistics, dict[str, int], list[str]]:
     """What all rows gave together, the reasons of those left out, and the keys of the others."""
-    from distill.scoring import Statistics
+    from distill.scored import Statistics
 
     by_key: dict[str, dict[str, Any]] = {}
     for index in range(work.parts):

@@ -30,9 +30,17 @@ class BitWriter:
 
     def fixed(self, values: Integers, width: int) -> None:
         """Adds a stream of the low `width` bits of values, at most 32."""
-        raw = values.astype("<u4").view(np.uint8).reshape(-1, 4)
-        bits = np.unpackbits(raw, axis=1, bitorder="little")[:, :width]
-        self._streams.append(np.packbits(bits, bitorder="little").tobytes())
+        # Eight values fill exactly `width` bytes, here words of 64 bits; one that begins in a word may end in the next.
+        groups = np.zeros((-(-len(values) // 8), 8), np.uint64)
+        groups.reshape(-1)[: len(values)] = values & ((1 << width) - 1)
+        words = np.zeros((len(groups), -(-width // 8)), "<u8")
+        for j in range(8):
+            word, shift = divmod(j * width, 64)
+            if width:
+                words[:, word] |= groups[:, j] << np.uint64(shift)
+            if shift + width > 64:
+                words[:, word + 1] |= groups[:, j] >> np.uint64(64 - shift)
+        self._streams.append(words.view(np.uint8)[:, :width].tobytes()[: -(-len(values) * width // 8)])
 
     def rice(self, values: Integers) -> None:
         """Adds a Rice-coded stream of values below 2^32, after a byte that says how many low bits stand apart."""

@@ -25,10 +25,13 @@ class Verification:
         self._target = target
         self._slack = 1e-3 if exact else 0.25
         # A logit of 40 in bfloat16 is a multiple of 0.25, so rounding alone moves some log-probabilities by more than the
-        # slack, and some of the draws from a long tail to a neighbour. Targets of another row or position differ nearly all.
+        # slack, and some of the draws from a long tail to a neighbour. Measured on an H200 (2026-11-26, tests/test_gpu_numbers.py:
+        # eight random layers, whose rounding trained ones don't reach), a batch of 8 against a row alone: in bfloat16 4.7 % of
+        # top_k, 1.3 % of chosen_token and 2.3 % of the draws, in float16 none, none and 1.6 %. Of the next position's targets
+        # over 75 % differ by more (on a CPU).
         self.least_agreement = 0.98 if exact else 0.75
         """Least share of equal draws."""
-        self.most_beyond = 0.0 if exact else 0.02
+        self.most_beyond = 0.0 if exact else 0.1
         """Largest share of log-probabilities that may differ by more."""
         self.largest = 0.0
         """Largest difference of a log-probability above ln 1e-4, in nats; not for `sampled`."""

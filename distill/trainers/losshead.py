@@ -60,8 +60,9 @@ def add_loss_head(model: PreTrainedModel, vocab_size: int | None = None, objecti
         hidden_BTH = backbone(self)(*args, **kwargs).last_hidden_state[:, :-1]
         layer: Any = self.get_output_embeddings()
         labels_BT = labels_BT[:, 1:].to(layer.weight.device)
-        supervised_BT = labels_BT != IGNORE
-        hidden_NH, labels_N = hidden_BTH.to(labels_BT.device)[supervised_BT], labels_BT[supervised_BT]
+        # Both by the same places: a mask would be searched, and the device waited for, twice.
+        places = (labels_BT != IGNORE).nonzero(as_tuple=True)
+        hidden_NH, labels_N = hidden_BTH.to(labels_BT.device)[places], labels_BT[places]
         with maybe_gather_lm_head_ctx(layer.weight, layer.bias):  # DeepSpeed ZeRO-3 leaves the weight empty until then
             if distillation is None:
                 found = likelihood_loss(hidden_NH, head_of(self), labels_N)

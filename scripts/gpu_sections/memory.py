@@ -98,7 +98,7 @@ def _peak_gib(bench: Bench, model: Any, length: int, target: Any) -> float:
         rows = shapes.make_rows([length] * 2, vocab_size, stored)
         precision = {} if bench.rehearse else {"bf16": True}
         arguments: dict[str, Any] = {"max_length": length, "per_device_train_batch_size": 1, "warmup_steps": 0} | precision
-        trainer = make_trainer("ours", model, rows, shapes.tokenizer(vocab_size), stored=stored, steps=2, **arguments)
+        trainer = make_trainer("ours", model, rows, shapes.tokenizer(vocab_size), stored=stored, steps=2, warm_up=1, **arguments)
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

@@ -33,24 +33,25 @@ class StepClock(TrainerCallback):
 
     Args:
         device: Waited for at the end of each step.
+        warm_up: Steps before those that count; the peak, too, counts from there.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+    def __init__(self, device: torch.device, warm_up: int = WARM_UP) -> None:
+        self._cuda, self._warm_up = device.type == "cuda", warm_up
         self.ends: list[float] = []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Notes the time; the peak counts from the end of the warm-up."""
+        """Notes the time."""
         if self._cuda:
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
-        if self._cuda and len(self.ends) == WARM_UP:
+        if self._cuda and len(self.ends) == self._warm_up:
             torch.cuda.reset_peak_memory_stats()
 
     @property
     def step_s(self) -> list[float]:
         """Seconds of each step behind the warm-up."""
-        return [end - start for start, end in zip(self.ends[WARM_UP - 1 :], self.ends[WARM_UP:])]
+        return [end - start for start, end in zip(self.ends[self._warm_up - 1 :], self.ends[self._warm_up :])]
 
 
 def make_trainer(
@@ -61,6 +62,7 @@ def make_trainer(
     *,
     stored: StoredTargets | None = None,
     steps: int = WARM_UP + MEASURED,
+    warm_up: int = WARM_UP,
     full: bool = False,
     **arguments: Any,
 ) -> SFTTrainer:
@@ -73,6 +75,7 @@ def make_trainer(
         tokens: Their tokenizer.
         stored: Targets, for the kit's method kd.
         steps: Optimizer steps.
+        warm_up: See `StepClock`.
         full: Train every weight; else LoRA of rank 32 on all linear layers.
         arguments: Of SFTConfig, for both alike.
     """
@@ -86,7 +89,7 @@ def make_trainer(
         args = SFTConfig(output_dir=str(folder), report_to="none", **(chosen | common))
     adapter = None if full else LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")
     given: dict[str, Any] = {"model": model, "args": args, "train_dataset": rows, "processing_class": tokens, "peft_config": adapter}
-    given["callbacks"] = [StepClock(device)]
+    given["callbacks"] = [StepClock(device, warm_up)]
     if who == "TRL":
         return SFTTrainer(**given)
     objective = None if stored is None else Distillation().objective(stored.target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from gpu_sections.frame import CUT, ITSELF, Row, Run, Section
 _COMMAND = "python scripts/bench_gpu.py"
 _UNITS = {"ms": "ms", "s": "s", "gib": "GiB", "mib": "MiB", "gb": "GB", "nats": "nats", "percent": "%", "tokens": "tokens"}
 _NAMES = {"trl": "TRL", "sft": "SFT", "kd": "KD", "nll": "NLL", "lora": "LoRA", "gib": "GiB", "gpu": "GPU"}
+_MOST_COLUMNS = 12
 _ABOUT = """Made by the command above, which measures every case beside its peer in one run. Ratios (*of ...*) are multiples of that
 peer's figure; peaks are those of torch's allocator, in GiB. A card's rows are the newest of each case; a later run that had no
 time for a case keeps the earlier row, and the numbers of runs stand under *Runs* at the end."""
@@ -67,15 +69,25 @@ def _table(kept: Sequence[_Kept]) -> str:
     if not kept:
         return "not measured yet"
     names = list(dict.fromkeys(name for row, _ in kept for name in row.figures))
+    if len(names) > _MOST_COLUMNS:
+        kept, names = [_in_words(each) for each in kept], []
     several = len({run for _, run in kept}) > 1
     problems = any(row.problem for row, _ in kept)
-    heads = ["case", *map(_head, names), *(["why not"] if problems else []), *(["run"] if several else [])]
+    figures_or_why = "found, or why not" if not names else "why not"
+    heads = ["case", *map(_head, names), *([figures_or_why] if problems else []), *(["run"] if several else [])]
     whole = {name: all(float(row.figures.get(name, 0)).is_integer() for row, _ in kept) for name in names}
     lines = [_line(heads), _line(["---", *(["---:"] * len(names)), *(["---"] if problems else []), *(["---:"] if several else [])])]
     for row, run in kept:
         figures = [_number(row.figures[name], whole[name]) if name in row.figures else "" for name in names]
         lines.append(_line([row.case, *figures, *([row.problem or ""] if problems else []), *([str(run)] if several else [])]))
     return "\n".join(lines)
+
+
+def _in_words(kept: _Kept) -> _Kept:
+    """A row whose figures are words, for a section whose cases found too different things for columns."""
+    row = kept.row
+    found = "; ".join(f"{_head(name)} {_number(value, float(value).is_integer())}" for name, value in row.figures.items())
+    return _Kept(replace(row, figures={}, problem=row.problem or found), kept.run)
 
 
 def _runs(runs: Sequence[Run]) -> str:
