@@ -27,7 +27,8 @@ def buffer_elements(device: torch.device, most: int) -> int:
     """
     if device.type != "cuda":
         return _BUFFER_ELEMENTS
-    of_memory = torch.cuda.get_device_properties(device).total_memory // (4 * _BUFFER_SHARE)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * torch.cuda.get_device_properties(device).total_memory
+    of_memory = int(allowed) // (4 * _BUFFER_SHARE)
     return min(max(of_memory, _BUFFER_ELEMENTS), most)
 
 

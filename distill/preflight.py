@@ -189,7 +189,7 @@ def _loss(recipe: Recipe, student: ChatFormat) -> str:
     assert recipe.score is not None
     target = recipe.score.target
     recipe.train.kd.check_size(target, max(student.tokenizer.get_vocab().values()) + 1)
-    if recipe.follows_teacher:
+    if recipe.follows_teacher and not recipe.rounds:
         return f"the likelihood; the divergence from the teacher is followed on {recipe.train.validation_prompts:,} prompts"
     return f"{recipe.train.kd.objective(target).divergence} from {target.kind} targets"
 

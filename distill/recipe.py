@@ -319,8 +319,8 @@ class Recipe(Section):
     @property
     def follows_teacher(self) -> bool:
         """Whether method sft is to measure the student's divergence from the teacher, on validation prompts."""
-        scores = self.score is not None and (self.rounds == 0 or (self.rollouts is not None and self.rollouts.teacher_share > 0))
-        return self.trains_on_traces and self.train.method == "sft" and self.train.validation_prompts > 0 and scores
+        scores = self.score is not None and (self.rollouts is None or self.rollouts.teacher_share > 0)
+        return scores and self.trains_on_traces and self.train.method == "sft" and self.train.validation_prompts > 0
 
     @property
     def train_in_rounds(self) -> Train:
@@ -356,7 +356,7 @@ class Recipe(Section):
             raise ValueError(f"rounds repeat stored-target distillation; train.method {self.train.method} is on-policy by itself")
         uses_targets = self.rounds > 0 or self.train.method == "kd"
         if uses_targets != (self.score is not None) and not self.follows_teacher:
-            advice = "add it" if uses_targets else "leave it out, or set train.validation_prompts, on which sft can follow the divergence"
+            advice = "add it" if uses_targets else "leave it out, or, with sft, set train.validation_prompts to follow the divergence on"
             raise ValueError(f"the section score goes with train.method kd or with rounds: {advice}")
         self._rounds_fit()
         if not uses_targets and self.train.kd != Distillation():

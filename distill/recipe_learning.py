@@ -76,10 +76,6 @@ class Distillation(Section):
         divergence = self.divergence or default_divergence(target.kind)
         return Objective(target.kind, divergence, self.jsd_beta, self.temperature, self.weight, self.nll_weight)
 
-    def measure(self, target: TargetSpec) -> Objective:
-        """The likelihood, while the divergence from the teacher is followed: how method sft uses targets of validation rows."""
-        return Objective(target.kind, default_divergence(target.kind), None, temperature=1.0, kd_weight=0.0, nll_weight=1.0)
-
     def check_size(self, target: TargetSpec, vocab_size: int) -> None:
         """Refuses what shows only once the student's vocabulary is known.
 
@@ -199,8 +195,8 @@ class Train(Section):
     `trl.SFTConfig` for sft and kd, `DistillationConfig` for on_policy, `ServerDistillationConfig` with a served teacher,
     `GOLDConfig` for cross_tokenizer."""
     validation_prompts: Annotated[int, Field(ge=0)] = 0
-    """Prompts whose traces are not trained on, to follow the loss on them; with kd, and with sft where the recipe has a section
-    score, also the divergence from the teacher."""
+    """Prompts whose traces are not trained on, to follow the loss on them; with kd also the divergence from the teacher. With sft that,
+    too, where the recipe has a section score, which then scores all curated traces (with rounds: where they have a teacher_share)."""
 
     @model_validator(mode="before")
     @classmethod

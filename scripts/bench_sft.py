@@ -22,6 +22,7 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
 import torch
 from gpu_sections import shapes
 from gpu_sections.frame import Figures
@@ -55,8 +56,8 @@ def run_one(name: str, arguments: argparse.Namespace) -> Figures:
             warmup_steps=0,
             bf16=False,
         )
-        before = _peak_gib()
-        found = measure(trainer, arguments.length * arguments.batch)
+        before = psutil.Process().memory_info().rss / 2**30
+        found = measure(trainer)
     return {"step_ms": found["step_ms"], "peak_gib": _peak_gib() - before, "whole_gib": _peak_gib()}
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton, which comes with torch for GPUs only", allow_module_level=True)
 
+pytestmark = pytest.mark.gpu  # where there is none, they are interpreted
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF = math.inf
 # An exponential of d has the relative error of a few roundings and, since d itself is rounded, of |d| more.

@@ -92,7 +92,6 @@ def same_as_trl(ours: dict[str, Any], theirs: dict[str, Any], averages: tuple[st
         {"packing": True, "max_length": 256, "per_device_train_batch_size": 2},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3},
         {"gradient_checkpointing": True},
-        {"use_liger_kernel": False, "average_tokens_across_devices": False},
     ],
     ids=lambda settings: " ".join(settings) or "LoRA",
 )

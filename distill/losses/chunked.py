@@ -9,6 +9,7 @@ into exponentials and then into the gradient, or, where Triton runs, by two kern
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from distill.losses.sparse import SparseTargets
 
 # Of float32, half as much again for the gradient in 16 bits: eight hundred positions of a vocabulary of 152,000, from where on a
 # GPU is busier than the processor that launches its work. (TRL's tiles take 320 MiB.)
-_LARGEST_BUFFER = 2**27
+LARGEST_BUFFER = 2**27
 # Elements worked on at once between products: on a CPU what its caches hold, elsewhere what is worth starting kernels for.
 _BLOCK_ELEMENTS = {"cpu": 2**18}
 _OTHER_BLOCK_ELEMENTS = 2**23
@@ -81,15 +82,17 @@ class ChunkedLoss(torch.autograd.Function):
         """The `Sums` over `rows_M`. `head` holds the same tensors as `weight_VH` and `bias_V`, which are there for their gradients."""
         needs = [needed and with_gradient for needed in ctx.needs_input_grad[:3]]
         work = _Work(hidden_NH, rows_M, head, objective, needs, chunk_size)
-        weights_M = None if position_weights_N is None else position_weights_N[rows_M].to(work.dtype)
-        falls_back_M = None if falls_back_N is None else falls_back_N[rows_M]
-        targets = targets if len(rows_M) == len(labels_N) else targets.take(rows_M)
-        teacher = prepare(objective, targets, head.vocab_size, work.dtype, falls_back_M)
-        slots = Slots.of(targets.ids_NK, teacher.filled_nK, labels_N[rows_M])
+        sums = torch.zeros(len(Sums._fields), dtype=work.dtype, device=hidden_NH.device)
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            parts = [work.chunk(part, slots.part(part), teacher.part(part), weights_M) for part in work.parts()]
-        student = Student(*map(torch.cat, zip(*parts, strict=True))) if parts else work.nothing(slots)
-        sums = _sums(objective, teacher, slots, student, weights_M)
+            for start, parts in work.groups(targets.ids_NK.shape[1]):
+                rows_m = rows_M[start : start + parts[-1].stop]
+                weights_m = None if position_weights_N is None else position_weights_N[rows_m].to(work.dtype)
+                falls_back_m = None if falls_back_N is None else falls_back_N[rows_m]
+                taken = targets.take(rows_m)
+                teacher = prepare(objective, taken, head.vocab_size, work.dtype, falls_back_m)
+                slots = Slots.of(taken.ids_NK, teacher.filled_nK, labels_N[rows_m])
+                found = [work.chunk(start, part, slots.part(part), teacher.part(part), weights_m) for part in parts]
+                sums += _sums(objective, teacher, slots, Student(*map(torch.cat, zip(*found, strict=True))), weights_m)
         ctx.scale = work.scale
         ctx.dtypes = hidden_NH.dtype, weight_VH.dtype, None if bias_V is None else bias_V.dtype
         ctx.save_for_backward(work.whole_grad_hidden(), work.grad_weight_VH, work.grad_bias_V)
@@ -159,7 +162,7 @@ class _Work:
         compute = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden_NH.dtype
         self.dtype = torch.float64 if compute == torch.float64 else torch.float32
         self.scale = _FLOAT16_SCALE if compute == torch.float16 else 1.0
-        self._chunk_size = chunk_size or max(64, buffer_elements(device, _LARGEST_BUFFER) // head.vocab_size // 64 * 64)
+        self._chunk_size = chunk_size or max(64, buffer_elements(device, LARGEST_BUFFER) // len(head.weight_VH) // 64 * 64)
         self._head, self._objective = head, objective
         self._rows_M, self._num_rows = rows_M, len(hidden_NH)
         self._hidden_MH = (hidden_NH if len(rows_M) == len(hidden_NH) else hidden_NH[rows_M]).to(compute)
@@ -179,9 +182,16 @@ class _Work:
         self.grad_weight_VH = torch.zeros(head.weight_VH.shape, dtype=self.dtype, device=device) if weight else None
         self.grad_bias_V = torch.zeros(len(head.weight_VH), dtype=self.dtype, device=device) if bias else None
 
-    def parts(self) -> list[slice]:
-        """The positions of each chunk."""
-        return [slice(start, start + self._chunk_size) for start in range(0, len(self._rows_M), self._chunk_size)]
+    def groups(self, candidates: int) -> Iterator[tuple[int, list[slice]]]:
+        """Groups of chunks: the position that each begins at, and its chunks counted from there.
+
+        What is the same for every chunk is done once a group, which saves launches; a group's candidates take a fraction of the buffer.
+        """
+        chunks = max(1, self._logits_nV.numel() // (16 * (candidates + 2) * self._chunk_size))
+        size = chunks * self._chunk_size
+        for start in range(0, len(self._rows_M), size):
+            end = min(size, len(self._rows_M) - start)
+            yield start, [slice(place, min(place + self._chunk_size, end)) for place in range(0, end, self._chunk_size)]
 
     def whole_grad_hidden(self) -> Tensor | None:
         """(N, H) of all positions, those not supervised included."""
@@ -191,13 +201,9 @@ class _Work:
         whole_NH[self._rows_M] = self._grad_hidden_MH
         return whole_NH
 
-    def nothing(self, slots: Slots) -> Student:
-        """Of no positions."""
-        none_n = self._logits_nV.new_empty(0)
-        return Student(self._logits_nV.new_empty(slots.is_written_nO.shape), none_n, none_n)
-
-    def chunk(self, rows: slice, slots: Slots, teacher: Teacher, weights_M: Tensor | None) -> Student:
-        """What the student thinks at some positions; adds their gradients to the accumulated ones."""
+    def chunk(self, start: int, part: slice, slots: Slots, teacher: Teacher, weights_m: Tensor | None) -> Student:
+        """What the student thinks at a part of the group that begins at `start`; adds its gradients to the accumulated ones."""
+        rows = slice(start + part.start, start + part.stop)
         logits_nV = self._project(self._hidden_MH[rows])
         at_slots_nS = logits_nV.gather(1, slots.ids_nS)
         logits_nV.scatter_(1, slots.ids_nS, -math.inf)
@@ -212,8 +218,8 @@ class _Work:
         if self._needs_gradient:
             gradient_nO = position_gradient(self._objective, teacher, log_q_nO, slots.is_written_nO)
             scale = self._head.logit_scale * self.scale
-            if weights_M is not None:
-                gradient_nO = gradient_nO * (weights_M[rows, None] * scale)
+            if weights_m is not None:
+                gradient_nO = gradient_nO * (weights_m[part, None] * scale)
             elif scale != 1:
                 gradient_nO = gradient_nO * scale
             factor_n = (gradient_nO[:, -1] / sum_n).masked_fill(sum_n == 0, 0)

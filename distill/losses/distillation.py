@@ -11,10 +11,8 @@ from torch.distributed.tensor import DTensor, Partial
 
 from distill.errors import DataError, ModelError, RecipeError
 from distill.losses.chunked import ChunkedLoss, Head, Sums
-from distill.losses.settings import Divergence, Objective
+from distill.losses.settings import Divergence, Objective, likelihood
 from distill.losses.sparse import SparseTargets, check_targets
-
-_LIKELIHOOD = Objective("chosen_token", "policy_gradient", None, temperature=1.0, kd_weight=0.0, nll_weight=1.0)
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def distillation_loss(
         position_weights_N: Factors of both terms at each position; None for 1. The metrics beside `kd` and `nll` ignore them.
         falls_back_N: (N,) bool: positions at which, if they have no target, the negative log-likelihood is added with
             kd_weight: the written token then stands for the teacher's whole distribution. None for no position.
-        chunk_size: Positions at once; None fills a buffer of 128 MiB. It changes speed and memory, not the result.
+        chunk_size: Positions at once; None fills a buffer of 128 MiB, on a GPU up to 512. It changes speed and memory, not the result.
 
     Raises:
         DataError: shapes, devices, types or ids don't fit, or a temperature was asked for with candidates missing.
@@ -154,7 +152,7 @@ def likelihood_loss(hidden_NH: Tensor, head: StudentHead, labels_N: Tensor, *, c
     vocab_size = _check(hidden_NH, head, labels_N, None, chunk_size)
     nothing = SparseTargets("chosen_token", labels_N.new_empty(len(labels_N), 0), hidden_NH.new_full((len(labels_N), 1), -math.inf))
     check_targets(nothing, labels_N, vocab_size)
-    return _loss(hidden_NH, head, vocab_size, labels_N, nothing, _LIKELIHOOD, None, None, chunk_size)
+    return _loss(hidden_NH, head, vocab_size, labels_N, nothing, likelihood(nothing.kind), None, None, chunk_size)
 
 
 def _loss(

@@ -34,6 +34,8 @@ def available(device: torch.device) -> bool:
         return False
     try:
         statistics(torch.zeros((1, 1), device=device))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # C compilers, Triton and drivers raise many kinds, of which the message alone tells
         warnings.warn(f"loss and scoring work without Triton's kernels, slower: {error}", stacklevel=2)
         return False

@@ -56,6 +56,11 @@ class Objective:
                 raise RecipeError(f"loss: {name} must not be negative, got {weight}.")
 
 
+def likelihood(kind: Kind) -> Objective:
+    """The likelihood alone, while what the targets of a kind tell of the divergence is measured."""
+    return Objective(kind, default_divergence(kind), None, temperature=1.0, kd_weight=0.0, nll_weight=1.0)
+
+
 def default_divergence(kind: Kind) -> Divergence:
     """The divergence a kind of targets is made for."""
     return _ALLOWED[kind][1][0]

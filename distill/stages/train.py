@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distill.errors import ModelError, RecipeError
+from distill.losses.settings import likelihood
 from distill.recipe import Recipe
 from distill.recipe_learning import SchedulePart, Train
 from distill.runlog import Clock, is_main_process, say
@@ -228,9 +229,10 @@ def _make_trainer(
     elif stored is None:
         trainer = TraceTrainer(**common)
     else:
-        settings = plan.train.kd
-        objective = settings.measure(stored.target) if plan.train.method == "sft" else settings.objective(stored.target)
-        trainer = TraceTrainer(stored=stored, objective=objective, half_life=settings.early_half_life, part=plan.part, **common)
+        settings, follows = plan.train.kd, plan.train.method == "sft"
+        objective = likelihood(stored.target.kind) if follows else settings.objective(stored.target)
+        half_life = None if follows else settings.early_half_life
+        trainer = TraceTrainer(stored=stored, objective=objective, half_life=half_life, part=plan.part, **common)
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     trained: Any = trainer.model
     if student.adapter.type == "lora":

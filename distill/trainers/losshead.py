@@ -29,7 +29,7 @@ class BatchSums:
 
     def __init__(self, found: DistillationLoss) -> None:
         known = {name: value for name, value in vars(found).items() if value is not None}
-        exact = torch.float32 if found.loss.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        exact = torch.float64 if found.loss.device.type in ("cpu", "cuda") else torch.float32  # Apple's and Intel's may have none
         self.names = list(known)
         self.values = torch.stack([torch.as_tensor(value, dtype=exact, device=found.loss.device).detach() for value in known.values()])
 
@@ -41,8 +41,9 @@ class BatchSums:
 def add_loss_head(model: PreTrainedModel, vocab_size: int | None = None, objective: Objective | None = None) -> None:
     """Lets `model(..., labels=..., trace_loss=True)` return the loss instead of logits: the likelihood, or that on targets.
 
-    The result is a dictionary: `loss`, the sum over supervised tokens, which alone has a gradient; `num_positions`; and
-    `sums`, a `BatchSums`. Without `trace_loss` the forward is the one it was.
+    The result is a dictionary: `loss`, the mean over supervised tokens, which alone has a gradient; `num_positions`; and `sums`, a
+    `BatchSums`. A mean, since FSDP gives it in the type of the weights, and a sum may be larger than any float16. Without
+    `trace_loss` the forward is the one it was.
 
     Args:
         model: A causal language model, not wrapped by peft.
@@ -81,6 +82,6 @@ def add_loss_head(model: PreTrainedModel, vocab_size: int | None = None, objecti
                     position_weights_N=distillation.weights_M,
                     falls_back_N=distillation.falls_back_M,
                 )
-        return {"loss": found.loss, "num_positions": found.num_positions, "sums": BatchSums(found)}
+        return {"loss": found.loss / max(found.num_positions, 1), "num_positions": found.num_positions, "sums": BatchSums(found)}
 
     model.forward = types.MethodType(forward, model)

@@ -107,10 +107,11 @@ class TraceTrainer(SFTTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *others: Any) -> Any:
         """Rows are tokens already; SFTTrainer's own would drop `target_index` when it packs."""
-        if not packing:
-            return dataset
-        shuffled = dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
-        return pack_dataset(shuffled, args.max_length, args.packing_strategy)
+
+        def shuffled(rows: Any) -> Any:
+            return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
+
+        return shuffled(pack_dataset(shuffled(dataset), args.max_length, args.packing_strategy) if packing else dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns: Any = ["input_ids", "labels", "seq_lengths", "target_index"]
@@ -121,25 +122,32 @@ class TraceTrainer(SFTTrainer):
         Raises:
             ModelError: the outputs were asked for, which this loss never computes.
         """
-        if self._loss_is_trls and "distillation" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
+        if self._loss_is_trls:
+            if "distillation" in inputs:
+                with torch.no_grad():
+                    self._add(model(**inputs, use_cache=False, trace_loss=True)["sums"])
+            plain = {name: value for name, value in inputs.items() if name != "distillation"}
+            return super().compute_loss(model, plain, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
         if return_outputs:
             raise ModelError("train: the loss has no logits to return. Leave compute_metrics out.")
         outputs = model(**inputs, use_cache=False, trace_loss=True)
-        mode, sums = self._mode, outputs["sums"]
+        mode, sums, num_positions = self._mode, outputs["sums"], max(outputs["num_positions"], 1)
         # FSDP gives the loss in the type of the weights; its value, unlike its gradient, needs more than three digits.
-        loss = outputs["loss"] + (sums.of("loss").float() - outputs["loss"].detach())
-        before = self._sums[mode]
-        if before is not None:
-            sums.values += before.values
-        self._sums[mode] = sums
-        num_tokens = outputs["num_positions"] if num_items_in_batch is None else num_items_in_batch
-        loss = loss / torch.as_tensor(num_tokens, device=loss.device).clamp(min=1)
+        loss = outputs["loss"] + (sums.of("loss").float() / num_positions - outputs["loss"].detach())
+        self._add(sums)
+        num_tokens = num_positions if num_items_in_batch is None else num_items_in_batch
+        loss = loss * num_positions / torch.as_tensor(num_tokens, device=loss.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP and FSDP average gradients over the ranks
         if mode == "train":
             self._seen = self._seen + (inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel())
         return loss
+
+    def _add(self, sums: BatchSums) -> None:
+        before = self._sums[self._mode]
+        if before is not None:
+            sums.values += before.values
+        self._sums[self._mode] = sums
 
     @property
     def _mode(self) -> str:
@@ -162,7 +170,11 @@ class TraceTrainer(SFTTrainer):
         found = {prefix + name: total[of] / total[by] for name, (of, by) in names.items() if of in total and total[by]}
         if prefix:
             # SFTTrainer averages over batches, which differ in size.
-            return found | ({"eval_loss": total["loss"] / total["num_positions"]} if total["num_positions"] else {})
+            averages = not self._loss_is_trls and total["num_positions"]
+            return found | ({"eval_loss": total["loss"] / total["num_positions"]} if averages else {})
+        if not self._total_train_tokens:  # a resumed run goes on counting
+            known = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
+            self._total_train_tokens = int(next(known, 0))
         self._total_train_tokens += int(seen_by_all)
         self._seen = 0
         return found | {"num_tokens": self._total_train_tokens}

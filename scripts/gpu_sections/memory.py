@@ -1,19 +1,26 @@
 """Section 5: the longest sequence that a step takes under a limit of memory, found by a few steps and a straight line.
 
 With checkpointing and an attention that holds no scores, memory grows linearly with length. So the peaks at two lengths
-say where the limit will be met; the step is then tried there under the limit itself, and shortened until it runs.
+say where the limit will be met; the step is then tried there under the limit itself, and shortened until it runs. The
+limit is what the allocator may take, less what a driver's context takes; the kit sizes the loss's buffers by it, as it
+would on a card of that size.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import importlib
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from distill.batching import buffer_elements
+from distill.losses.chunked import LARGEST_BUFFER
 from gpu_sections import shapes
 from gpu_sections.frame import Bench, Case, Cases, Figures, Skipped, installed
 from gpu_sections.steps import make_trainer, quiet
@@ -23,93 +30,116 @@ CONTEXT_GIB = 0.6
 """What the driver's context takes of a card beside what torch's allocator counts, on recent cards."""
 LENGTHS = (1024, 4096)
 STEP = 256
-TRIES = 3
-"""Lengths tried under a limit: 3 % under the predicted one, then each time 4 % shorter."""
+SHARES = (0.97, 0.93, 0.88)
+"""Lengths tried under a limit, of the predicted one."""
 LONGEST = 65_536
 
 
 def cases(bench: Bench) -> Cases:
     """The longest sequence of SFT and of KD, a row a step, under LoRA of rank 32."""
-    plans = [("1.5B", False), ("7B", True), ("0.5B", False)]
-    for size, in_4_bits in plans:
+    for size, in_4_bits in (("1.5B", False), ("7B", True), ("0.5B", False)):
+        name = f"{size}{' in 4 bits' if in_4_bits else ''}, LoRA r 32"
         if in_4_bits and not installed("bitsandbytes"):
-            yield Case(f"{size} in 4 bits", _no_bitsandbytes)
+            yield Case(name, _no_bitsandbytes)
             continue
+        trial = _Trial(bench, size, in_4_bits)
         for method, target in (("SFT", None), ("KD top_k 64", shapes.TOP_K)):
-            label = f"{size}{' in 4 bits' if in_4_bits else ''}, LoRA r 32, {method}"
-            yield Case(label, functools.partial(_longest, bench, size, in_4_bits, target))
+            line = yield Case(f"{name}, {method}", functools.partial(trial.line, target))
+            if line is None:
+                continue
+            for limit in LIMITS_GIB:
+                yield Case(f"{name}, {method}, {limit} GiB", functools.partial(trial.longest, target, line, limit))
+        trial.model = None
 
 
 def _no_bitsandbytes() -> Figures:
     raise Skipped("bitsandbytes is not installed: `pip install -e '.[qlora]'`")
 
 
-def _longest(bench: Bench, size: str, in_4_bits: bool, target: Any) -> Figures:
-    """Tokens under each limit, 0 where not even a short one fits; and GiB a thousand tokens."""
-    lengths = (16, 64) if bench.rehearse else LENGTHS
-    model = build(bench, size, in_4_bits)
-    peaks = [_peak_gib(bench, model, length, target) for length in lengths]
-    slope = max((peaks[1] - peaks[0]) / (lengths[1] - lengths[0]), 1e-9)
-    base = peaks[0] - slope * lengths[0]
-    found = {"base_gib": base, "gib_per_1k_tokens": 1000 * slope}
-    for limit in LIMITS_GIB:
-        if bench.allowance.left_s <= 0:
-            break
-        predicted = int((limit - CONTEXT_GIB - base) / slope)
-        found[f"tokens_in_{limit}_gib"] = _confirmed(bench, model, min(predicted, LONGEST), limit, target)
-    return found
+class _Trial:
+    """Steps of one model at several lengths.
 
+    Args:
+        bench: Where.
+        size: Of the model.
+        in_4_bits: Whether its weights are.
+    """
 
-def _confirmed(bench: Bench, model: Any, predicted: int, limit_gib: float, target: Any) -> float:
-    """The longest length tried, from the predicted one down, at which a step ran under the limit; 0 where none did."""
-    if bench.rehearse:
-        return 64 if _fits(bench, model, 64, limit_gib, target) else 0
-    length = int(0.97 * predicted) // STEP * STEP
-    for _ in range(TRIES):
-        if length < STEP:
-            return 0
-        if _fits(bench, model, length, limit_gib, target):
-            return length
-        length = int(0.96 * length) // STEP * STEP
-    return 0
+    def __init__(self, bench: Bench, size: str, in_4_bits: bool) -> None:
+        self._bench, self._size, self._in_4_bits = bench, size, in_4_bits
+        self.model: Any = None
 
+    def line(self, target: Any) -> Figures:
+        """GiB that are there at any length, and for every thousand tokens, under the largest limit."""
+        lengths = (16, 64) if self._bench.rehearse else LENGTHS
+        with self._limit(LIMITS_GIB[0]):
+            peaks = [self._peak_gib(length, target) for length in lengths]
+        slope = max((peaks[1] - peaks[0]) / (lengths[1] - lengths[0]), 1e-9)
+        return {"base_gib": peaks[0] - slope * lengths[0], "gib_per_1k_tokens": 1000 * slope}
 
-def _fits(bench: Bench, model: Any, length: int, limit_gib: float, target: Any) -> bool:
-    cuda = bench.device.type == "cuda"
-    if cuda:
+    def longest(self, target: Any, line: Figures, limit_gib: float) -> Figures:
+        """The longest length tried at which a step ran under the limit; 0 where by the line none does.
+
+        Raises:
+            RuntimeError: none of those tried did.
+        """
+        with self._limit(limit_gib):
+            spared = _buffers_gib(self._bench, LIMITS_GIB[0]) - _buffers_gib(self._bench, limit_gib)
+            room = limit_gib - CONTEXT_GIB - line["base_gib"] + spared
+            predicted = 64 if self._bench.rehearse else int(1000 * room / line["gib_per_1k_tokens"])
+            step = 1 if self._bench.rehearse else STEP
+            lengths = [int(share * min(predicted, LONGEST)) // step * step for share in SHARES]
+            for length in (length for length in lengths if length >= step):
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    return {"peak_gib": self._peak_gib(length, target), "tokens": length}
+        if lengths[0] < step:
+            return {"tokens": 0}
+        raise RuntimeError(f"none of {', '.join(f'{length:,}' for length in lengths)} tokens fits")
+
+    @contextlib.contextmanager
+    def _limit(self, gib: float) -> Iterator[None]:
+        device = self._bench.device
+        if device.type != "cuda":
+            yield
+            return
+        whole = torch.cuda.get_device_properties(device).total_memory / 2**30
         torch.cuda.empty_cache()
-        whole = torch.cuda.get_device_properties(bench.device).total_memory / 2**30
-        torch.cuda.set_per_process_memory_fraction(min((limit_gib - CONTEXT_GIB) / whole, 1.0), bench.device)
-    try:
-        _peak_gib(bench, model, length, target)
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        if cuda:
-            torch.cuda.set_per_process_memory_fraction(1.0, bench.device)
-    return True
-
-
-def _peak_gib(bench: Bench, model: Any, length: int, target: Any) -> float:
-    """Of two steps: the optimizer's state is made in the first."""
-    vocab_size = model.config.vocab_size
-    with tempfile.TemporaryDirectory() as folder:
-        stored = None if target is None else shapes.store_targets(Path(folder), [length] * 2, target, vocab_size)
-        rows = shapes.make_rows([length] * 2, vocab_size, stored)
-        precision = {} if bench.rehearse else {"bf16": True}
-        arguments: dict[str, Any] = {"max_length": length, "per_device_train_batch_size": 1, "warmup_steps": 0} | precision
-        trainer = make_trainer("ours", model, rows, shapes.tokenizer(vocab_size), stored=stored, steps=2, warm_up=1, **arguments)
-        if bench.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        torch.cuda.set_per_process_memory_fraction(min((gib - CONTEXT_GIB) / whole, 1.0), device)
         try:
-            with quiet():
-                trainer.train()
+            yield
         finally:
-            unwrapped: Any = trainer.model
-            unwrapped.unload()  # the adapter; the next length takes the same base
-            trainer.optimizer = trainer.lr_scheduler = None
-    return torch.cuda.max_memory_allocated() / 2**30 if bench.device.type == "cuda" else 0.0
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+    def _peak_gib(self, length: int, target: Any) -> float:
+        """Of the second of two steps: the optimizer's state is made in the first."""
+        if self.model is None:
+            self.model = build(self._bench, self._size, self._in_4_bits)
+        cuda, vocab_size = self._bench.device.type == "cuda", self.model.config.vocab_size
+        with tempfile.TemporaryDirectory() as folder:
+            stored = None if target is None else shapes.store_targets(Path(folder), [length] * 2, target, vocab_size)
+            rows = shapes.make_rows([length] * 2, vocab_size, stored)
+            precision = {} if self._bench.rehearse else {"bf16": True}
+            arguments: dict[str, Any] = {"max_length": length, "per_device_train_batch_size": 1, "warmup_steps": 0} | precision
+            tokens = shapes.tokenizer(vocab_size)
+            trainer: Any = make_trainer("ours", self.model, rows, tokens, stored=stored, steps=2, warm_up=1, **arguments)
+            gc.collect()  # a step that found no memory has left its trainer behind
+            if cuda:
+                torch.cuda.empty_cache()
+            try:
+                with quiet():
+                    trainer.train()
+            finally:
+                self.model = trainer.model.unload()  # without its adapter; the next length takes the same base
+                trainer.optimizer = trainer.lr_scheduler = None
+        return torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+
+
+def _buffers_gib(bench: Bench, limit_gib: float) -> float:
+    """What the loss's buffers take on a card of that size: float32, and half as much for the gradient in 16 bits."""
+    if bench.device.type != "cuda":
+        return 0.0
+    with _Trial(bench, "", False)._limit(limit_gib):
+        return 1.5 * 4 * buffer_elements(bench.device, LARGEST_BUFFER) / 2**30
 
 
 def build(bench: Bench, size: str, in_4_bits: bool) -> Any:

@@ -29,7 +29,7 @@ Who = Literal["ours", "TRL"]
 
 
 class StepClock(TrainerCallback):
-    """Times whole steps, from the end of one to the end of the next, and counts the tokens of each.
+    """Times whole steps, from the end of one to the end of the next, and knows the tokens of each.
 
     Args:
         device: Waited for at the end of each step.
@@ -39,6 +39,7 @@ class StepClock(TrainerCallback):
     def __init__(self, device: torch.device, warm_up: int = WARM_UP) -> None:
         self._cuda, self._warm_up = device.type == "cuda", warm_up
         self.ends: list[float] = []
+        self.tokens: list[int] = []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Notes the time."""
@@ -47,6 +48,16 @@ class StepClock(TrainerCallback):
         self.ends.append(time.perf_counter())
         if self._cuda and len(self.ends) == self._warm_up:
             torch.cuda.reset_peak_memory_stats()
+
+    def count(self, batches: list[dict[str, Any]]) -> None:
+        """Notes the tokens of a step, padding not among them."""
+        sizes = [batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel() for batch in batches]
+        self.tokens.append(int(sum(sizes)))
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Over the steps behind the warm-up."""
+        return sum(self.tokens[self._warm_up : len(self.ends)]) / (self.ends[-1] - self.ends[self._warm_up - 1])
 
     @property
     def step_s(self) -> list[float]:
@@ -81,24 +92,40 @@ def make_trainer(
     """
     device = model.device
     common = {"max_steps": steps, "gradient_accumulation_steps": 1, "gradient_checkpointing": True, "save_strategy": "no"} | arguments
-    folder = Path(tempfile.mkdtemp(prefix="bench-"))
-    recipe = _recipe(full, common)
-    args = training_arguments(recipe, recipe.train, folder, device)
+    limit: Any = common.pop("max_length")
+    folder = tempfile.TemporaryDirectory(prefix="bench-")
+    recipe = _recipe(full, limit, common)
+    args = training_arguments(recipe, recipe.train, Path(folder.name), device)
     if who == "TRL":
-        chosen = {name: getattr(args, name) for name in ("max_length", "bf16", "fp16", "use_cpu", "learning_rate")}
-        args = SFTConfig(output_dir=str(folder), report_to="none", **(chosen | common))
+        # The same rows in the same order, none cut, in the same precision; what is not named here is TRL's own default.
+        chosen = {name: getattr(args, name) for name in ("max_length", "bf16", "fp16", "use_cpu", "learning_rate", "seed")}
+        args = SFTConfig(output_dir=folder.name, report_to="none", **(chosen | common))
     adapter = None if full else LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")
     given: dict[str, Any] = {"model": model, "args": args, "train_dataset": rows, "processing_class": tokens, "peft_config": adapter}
-    given["callbacks"] = [StepClock(device, warm_up)]
-    if who == "TRL":
-        return SFTTrainer(**given)
+    clock = StepClock(device, warm_up)
+    given["callbacks"] = [clock]
     objective = None if stored is None else Distillation().objective(stored.target)
-    return TraceTrainer(stored=stored, objective=objective, **given)
+    trainer: Any = SFTTrainer(**given) if who == "TRL" else TraceTrainer(stored=stored, objective=objective, **given)
+    trainer.bench_folder = folder  # goes when the trainer goes
+    _counted(trainer, clock)
+    return trainer  # type: ignore[no-any-return]
 
 
-def _recipe(full: bool, trainer_args: dict[str, Any]) -> Recipe:
+def _counted(trainer: Any, clock: StepClock) -> None:
+    """Lets the clock see the batches of each step."""
+    plain = trainer.get_batch_samples
+
+    def get_batch_samples(*args: Any, **kwargs: Any) -> Any:
+        batches, num_items = plain(*args, **kwargs)
+        if batches:
+            clock.count(batches)
+        return batches, num_items
+
+    trainer.get_batch_samples = get_batch_samples
+
+
+def _recipe(full: bool, limit: int, trainer_args: dict[str, Any]) -> Recipe:
     adapter = {"type": "full"} if full else {"type": "lora"}
-    limit = trainer_args.pop("max_length", 4096)
     return Recipe.model_validate(
         {
             "name": "bench",
@@ -111,19 +138,25 @@ def _recipe(full: bool, trainer_args: dict[str, Any]) -> Recipe:
     )
 
 
-def measure(trainer: SFTTrainer, tokens_a_step: float) -> Figures:
-    """Median milliseconds of a step, tokens/s, and the peak in GiB (0 on a CPU).
+def measure(trainer: SFTTrainer) -> Figures:
+    """Median milliseconds of a step, tokens a step and a second over all measured ones, and the peak in GiB (0 on a CPU).
 
     Args:
         trainer: Of `make_trainer`.
-        tokens_a_step: How many it reads on average.
     """
     [clock] = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StepClock)]
     with quiet():
         trainer.train()
     step_s = statistics.median(clock.step_s)
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    return {"step_ms": 1e3 * step_s, "tokens_per_s": tokens_a_step / step_s, "peak_gib": peak}
+    mean_s = statistics.mean(clock.step_s)
+    return {
+        "step_ms": 1e3 * step_s,
+        "mean_step_ms": 1e3 * mean_s,
+        "tokens_per_step": clock.tokens_per_s * mean_s,
+        "tokens_per_s": clock.tokens_per_s,
+        "peak_gib": peak,
+    }
 
 
 @contextlib.contextmanager

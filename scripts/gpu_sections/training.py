@@ -49,7 +49,6 @@ def _trained(
     dtype = torch.float32 if bench.rehearse or full else half
     model = shapes.build_model(shape, bench.device, dtype)
     precision = {} if bench.rehearse or "fp16" in options else {"bf16": True}
-    batch = options["per_device_train_batch_size"]
     with tempfile.TemporaryDirectory() as folder:
         stored: StoredTargets | None = None
         if target is not None:
@@ -57,12 +56,9 @@ def _trained(
         rows = shapes.make_rows(lengths, shape.vocab_size, stored)
         settings = {"max_length": max(lengths), "warmup_steps": 0} | precision | options
         trainer = make_trainer(who, model, rows, shapes.tokenizer(shape.vocab_size), stored=stored, **settings)
-        # A pack holds as many rows as fit; in both forms all rows are read as often.
-        packed: Any = trainer.train_dataset
-        tokens = sum(lengths) / len(packed) * batch
         if profiled:
             return profile(trainer, (losshead, "likelihood_loss") if who == "ours" else _TRL_LOSS)
-        return measure(trainer, tokens)
+        return measure(trainer)
 
 
 _TRL_LOSS = (trl.trainer.utils._ChunkedLogProbFunction, "apply")
