@@ -29,13 +29,13 @@ REHEARSAL = OUT.parent.parent / "runs" / "bench_gpu_rehearsal.json"
 # Shares: seconds on an H100 or H200 beside a slow processor, and some more.
 SECTIONS = [
     Section("kd_step", "a KD step against an SFT step", 72, training.kd_against_sft),
-    Section("trl", "ours against TRL's SFTTrainer", 50, training.ours_against_trl),
-    Section("tests", "tests marked gpu", 90, tests.cases),
+    Section("trl", "ours against TRL's SFTTrainer", 45, training.ours_against_trl),
+    Section("tests", "tests marked gpu", 120, tests.cases),
     Section("loss", "the loss alone", 45, loss.cases),
-    Section("longest", "the longest sequence under a limit of memory", 110, memory.cases),
-    Section("score", "score against the bare forward", 35, reading.cases),
-    Section("generate", "generate against the bare one", 50, writing.cases),
-    Section("fp16", "fp16 as a T4 would have it", 18, training.old_chips),
+    Section("longest", "the longest sequence under a limit of memory", 130, memory.cases),
+    Section("score", "score against the bare forward", 55, reading.cases),
+    Section("generate", "generate against the bare one", 30, writing.cases),
+    Section("fp16", "fp16 as a T4 would have it", 16, training.old_chips),
 ]
 
 

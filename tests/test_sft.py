@@ -18,6 +18,7 @@ from test_kd import (  # noqa: F401 (fixtures)
     ONE_BATCH,
     Make,
     by_trace,
+    command,
     in_two_processes,
     log,
     make,
@@ -35,6 +36,7 @@ from trl import SFTConfig, SFTTrainer
 
 from distill.chat import chat_format
 from distill.targets.spec import TopK
+from distill.trainers.callbacks import CheckpointMark
 from distill.trainers.traces import TraceTrainer
 
 FOLLOWS = {"method": "sft", "validation_prompts": 8}
@@ -181,7 +183,52 @@ def test_sft_learns_the_same_with_and_without_targets(make: Make) -> None:  # no
     assert losses(train(followed)) == losses(train(alone))
 
 
+@pytest.mark.parametrize("settings", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.2}], ids=lambda settings: next(iter(settings)))
+@pytest.mark.filterwarnings("ignore:.*label_smoothing_factor")
+def test_beside_a_loss_of_trls_own_the_teacher_is_followed_too(settings: dict[str, Any], make: Make) -> None:  # noqa: F811
+    """`eval_loss` is then TRL's; what is measured against the teacher is what it is beside the likelihood."""
+    one = {"max_steps": 1, "per_device_train_batch_size": 40, "learning_rate": 0.0}
+    found = [log(train(make("own", TopK(k=8), trainer_args=one | more, train=FOLLOWS))) for more in (settings, {})]
+    [own], [plain] = ([entry for entry in entries if "eval_loss" in entry] for entries in found)
+    assert own["eval_kl"] == plain["eval_kl"] and own["eval_loss"] != pytest.approx(plain["eval_loss"], rel=1e-3)
+
+
+def test_early_tokens_do_not_weigh_more_in_what_sft_measures(make: Make) -> None:  # noqa: F811
+    """The half-life is of the rounds' loss."""
+    rounds = {"rounds": 1, "rollouts": {"teacher_share": 0.5, "max_new_tokens": 64}, "trainer_args": {"max_steps": 1}}
+    halved, alike = (log(train(make("half", TopK(k=8), train=FOLLOWS | {"kd": kd}, **rounds))) for kd in ({"early_half_life": 3}, {}))
+    [[nll], [expected]] = ([entry["eval_nll"] for entry in entries if "eval_nll" in entry] for entries in (halved, alike))
+    assert nll == expected
+
+
+def test_a_resumed_run_goes_on_counting_its_tokens(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    settings = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
+    whole, killed = (make(name, TopK(k=8), trainer_args=settings, train=FOLLOWS) for name in ("counted", "recounted"))
+    train(whole)
+    plain_save = CheckpointMark.on_save
+
+    def save(self: CheckpointMark, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        plain_save(self, args, state, control, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CheckpointMark, "on_save", save)
+    assert command("train", killed) != 0
+    monkeypatch.undo()
+    train(killed)
+    tokens = [[entry["num_tokens"] for entry in log(student_of(recipe)) if "num_tokens" in entry] for recipe in (whole, killed)]
+    assert tokens[1][-1] > tokens[1][0] and len(tokens[1]) == len(tokens[0])
+
+
 # ---------------------------------------------------------------- several processes
+
+
+def same_metrics(left: Path, right: Path) -> None:
+    """What is summed over the ranks when it is logged."""
+    names = ("nll", "entropy", "mean_token_accuracy", "num_tokens", "eval_loss", "eval_kl", "eval_nll", "eval_top1_agreement")
+    for found, expected in zip(log(student_of(left)), log(student_of(right)), strict=True):
+        assert found.keys() == expected.keys()
+        for name in set(names) & found.keys():
+            assert found[name] == pytest.approx(expected[name], rel=1e-4), name
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +243,7 @@ def test_one_process_equals_two(make: Make, one: Path) -> None:  # noqa: F811
     two = make("twosft", TopK(k=8), trainer_args=HALVES | EARLY, train=FOLLOWS)
     in_two_processes("MULTI_CPU", two)
     same_students(one, two, 1e-5)
+    same_metrics(one, two)
     for name, value in weights(two).items():
         assert torch.equal(value, weights(two, 1)[name]), name
 
@@ -208,6 +256,7 @@ def test_fsdp_equals_one_process_and_resumes(make: Make, one: Path) -> None:  # 
     whole, resumed = (make(name, trainer_args=KILLED | EARLY, train=FOLLOWS, student=FULL) for name in ("wholesft", "resumedsft"))
     in_two_processes("FSDP", two, whole, f"{resumed}!", **environment)
     same_students(one, two, 1e-5)
+    same_metrics(one, two)
     same_students(whole, resumed, 1e-6)
     alone = make("fullsft", trainer_args=KILLED | EARLY | {"per_device_train_batch_size": 8}, train=FOLLOWS, student=FULL)
     train(alone)
@@ -222,4 +271,4 @@ def test_deepspeed_equals_one_process(stage: int, make: Make, one: Path) -> None
     two = make("zerosft", TopK(k=8), trainer_args=HALVES | EARLY | {"deepspeed": config}, train=FOLLOWS)
     in_two_processes("DEEPSPEED", two, DS_ACCELERATOR="cpu", ACCELERATE_USE_CPU="false")
     same_students(one, two, 1e-5)
-    assert student_of(two).exists()
+    same_metrics(one, two)

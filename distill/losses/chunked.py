@@ -90,7 +90,7 @@ class ChunkedLoss(torch.autograd.Function):
                 falls_back_m = None if falls_back_N is None else falls_back_N[rows_m]
                 taken = targets.take(rows_m)
                 teacher = prepare(objective, taken, head.vocab_size, work.dtype, falls_back_m)
-                slots = Slots.of(taken.ids_NK, teacher.filled_nK, labels_N[rows_m])
+                slots = Slots.of(taken.ids_NK, teacher.filled_nK, labels_N[rows_m], work.dtype)
                 found = [work.chunk(start, part, slots.part(part), teacher.part(part), weights_m) for part in parts]
                 sums += _sums(objective, teacher, slots, Student(*map(torch.cat, zip(*found, strict=True))), weights_m)
         ctx.scale = work.scale
@@ -125,16 +125,18 @@ class Slots(NamedTuple):
     """Where there is padding, or the written token is a candidate already."""
     is_written_nO: Tensor
     """(n, K + 2) where the written token stands, once a position; all others are the last."""
+    written_nO: Tensor
+    """The same as numbers."""
 
     @staticmethod
-    def of(ids_nK: Tensor, filled_nK: Tensor, labels_n: Tensor) -> Slots:
-        """Those of some positions."""
+    def of(ids_nK: Tensor, filled_nK: Tensor, labels_n: Tensor, dtype: torch.dtype) -> Slots:
+        """Those of some positions, the numbers in a type."""
         labels_n1 = labels_n[:, None]
         is_label_nK = filled_nK & (ids_nK == labels_n1)
         is_new_n1 = ~is_label_nK.any(1, keepdim=True)
         ids_nS = torch.cat([torch.where(filled_nK, ids_nK, labels_n1), labels_n1], 1).long()
         is_written_nO = torch.cat([is_label_nK, is_new_n1, torch.zeros_like(is_new_n1)], 1)
-        return Slots(ids_nS, ~torch.cat([filled_nK, is_new_n1], 1), is_written_nO)
+        return Slots(ids_nS, ~torch.cat([filled_nK, is_new_n1], 1), is_written_nO, is_written_nO.to(dtype))
 
     def part(self, rows: slice) -> Slots:
         """Some of the positions."""
@@ -146,10 +148,10 @@ class Student(NamedTuple):
 
     log_q_nO: Tensor
     """(n, K + 2) log-probabilities of the candidates, of the written token if it is none of them, and of all others together."""
-    log_top_other_n: Tensor
-    """Of the most probable of the others."""
-    mean_gap_n: Tensor
-    """Mean of the others' log-probabilities under their own distribution, less that of the most probable; NaN where there is none."""
+    sum_n: Tensor
+    """Of the others' probabilities, as multiples of the highest of them; 0 where there are none."""
+    gap_n: Tensor
+    """Of the same, each times the logarithm of that multiple."""
 
 
 class _Work:
@@ -208,24 +210,25 @@ class _Work:
         at_slots_nS = logits_nV.gather(1, slots.ids_nS)
         logits_nV.scatter_(1, slots.ids_nS, -math.inf)
         peak_n, sum_n, gap_n = (kernels.statistics if self._fused else _exponentials)(logits_nV)
-        logits_nS = at_slots_nS.masked_fill(slots.absent_nS, -math.inf)
+        # Without candidates the written token is none of them, and so never absent.
+        logits_nS = at_slots_nS.masked_fill(slots.absent_nS, -math.inf) if slots.ids_nS.shape[1] > 1 else at_slots_nS
         logits_nO = torch.cat([logits_nS, (peak_n + sum_n.log())[:, None]], 1)
         # Relative to the highest first: at a logit of 40, float32 would round every probability by 4e-6.
-        highest_n1 = logits_nO.amax(1, keepdim=True)
-        logits_nO -= highest_n1
-        log_total_n1 = logits_nO.exp().sum(1, keepdim=True).log_()
-        log_q_nO = logits_nO.sub_(log_total_n1)
+        logits_nO -= logits_nO.amax(1, keepdim=True)
+        log_q_nO = logits_nO.log_softmax(1)
         if self._needs_gradient:
-            gradient_nO = position_gradient(self._objective, teacher, log_q_nO, slots.is_written_nO)
+            gradient_nO = position_gradient(self._objective, teacher, log_q_nO, slots.is_written_nO, slots.written_nO)
             scale = self._head.logit_scale * self.scale
             if weights_m is not None:
                 gradient_nO = gradient_nO * (weights_m[part, None] * scale)
             elif scale != 1:
                 gradient_nO = gradient_nO * scale
-            factor_n = (gradient_nO[:, -1] / sum_n).masked_fill(sum_n == 0, 0)
+            factor_n = gradient_nO[:, -1] / sum_n
+            if not self._fused:  # the kernel gives 0 where there are no others
+                factor_n.masked_fill_(sum_n == 0, 0)
             spread = self._spread_fused if self._fused else self._spread
             self._accumulate(rows, spread(logits_nV, peak_n, factor_n, at_slots_nS, slots.ids_nS, gradient_nO[:, :-1]))
-        return Student(log_q_nO, peak_n - highest_n1[:, 0] - log_total_n1[:, 0], gap_n / sum_n)
+        return Student(log_q_nO, sum_n, gap_n)
 
     def _project(self, hidden_nH: Tensor) -> Tensor:
         """Logits in the buffer, and beside it their slope by what goes into the cap."""
@@ -241,7 +244,8 @@ class _Work:
                 slope_nV = torch.mul(logits_nV, logits_nV, out=self._slope_nV[: len(hidden_nH)])
                 slope_nV.neg_().add_(1)
             logits_nV *= self._head.softcap
-        logits_nV[:, self._head.vocab_size :] = -math.inf
+        if self._head.vocab_size < logits_nV.shape[1]:
+            logits_nV[:, self._head.vocab_size :] = -math.inf
         return logits_nV
 
     def _spread(
@@ -282,9 +286,9 @@ class _Work:
 
 def _sums(objective: Objective, teacher: Teacher, slots: Slots, student: Student, weights_M: Tensor | None) -> Tensor:
     """The `Sums` as one tensor, of what the chunks found."""
-    log_q_nO = student.log_q_nO
-    # Where there are no others, neither the peak nor the mean of them is a number to be looked at.
-    log_top_other_n = student.log_top_other_n.masked_fill(log_q_nO[:, -1] == -math.inf, -math.inf)
+    log_q_nO, has_others_n = student.log_q_nO, student.sum_n > 0
+    log_top_other_n = (log_q_nO[:, -1] - student.sum_n.log()).masked_fill(~has_others_n, -math.inf)
+    mean_log_other_n = log_top_other_n + (student.gap_n / student.sum_n).masked_fill(~has_others_n, 0)
     log_peak_n = torch.maximum(log_q_nO[:, :-1].amax(1), log_top_other_n)
     losses = position_losses(objective, teacher, log_q_nO, slots.is_written_nO, log_peak_n)
     kd_n, nll_n = (term_n if weights_M is None else term_n * weights_M for term_n in (losses.kd_n, losses.nll_n))
@@ -294,7 +298,7 @@ def _sums(objective: Objective, teacher: Teacher, slots: Slots, student: Student
         "nll": nll_n,
         "forward_kl": losses.forward_kl_n,
         "log_ratio": losses.log_ratio_n,
-        "entropy": _entropy(log_q_nO, log_top_other_n + student.mean_gap_n),
+        "entropy": _entropy(log_q_nO, mean_log_other_n),
         "agreements": losses.agrees_n,
         "hits": -losses.nll_n >= log_peak_n,
         "targets": teacher.has_target_n,

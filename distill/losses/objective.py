@@ -72,7 +72,7 @@ def prepare(objective: Objective, targets: SparseTargets, vocab_size: int, dtype
     return Teacher(filled_nK, has_target_n, target_nR, nll_weight_n)
 
 
-def position_gradient(objective: Objective, teacher: Teacher, log_q_nO: Tensor, is_written_nO: Tensor) -> Tensor:
+def position_gradient(objective: Objective, teacher: Teacher, log_q_nO: Tensor, is_written_nO: Tensor, written_nO: Tensor) -> Tensor:
     """(n, K + 2) gradient of the weighted sum of the terms by the logit of each candidate, of the written token and, in sum, of
     all others.
 
@@ -82,17 +82,18 @@ def position_gradient(objective: Objective, teacher: Teacher, log_q_nO: Tensor, 
         log_q_nO: The student: (n, K + 2) log-probabilities of the candidates (-inf for padding), of the written token
             (-inf if it is a candidate), and of all other tokens together.
         is_written_nO: Where the written token stands, once a position.
+        written_nO: The same as numbers.
     """
     # The written token's pull: the gradient of -log q(written) is q - 1 there and q elsewhere, times this.
     pull_n = teacher.nll_weight_n
     if objective.kind == "chosen_token":
         if objective.kd_weight:
             pull_n = pull_n + objective.kd_weight * _advantage(teacher, log_q_nO, is_written_nO)
-        return pull_n[:, None] * (log_q_nO.exp() - is_written_nO.to(log_q_nO.dtype))
+        return pull_n[:, None] * (log_q_nO.exp() - written_nO)
     log_q_nR = _merge_rest(log_q_nO)
     _, gradient_nR = _divergence(objective, teacher, log_q_nR)
     gradient_nO = objective.kd_weight * _split_rest(gradient_nR, log_q_nO, log_q_nR)
-    return gradient_nO + pull_n[:, None] * (log_q_nO.exp() - is_written_nO.to(log_q_nO.dtype))
+    return gradient_nO + pull_n[:, None] * (log_q_nO.exp() - written_nO)
 
 
 def position_losses(objective: Objective, teacher: Teacher, log_q_nO: Tensor, is_written_nO: Tensor, log_peak_n: Tensor) -> PositionLosses:

@@ -19,8 +19,6 @@ from typing import Any
 
 import torch
 
-from distill.batching import buffer_elements
-from distill.losses.chunked import LARGEST_BUFFER
 from gpu_sections import shapes
 from gpu_sections.frame import Bench, Case, Cases, Figures, Skipped, installed
 from gpu_sections.steps import make_trainer, quiet
@@ -28,7 +26,8 @@ from gpu_sections.steps import make_trainer, quiet
 LIMITS_GIB = (24, 16, 12, 8)
 CONTEXT_GIB = 0.6
 """What the driver's context takes of a card beside what torch's allocator counts, on recent cards."""
-LENGTHS = (1024, 4096)
+LENGTHS = (8192, 16_384)
+"""Long enough that the backward, and not the buffers of the loss, makes the peak."""
 STEP = 256
 SHARES = (0.97, 0.93, 0.88)
 """Lengths tried under a limit, of the predicted one."""
@@ -84,8 +83,7 @@ class _Trial:
             RuntimeError: none of those tried did.
         """
         with self._limit(limit_gib):
-            spared = _buffers_gib(self._bench, LIMITS_GIB[0]) - _buffers_gib(self._bench, limit_gib)
-            room = limit_gib - CONTEXT_GIB - line["base_gib"] + spared
+            room = limit_gib - CONTEXT_GIB - line["base_gib"]
             predicted = 64 if self._bench.rehearse else int(1000 * room / line["gib_per_1k_tokens"])
             step = 1 if self._bench.rehearse else STEP
             lengths = [int(share * min(predicted, LONGEST)) // step * step for share in SHARES]
@@ -134,14 +132,6 @@ class _Trial:
         return torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
 
 
-def _buffers_gib(bench: Bench, limit_gib: float) -> float:
-    """What the loss's buffers take on a card of that size: float32, and half as much for the gradient in 16 bits."""
-    if bench.device.type != "cuda":
-        return 0.0
-    with _Trial(bench, "", False)._limit(limit_gib):
-        return 1.5 * 4 * buffer_elements(bench.device, LARGEST_BUFFER) / 2**30
-
-
 def build(bench: Bench, size: str, in_4_bits: bool) -> Any:
     """A random model, its linear layers in NF4 if asked for: as `student.quantization: nf4` loads one."""
     shape = shapes.shape_of(size, bench.rehearse)
@@ -154,10 +144,9 @@ def build(bench: Bench, size: str, in_4_bits: bool) -> Any:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and name != "lm_head"}
     for name, layer in layers.items():
         # A layer at a time, so that the whole model is never there in 16 bits.
-        narrow = bnb.Linear4bit(layer.in_features, layer.out_features, **options | {"bias": layer.bias is not None}, device="cpu")
+        narrow = bnb.Linear4bit(layer.in_features, layer.out_features, **options | {"bias": layer.bias is not None}, device="meta")
         weight = torch.randn(layer.out_features, layer.in_features, device=bench.device, dtype=dtype) * 0.02
-        narrow.weight = bnb.Params4bit(weight.cpu() if bench.rehearse else weight, requires_grad=False, quant_type="nf4")
-        narrow.to(bench.device)
+        narrow.weight = bnb.Params4bit(weight, requires_grad=False, quant_type="nf4").to(bench.device)
         model.set_submodule(name, narrow)
     for parameter_name, parameter in list(model.named_parameters()):
         if parameter.is_meta:

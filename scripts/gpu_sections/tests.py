@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,42 +17,27 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def cases(bench: Bench) -> Cases:
-    """One run of pytest, then each of its tests as a case: what it recorded, or why it failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "tests.xml"
-        ran = yield Case("all tests marked gpu", functools.partial(_run, bench, report))
-        if ran is None and not report.exists():
-            return
-        for test in ElementTree.parse(report).getroot().iter("testcase"):
-            if not len(test):  # it passed, and recorded nothing
+    """A run of pytest for each file, then each of its tests that recorded something, or why it failed."""
+    # Files whose tests are all marked so; to import the others would need all that they need.
+    marked = re.compile(r"^pytestmark = .*(mark\.gpu|MARKS)", re.MULTILINE)
+    for file in (path for path in sorted((ROOT / "tests").glob("test_*.py")) if marked.search(path.read_text(encoding="utf-8"))):
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "tests.xml"
+            yield Case(f"tests of {file.name}", functools.partial(_run, bench, file, report))
+            if not report.exists():
                 continue
-            yield Case(f"{test.get('name')}", functools.partial(_figures_of, test))
+            for test in ElementTree.parse(report).getroot().iter("testcase"):
+                if len(test):  # else it passed, and recorded nothing
+                    yield Case(str(test.get("name")), functools.partial(_figures_of, test))
 
 
-def _run(bench: Bench, report: Path) -> Figures:
+def _run(bench: Bench, file: Path, report: Path) -> Figures:
     """How many passed, failed and were skipped."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        f"--junitxml={report}",
-        "-o",
-        "junit_family=xunit1",
-    ]
-    # Files whose tests are all of one mark; to import the others would need all that they need.
-    files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "pytestmark" in path.read_text(encoding="utf-8")]
+    options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist", f"--junitxml={report}", "-o", "junit_family=xunit1"]
     environment = os.environ | ({"DISTILL_REHEARSE": "1"} if bench.rehearse else {})
     # Its own process: a kernel that fails leaves the device of this one as it is.
-    done = subprocess.run(
-        [*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=max(bench.allowance.left_s, 30)
-    )
+    command, seconds = [sys.executable, "-m", "pytest", *options, str(file)], max(bench.allowance.left_s, 30)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
     if not report.exists():
         raise RuntimeError((done.stdout + done.stderr)[-400:])
     suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
