@@ -28,7 +28,7 @@ class Verification:
         # slack, and some of the draws from a long tail to a neighbour. Measured on an H200 (2026-11-26, tests/test_gpu_numbers.py:
         # eight random layers, whose rounding trained ones don't reach), a batch of 8 against a row alone: in bfloat16 4.7 % of
         # top_k, 1.3 % of chosen_token and 2.3 % of the draws, in float16 none, none and 1.6 %. Of the next position's targets
-        # over 75 % differ by more (on a CPU).
+        # over 75 % differ by more.
         self.least_agreement = 0.98 if exact else 0.75
         """Least share of equal draws."""
         self.most_beyond = 0.0 if exact else 0.1
