@@ -32,7 +32,7 @@ SECTIONS = [
     Section("trl", "ours against TRL's SFTTrainer", 45, training.ours_against_trl),
     Section("tests", "tests marked gpu", 120, tests.cases),
     Section("loss", "the loss alone", 45, loss.cases),
-    Section("longest", "the longest sequence under a limit of memory", 130, memory.cases),
+    Section("longest", "the longest sequence under a limit of memory", 150, memory.cases),
     Section("score", "score against the bare forward", 55, reading.cases),
     Section("generate", "generate against the bare one", 30, writing.cases),
     Section("fp16", "fp16 as a T4 would have it", 16, training.old_chips),

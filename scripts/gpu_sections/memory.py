@@ -31,7 +31,8 @@ LENGTHS = (8192, 16_384)
 STEP = 256
 SHARES = (0.97, 0.93, 0.88)
 """Lengths tried under a limit, of the predicted one."""
-LONGEST = 65_536
+LONGEST = 32_768
+"""No longer ones are tried, for their time: so many tokens means so many or more."""
 
 
 def cases(bench: Bench) -> Cases:
@@ -46,9 +47,17 @@ def cases(bench: Bench) -> Cases:
             line = yield Case(f"{name}, {method}", functools.partial(trial.line, target))
             if line is None:
                 continue
-            for limit in LIMITS_GIB:
+            for limit in _limits(bench):
                 yield Case(f"{name}, {method}, {limit} GiB", functools.partial(trial.longest, target, line, limit))
         trial.model = None
+
+
+def _limits(bench: Bench) -> list[int]:
+    """Those that the card itself is not under; cards are sold by a little more than they have."""
+    if bench.device.type != "cuda":
+        return list(LIMITS_GIB)
+    whole = torch.cuda.get_device_properties(bench.device).total_memory / 2**30
+    return [limit for limit in LIMITS_GIB if limit <= 1.05 * whole]
 
 
 def _no_bitsandbytes() -> Figures:
@@ -86,7 +95,7 @@ class _Trial:
             room = limit_gib - CONTEXT_GIB - line["base_gib"]
             predicted = 64 if self._bench.rehearse else int(1000 * room / line["gib_per_1k_tokens"])
             step = 1 if self._bench.rehearse else STEP
-            lengths = [int(share * min(predicted, LONGEST)) // step * step for share in SHARES]
+            lengths = [min(int(share * predicted), LONGEST) // step * step for share in SHARES]
             for length in (length for length in lengths if length >= step):
                 with contextlib.suppress(torch.OutOfMemoryError):
                     return {"peak_gib": self._peak_gib(length, target), "tokens": length}
