@@ -13,7 +13,7 @@ import typer
 from distill import __version__
 
 if TYPE_CHECKING:
-    from distill.recipe import Recipe
+    from distill.recipe.sections import Recipe
 
 _EPILOG = "Any key of the recipe can be overridden: --generate.samples_per_prompt 8. `distill keys` lists them all."
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -92,8 +92,8 @@ _stage_command("curate", "Check the traces, and choose those to learn from.")
 def score(context: typer.Context, recipe: RecipePath, redo: Redo = False, number: Round = 0, shard: Shard = "") -> None:
     """Let the teacher read finished traces, and store its distributions; in several processes: accelerate launch -m distill score."""
     from distill.errors import RecipeError
+    from distill.models.processes import leave
     from distill.pipeline import run_score_shard, run_stage
-    from distill.processes import leave
 
     loaded = _load(recipe, context)
     if shard and redo:
@@ -130,7 +130,7 @@ _stage_command("export", "Write the merged student, its adapter and a model card
 def check(context: typer.Context, recipe: RecipePath) -> None:
     """Prove a recipe before anything is spent: keys, files, vocabulary, template, supervised tokens, lengths."""
     loaded = _load(recipe, context)
-    if not importlib.import_module("distill.preflight").run(loaded):
+    if not importlib.import_module("distill.before.check").run(loaded):
         raise typer.Exit(1)
 
 
@@ -143,13 +143,13 @@ def pair(
 ) -> None:
     """Measure on a few prompts whether this teacher can teach this student, before anything is spent."""
     loaded = _load(recipe, context)
-    importlib.import_module("distill.pair").run(loaded, prompts, redo=redo)
+    importlib.import_module("distill.before.pair").run(loaded, prompts, redo=redo)
 
 
 @app.command()
 def keys(section: Annotated[str, typer.Argument(help="Only keys that start so, e.g. train or student.adapter.")] = "") -> None:
     """Every key a recipe can have: type, default, meaning."""
-    from distill.recipe_io import keys as all_keys
+    from distill.recipe.reading import keys as all_keys
 
     shown = [info for info in all_keys() if info.key.startswith(section)]
     if not shown:
@@ -163,7 +163,7 @@ def keys(section: Annotated[str, typer.Argument(help="Only keys that start so, e
 
 
 def _load(path: Path, context: typer.Context) -> Recipe:
-    from distill.recipe_io import load_recipe
+    from distill.recipe.reading import load_recipe
 
     return load_recipe(path, context.args)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 
-from distill.recipe import Recipe
-from distill.recipe_io import recipe_text
-from distill.runlog import is_main_process, ledger, nothing_to_do, say
+from distill.recipe.reading import recipe_text
+from distill.recipe.sections import Recipe
+from distill.run.log import is_main_process, ledger, nothing_to_do, say
+from distill.run.storage import MANIFEST, Manifest, delete_stage, write_text
 from distill.stages import ROUND_STAGES, folder, run_dir, stages_of
-from distill.storage import MANIFEST, Manifest, delete_stage, write_text
 
 _UNITS = {
     "prompts": "prompts",

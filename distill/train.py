@@ -15,9 +15,9 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from distill.errors import DistillError
+from distill.models.processes import leave
 from distill.pipeline import run_stage
-from distill.processes import leave
-from distill.recipe_io import load_recipe
+from distill.recipe.reading import load_recipe
 
 
 def main(arguments: list[str]) -> None:

@@ -27,14 +27,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from distill.batching import buffer_elements
-from distill.chat import IGNORE
-from distill.heads import backbone, head_of, logits_of
-from distill.scored import ScoredRow
-from distill.scoring import LARGEST_BUFFER, TeacherScorer
+from distill.engines.scored import ScoredRow
+from distill.engines.scoring import LARGEST_BUFFER, TeacherScorer
+from distill.losses.budget import buffer_elements
+from distill.models.chat import IGNORE
+from distill.models.heads import backbone, head_of, logits_of
+from distill.models.vocabulary import AlignedRow, Tokens, VocabularyMap
 from distill.targets.files import TargetWriter
 from distill.targets.spec import ChosenToken, Sampled, TargetHeader, TargetSpec, TopK
-from distill.vocabulary import AlignedRow, Tokens, VocabularyMap
 
 ROWS, TOKENS = 151_936, 151_665  # rows of Qwen2.5's head, and tokens of its tokenizer
 SPECS: dict[str, TargetSpec] = {

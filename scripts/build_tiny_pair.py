@@ -37,12 +37,12 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from distill import __version__
-from distill.chat import IGNORE, ChatFormat, chat_format
 from distill.engines import requests_for
 from distill.engines.hf import HFEngine
-from distill.recipe_base import Sampling
-from distill.runlog import versions
-from distill.schema import prompt_id
+from distill.models.chat import IGNORE, ChatFormat, chat_format
+from distill.recipe.base import Sampling
+from distill.run.log import versions
+from distill.run.schema import prompt_id
 
 TEMPLATE = (
     "{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endfor %}"

@@ -30,10 +30,10 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from distill.pipeline import run_rounds, run_stage
-from distill.recipe import Recipe
-from distill.recipe_io import load_recipe
+from distill.recipe.reading import load_recipe
+from distill.recipe.sections import Recipe
+from distill.run.storage import MANIFEST, read_manifest, read_rows
 from distill.stages import FOLDERS, folder, run_dir, stages_of
-from distill.storage import MANIFEST, read_manifest, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path(__file__).resolve().with_suffix("")

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from conftest import build_tiny_model
 
-from distill.chat import IGNORE
-from distill.models import load_chat_format, load_model
-from distill.recipe import ModelSpec
-from distill.storage import StageFolder, read_manifest, read_rows
+from distill.models.chat import IGNORE
+from distill.models.loading import load_chat_format, load_model
+from distill.recipe.sections import ModelSpec
+from distill.run.storage import StageFolder, read_manifest, read_rows
 from distill.targets import kinds
 from distill.targets.codec import Targets
 from distill.targets.files import TargetWriter

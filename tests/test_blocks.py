@@ -19,15 +19,15 @@ from test_targets import SPECS, random_logits, spec_id, targets_of
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from distill.chat import chat_format
+from distill.engines.scoring import TeacherScorer
 from distill.errors import ModelError
-from distill.scoring import TeacherScorer
+from distill.models.chat import chat_format
+from distill.models.vocabulary import align, vocabulary_map
 from distill.targets import blocks
 from distill.targets.blocks import WIDTH, best, members, statistics
 from distill.targets.compare import Verification
 from distill.targets.kinds import mass_profile
 from distill.targets.spec import Sampled, TargetSpec
-from distill.vocabulary import align, vocabulary_map
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF = math.inf

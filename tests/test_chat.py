@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from distill.chat import IGNORE, ChatFormat, chat_format
 from distill.errors import ModelError
+from distill.models.chat import IGNORE, ChatFormat, chat_format
 
 FAMILIES = ["qwen2.5-instruct", "qwen3", "deepseek-r1-distill-qwen"]
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2+2?"}]

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from test_train import ROOT, losses, train
 
-from distill import cpu_precision
 from distill.errors import ModelError
-from distill.models import pick_dtype
-from distill.storage import read_manifest
+from distill.models import cpu_precision
+from distill.models.loading import pick_dtype
+from distill.run.storage import read_manifest
 from distill.trainers.arguments import precision_flags
 
 recipe = test_train.recipe
@@ -102,7 +102,7 @@ def test_where_nothing_can_be_written_a_process_answers_for_itself(
 
 def test_of_processes_that_start_at_once_one_measures(cache: Path, tmp_path: Path) -> None:
     code = (
-        "import pathlib, sys\nfrom distill import cpu_precision\n"
+        "import pathlib, sys\nfrom distill.models import cpu_precision\n"
         f"cpu_precision.capabilities = lambda: {UNITS!r}\n"
         "def times():\n    with open(sys.argv[1], 'a') as log: log.write('measured\\n')\n    return 2.0, 1.0\n"
         "cpu_precision.least_times = times\nprint(cpu_precision.cpu_computes_in_bf16())\n"

@@ -15,10 +15,10 @@ import pytest
 
 from distill.checks import Verdict
 from distill.errors import DataError, StageConflictError
-from distill.recipe import Curate, Recipe
-from distill.schema import TRACE
+from distill.recipe.sections import Curate, Recipe
+from distill.run.schema import TRACE
+from distill.run.storage import JOURNAL, MANIFEST, Manifest, StageFolder, read_rows
 from distill.stages.curate import choose, run
-from distill.storage import JOURNAL, MANIFEST, Manifest, StageFolder, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RIGHT = "<think>\n1+1=2\n</think>\n\n\\boxed{2}"

@@ -14,10 +14,10 @@ from distill import embedded
 from distill.engines import requests_for
 from distill.engines.hf import HFEngine
 from distill.errors import DataError
-from distill.models import load_chat_format, load_model
-from distill.recipe import ModelSpec
-from distill.recipe_base import Sampling
-from distill.schema import prompt_id
+from distill.models.loading import load_chat_format, load_model
+from distill.recipe.base import Sampling
+from distill.recipe.sections import ModelSpec
+from distill.run.schema import prompt_id
 
 FOLDER = Path(embedded.__file__).parent
 RECORD = json.loads((FOLDER / "RECORD.json").read_text())

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from distill.batching import MemoryGuard, by_length
-from distill.chat import ChatFormat
 from distill.engines import Request, request_seed, requests_for, write_traces
+from distill.engines.batching import MemoryGuard, by_length
 from distill.engines.hf import HFEngine, SeededSampler
-from distill.models import load_chat_format, load_model
-from distill.recipe import ModelSpec
-from distill.recipe_base import Sampling
-from distill.schema import prompt_id
-from distill.storage import Journal
+from distill.models.chat import ChatFormat
+from distill.models.loading import load_chat_format, load_model
+from distill.recipe.base import Sampling
+from distill.recipe.sections import ModelSpec
+from distill.run.schema import prompt_id
+from distill.run.storage import Journal
 
 CPU = torch.device("cpu")
 

@@ -13,16 +13,16 @@ from on_device import DEVICE, MARKS, NARROW, WIDENS, cast, dtype_id, logit_error
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from distill.chat import IGNORE
+from distill.engines.scored import ScoredRow
+from distill.engines.scoring import score_rows
 from distill.losses.distillation import DistillationLoss, StudentHead, distillation_loss
 from distill.losses.sparse import SparseTargets
-from distill.scored import ScoredRow
-from distill.scoring import score_rows
+from distill.models.chat import IGNORE
+from distill.models.vocabulary import AlignedRow, VocabularyMap
 from distill.targets import kinds
 from distill.targets.codec import Codec, Targets
 from distill.targets.compare import Verification
 from distill.targets.spec import ChosenToken, Sampled, TargetSpec, TopK
-from distill.vocabulary import AlignedRow, VocabularyMap
 
 pytestmark = MARKS
 Record = Any  # pytest's record_property

@@ -20,15 +20,15 @@ from scored import peaked_model, score_by_hand
 from test_kd import definition, log, train
 from test_train import adapter, losses, traces
 
-from distill.batching import by_length
-from distill.chat import IGNORE
 from distill.engines import Request, requests_for
+from distill.engines.batching import by_length
 from distill.engines.hf import HFEngine
-from distill.models import load_chat_format, load_model
-from distill.recipe import ModelSpec
-from distill.recipe_base import Sampling
-from distill.schema import TRACE, prompt_id
-from distill.storage import StageFolder, read_manifest, read_rows
+from distill.models.chat import IGNORE
+from distill.models.loading import load_chat_format, load_model
+from distill.recipe.base import Sampling
+from distill.recipe.sections import ModelSpec
+from distill.run.schema import TRACE, prompt_id
+from distill.run.storage import StageFolder, read_manifest, read_rows
 from distill.targets.files import TargetReader
 from distill.targets.spec import ChosenToken, Sampled, TargetSpec, TopK
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.storage import read_manifest, read_rows
+from distill.run.storage import read_manifest, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "gsm8k-worked-answers.yaml"
@@ -139,7 +139,7 @@ def log_probs_at_the_end(model_folder: Path, curated: Path) -> tuple[float, floa
     """Mean log-probability where 16 rows end their turn, in nats: of the end of a turn, and of the start of one."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from distill.chat import chat_format
+    from distill.models.chat import chat_format
 
     tokenizer_folder = model_folder if (model_folder / "tokenizer.json").exists() else model_folder.parent / "tokenizer"
     chat = chat_format(AutoTokenizer.from_pretrained(tokenizer_folder))

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from distill.errors import DataError
-from distill.recipe import Recipe, Traces
+from distill.recipe.sections import Recipe, Traces
+from distill.run.storage import Manifest, digest_file, read_manifest, read_rows
 from distill.stages import import_traces, prompts
 from distill.stages.import_traces import completion_of
-from distill.storage import Manifest, digest_file, read_manifest, read_rows
 
 
 def write(path: Path, source: list[dict[str, Any]]) -> Path:

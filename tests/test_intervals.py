@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from distill.intervals import RESAMPLES, gap_recovered, mean_interval, resampled_means
+from distill.measure.intervals import RESAMPLES, gap_recovered, mean_interval, resampled_means
 
 
 def every_resample(values: np.ndarray) -> np.ndarray:

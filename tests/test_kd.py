@@ -23,12 +23,12 @@ from scored import peaked_model, score_by_hand
 from test_train import ROOT, adapter, losses, same, traces
 
 from distill import cli
-from distill.chat import IGNORE
 from distill.errors import IntegrityError
-from distill.models import load_chat_format, load_model
-from distill.recipe import ModelSpec
-from distill.schema import TRACE
-from distill.storage import StageFolder, read_manifest, read_rows
+from distill.models.chat import IGNORE
+from distill.models.loading import load_chat_format, load_model
+from distill.recipe.sections import ModelSpec
+from distill.run.schema import TRACE
+from distill.run.storage import StageFolder, read_manifest, read_rows
 from distill.targets.codec import Targets
 from distill.targets.files import TargetReader
 from distill.targets.spec import ChosenToken, Sampled, TargetSpec, TopK
@@ -583,7 +583,7 @@ if kind == "DEEPSPEED":
     deepspeed.init_distributed("gloo")
 
 from distill.pipeline import run_stage
-from distill.recipe_io import load_recipe
+from distill.recipe.reading import load_recipe
 from distill.trainers.callbacks import CheckpointMark
 
 plain_train, plain_save, stops = transformers.Trainer.train, CheckpointMark.on_save, False

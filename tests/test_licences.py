@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from distill.data.licences import UNKNOWN, check_terms, hub_licence, licence_of
 from distill.errors import LicenceError
-from distill.licences import UNKNOWN, check_terms, hub_licence, licence_of
 
 
 @pytest.mark.parametrize(

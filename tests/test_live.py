@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from distill.errors import DataError, ModelError, RecipeError
-from distill.recipe import Recipe
-from distill.recipe_io import load_recipe
-from distill.schema import PROMPT, prompt_id
-from distill.storage import StageFolder, read_manifest
+from distill.recipe.reading import load_recipe
+from distill.recipe.sections import Recipe
+from distill.run.schema import PROMPT, prompt_id
+from distill.run.storage import StageFolder, read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -122,7 +122,7 @@ def train(recipe: Path) -> Path:
 
 def trainer_of(recipe: Path) -> Any:
     """The trainer as the stage makes it, in this process."""
-    from distill.models import load_chat_format, load_model, lora_config
+    from distill.models.loading import load_chat_format, load_model, lora_config
     from distill.trainers.live import live_arguments, live_rows, live_trainer
 
     loaded = load_recipe(recipe)
@@ -292,7 +292,7 @@ def load(recipe: Make) -> Callable[..., Recipe]:
 
 
 def test_pairs_that_a_method_can_t_compare_are_refused(load: Callable[..., Recipe], foreign_dir: Path) -> None:
-    from distill.models import load_chat_format
+    from distill.models.loading import load_chat_format
     from distill.trainers.live import check_pair
 
     other = load("other", teacher=foreign_dir)
@@ -339,7 +339,7 @@ def test_the_words_of_the_recipe_are_trl_s_numbers(load: Callable[..., Recipe], 
 
 
 def test_prompts_without_room_are_dropped_and_too_few_are_an_error(recipe: Make) -> None:
-    from distill.models import load_chat_format
+    from distill.models.loading import load_chat_format
     from distill.trainers.live import live_rows
 
     path = recipe("room")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import build_tiny_model
 
-from distill.pairing import NUM_DEPTHS, TOP_K, Answers, Depth, Findings, Reading, read, verdict
+from distill.measure.pairing import NUM_DEPTHS, TOP_K, Answers, Depth, Findings, Reading, read, verdict
 from distill.targets.codec import Targets
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from distill.run.storage import MANIFEST, Manifest, read_manifest, read_rows
 from distill.stages import FOLDERS
-from distill.storage import MANIFEST, Manifest, read_manifest, read_rows
 
 STAGES = [name for name in FOLDERS if name not in ("score", "rollouts")]
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +81,7 @@ def test_a_second_run_loads_no_torch(finished: tuple[Path, Path]) -> None:
     code = """
 import sys
 from distill.pipeline import run_pipeline
-from distill.recipe_io import load_recipe
+from distill.recipe.reading import load_recipe
 run_pipeline(load_recipe(sys.argv[1], ["--run_dir", sys.argv[2]]))
 assert "torch" not in sys.modules
 """

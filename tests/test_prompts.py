@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from distill.errors import DataError, StageConflictError
-from distill.recipe import Recipe
-from distill.schema import prompt_id
+from distill.recipe.sections import Recipe
+from distill.run.schema import prompt_id
+from distill.run.storage import MANIFEST, Manifest, read_rows
 from distill.stages.prompts import run
-from distill.storage import MANIFEST, Manifest, read_rows
 
 COUNT = 60
 

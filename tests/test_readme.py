@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.recipe_io import load_recipe
+from distill.recipe.reading import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from distill.errors import RecipeError
-from distill.recipe import Recipe
-from distill.recipe_io import keys, load_recipe, recipe_text
+from distill.recipe.reading import keys, load_recipe, recipe_text
+from distill.recipe.sections import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -351,7 +351,7 @@ def test_damaged_recipes_import_no_torch(tmp_path: Path) -> None:
     code = """
 import json, pathlib, sys
 from distill.errors import RecipeError
-from distill.recipe_io import load_recipe
+from distill.recipe.reading import load_recipe
 refused = 0
 for path in pathlib.Path(sys.argv[1]).iterdir():
     try: load_recipe(path)

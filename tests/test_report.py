@@ -13,11 +13,11 @@ import pytest
 from fabricated import HOSTILE, make_run, recipe_for
 
 from distill.errors import MissingStageError
-from distill.pages import excerpt, fenced, markdown_text
-from distill.recipe_io import load_recipe
+from distill.recipe.reading import load_recipe
+from distill.reporting.pages import excerpt, fenced, markdown_text
+from distill.reporting.summary import duration_text, parameters_text
+from distill.run.storage import check_files
 from distill.stages import report
-from distill.storage import check_files
-from distill.summary import duration_text, parameters_text
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ import torch
 from conftest import build_tiny_model
 from safetensors.torch import load_file
 
-from distill.recipe_io import load_recipe
-from distill.recipe_learning import Rollouts
+from distill.recipe.learning import Rollouts
+from distill.recipe.reading import load_recipe
+from distill.run.storage import MANIFEST, read_manifest, read_rows
 from distill.stages import folder, last_round, previous_student, stages_of, student_folder
-from distill.storage import MANIFEST, read_manifest, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 

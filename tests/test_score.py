@@ -21,19 +21,19 @@ from filelock import FileLock
 from test_train import traces as plain_traces
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distill.chat import IGNORE, ChatFormat, chat_format
 from distill.cli import main
+from distill.engines.scored import MIN_CARRIED
+from distill.engines.scoring import TeacherScorer, score_rows
 from distill.errors import IntegrityError
-from distill.schema import TRACE
-from distill.scored import MIN_CARRIED
-from distill.scoring import TeacherScorer, score_rows
-from distill.storage import StageFolder, check_files, digest_file, read_manifest
+from distill.models.chat import IGNORE, ChatFormat, chat_format
+from distill.models.vocabulary import AlignedRow, VocabularyMap, align, vocabulary_map
+from distill.run.schema import TRACE
+from distill.run.storage import StageFolder, check_files, digest_file, read_manifest
 from distill.targets.codec import Targets
 from distill.targets.compare import Verification
 from distill.targets.files import TargetReader, TargetWriter
 from distill.targets.kinds import uniforms
 from distill.targets.spec import ChosenToken, Sampled, TargetSpec, TopK
-from distill.vocabulary import AlignedRow, VocabularyMap, align, vocabulary_map
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes"]

@@ -34,7 +34,7 @@ from test_train import losses, traces
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from distill.chat import chat_format
+from distill.models.chat import chat_format
 from distill.targets.spec import TopK
 from distill.trainers.callbacks import CheckpointMark
 from distill.trainers.traces import TraceTrainer

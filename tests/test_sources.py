@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from distill.data.sources import PromptMapping, read_source, source_digest
 from distill.errors import DataError
-from distill.recipe import Columns, Prompts
-from distill.schema import prompt_id
-from distill.sources import PromptMapping, read_source, source_digest
+from distill.recipe.sections import Columns, Prompts
+from distill.run.schema import prompt_id
 
 ROWS = [{"question": "What is 1+1?", "answer": "2"}, {"question": 'He said: "a, b"\nand c {x}', "answer": "007"}]
 
@@ -232,6 +232,6 @@ def test_what_is_no_conversation_is_an_error(turns: Any) -> None:
 
 def test_reading_a_file_imports_no_torch(tmp_path: Path) -> None:
     jsonl(tmp_path / "rows.jsonl", ROWS)
-    code = "import sys; from distill.sources import read_source; print(len(read_source(sys.argv[1])), 'torch' in sys.modules)"
+    code = "import sys; from distill.data.sources import read_source; print(len(read_source(sys.argv[1])), 'torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "rows.jsonl")], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["2", "False"]

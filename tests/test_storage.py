@@ -13,8 +13,8 @@ import pyarrow as pa
 import pytest
 
 from distill.errors import IntegrityError, MissingStageError, StageConflictError
-from distill.schema import TRACE
-from distill.storage import (
+from distill.run.schema import TRACE
+from distill.run.storage import (
     JOURNAL,
     MANIFEST,
     ROWS_PER_SHARD,
@@ -102,9 +102,7 @@ def test_an_absent_and_an_unfinished_input_are_told_apart(tmp_path: Path) -> Non
 
 
 def test_two_processes_cannot_write_one_stage(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from distill.storage import StageFolder; StageFolder(Path(sys.argv[1]), 'n', {}).__enter__()"
-    )
+    code = "import sys, pathlib; from distill.run.storage import StageFolder as F; F(pathlib.Path(sys.argv[1]), 'n', {}).__enter__()"
     with StageFolder(tmp_path / "n", "n", {}):
         other = subprocess.run([sys.executable, "-c", code, str(tmp_path / "n")], capture_output=True, text=True)
     assert "another process is working on this stage" in other.stderr
@@ -186,7 +184,7 @@ def test_a_process_killed_while_it_writes_loses_no_finished_batch(tmp_path: Path
     code = """
 import sys
 from pathlib import Path
-from distill.storage import StageFolder
+from distill.run.storage import StageFolder
 with StageFolder(Path(sys.argv[1]), "n", {}) as out:
     journal = out.journal()
     for index in range(10_000):
@@ -208,7 +206,7 @@ with StageFolder(Path(sys.argv[1]), "n", {}) as out:
 
 
 def test_rows_are_dealt_out_across_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distill.storage.ROWS_PER_SHARD", 5)
+    monkeypatch.setattr("distill.run.storage.ROWS_PER_SHARD", 5)
     with StageFolder(tmp_path / "traces", "generate", {}) as out:
         out.write_table("traces", [{"prompt_id": str(index)} for index in range(17)], TRACE)
         out.finish()

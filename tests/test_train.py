@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distill.schema import PROMPT, TRACE, prompt_id
-from distill.storage import StageFolder, read_manifest
+from distill.run.schema import PROMPT, TRACE, prompt_id
+from distill.run.storage import StageFolder, read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes"]
@@ -127,7 +127,7 @@ def test_all_ranks_end_with_the_same_parameters(recipe: Callable[..., Path], tmp
     script.write_text(
         "import os, sys, torch, transformers\n"
         "from distill.pipeline import run_stage\n"
-        "from distill.recipe_io import load_recipe\n"
+        "from distill.recipe.reading import load_recipe\n"
         "plain = transformers.Trainer.train\n"
         "def train(self, *args, **kwargs):\n"
         "    result = plain(self, *args, **kwargs)\n"
@@ -304,7 +304,7 @@ def test_a_value_that_trl_refuses_is_an_error_of_the_recipe(recipe: Callable[...
 
 def test_precision_follows_the_device() -> None:
     """What is chosen, without the device: fp32 on a CPU; bf16 only where it is real; fp16 on older chips."""
-    from distill.models import pick_dtype
+    from distill.models.loading import pick_dtype
 
     assert pick_dtype(torch.device("cpu")) is torch.float32
     assert pick_dtype(torch.device("mps")) is torch.float16

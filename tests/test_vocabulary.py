@@ -14,8 +14,8 @@ from conftest import CHATML
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from distill.chat import IGNORE, ChatFormat, chat_format
-from distill.vocabulary import AlignedRow, VocabularyMap, align, vocabulary_map
+from distill.models.chat import IGNORE, ChatFormat, chat_format
+from distill.models.vocabulary import AlignedRow, VocabularyMap, align, vocabulary_map
 
 R1, QWEN25, QWEN3 = "deepseek-r1-distill-qwen", "qwen2.5-instruct", "qwen3"
 PAIRS = [(teacher, student) for teacher in (R1, QWEN25, QWEN3) for student in (R1, QWEN25, QWEN3)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distill.checks import Verdict
-from distill.schema import THINK_CLOSE, THINK_OPEN
+from distill.run.schema import THINK_CLOSE, THINK_OPEN
 
 
 def check_finish(finish_reason: str | None, completion: str) -> Verdict:

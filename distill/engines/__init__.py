@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from distill.batching import by_length
-from distill.recipe_base import Sampling
-from distill.runlog import progress
-from distill.schema import Message
-from distill.storage import Journal
+from distill.engines.batching import by_length
+from distill.recipe.base import Sampling
+from distill.run.log import progress
+from distill.run.schema import Message
+from distill.run.storage import Journal
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from distill.batching import MemoryGuard
-from distill.chat import ChatFormat
 from distill.engines import Completion, Request
-from distill.models import free_memory
-from distill.recipe_base import Sampling
+from distill.engines.batching import MemoryGuard
+from distill.models.chat import ChatFormat
+from distill.models.loading import free_memory
+from distill.recipe.base import Sampling
 
 
 class SeededSampler(LogitsProcessor):

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distill.batching import buffer_elements
 from distill.losses import kernels
+from distill.losses.budget import buffer_elements
 from distill.losses.objective import Teacher, position_gradient, position_losses, prepare
 from distill.losses.settings import Objective
 from distill.losses.sparse import SparseTargets

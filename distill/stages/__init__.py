@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from distill.errors import DataError
-from distill.recipe import Recipe
-from distill.storage import MANIFEST, read_manifest
+from distill.recipe.sections import Recipe
+from distill.run.storage import MANIFEST, read_manifest
 
 FOLDERS = {
     "prompts": "prompts",

@@ -11,11 +11,11 @@ from typing import Any
 from distill.checks import Verdict
 from distill.checks.form import check_finish, check_think
 from distill.errors import DataError
-from distill.recipe import Curate, Recipe
-from distill.runlog import Clock, progress
-from distill.schema import DROPPED_TRACE, TRACE, VERDICT
+from distill.recipe.sections import Curate, Recipe
+from distill.run.log import Clock, progress
+from distill.run.schema import DROPPED_TRACE, TRACE, VERDICT
+from distill.run.storage import Journal, Manifest, StageFolder, read_manifest, read_rows
 from distill.stages import folder
-from distill.storage import Journal, Manifest, StageFolder, read_manifest, read_rows
 
 Row = dict[str, Any]
 _BATCH = 64  # answers checked between two writes to the journal

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from distill.errors import DataError
-from distill.intervals import gap_recovered, mean_interval, resampled_means
-from distill.recipe import Evaluate, Recipe
-from distill.runlog import Clock, progress
-from distill.schema import ANSWER, SCORE, TRACE
+from distill.measure.intervals import gap_recovered, mean_interval, resampled_means
+from distill.recipe.sections import Evaluate, Recipe
+from distill.run.log import Clock, progress
+from distill.run.schema import ANSWER, SCORE, TRACE
+from distill.run.storage import Manifest, StageFolder, check_files, read_rows
 from distill.stages import folder, student_folder
-from distill.storage import Manifest, StageFolder, check_files, read_rows
 
 TASK = "heldout"
 
@@ -38,7 +38,7 @@ def run(recipe: Recipe) -> Manifest:
 
 def _evaluate(recipe: Recipe, evaluate: Evaluate, out: StageFolder) -> Manifest:
     from distill.engines import requests_for, write_traces
-    from distill.models import pick_device
+    from distill.models.loading import pick_device
 
     clock = Clock()
     prompts = read_rows(folder(recipe, "prompts"), "heldout")[: evaluate.max_prompts]
@@ -69,7 +69,7 @@ def _evaluate(recipe: Recipe, evaluate: Evaluate, out: StageFolder) -> Manifest:
 def _engine(recipe: Recipe, evaluate: Evaluate, role: str) -> tuple[Any, dict[str, Any]]:
     """The engine of a role and the record of its model. One model is in memory at a time."""
     from distill.engines.hf import HFEngine
-    from distill.models import free_memory, load_chat_format, load_model, load_trained, model_record, pick_device
+    from distill.models.loading import free_memory, load_chat_format, load_model, load_trained, model_record, pick_device
 
     free_memory()
     device = pick_device()

@@ -15,22 +15,22 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill.data.licences import UNKNOWN, check_terms, hub_licence, licence_of
 from distill.errors import DataError, ModelError
-from distill.licences import UNKNOWN, check_terms, hub_licence, licence_of
-from distill.pages import render
-from distill.recipe import Export, Recipe
-from distill.recipe_base import Sampling
-from distill.recipe_io import recipe_text
-from distill.runlog import Clock, progress, say
+from distill.recipe.base import Sampling
+from distill.recipe.reading import recipe_text
+from distill.recipe.sections import Export, Recipe
+from distill.reporting.pages import render
+from distill.reporting.summary import lineage, summarise
+from distill.reporting.tables import RESULT_COLUMNS, results_rows
+from distill.run.log import Clock, progress, say
+from distill.run.storage import Manifest, StageFolder, check_files, read_manifest, read_rows, write_text
 from distill.stages import folder, folders_to_show, student_folder
-from distill.storage import Manifest, StageFolder, check_files, read_manifest, read_rows, write_text
-from distill.summary import lineage, summarise
-from distill.tables import RESULT_COLUMNS, results_rows
 
 if TYPE_CHECKING:
     import torch
 
-    from distill.chat import ChatFormat
+    from distill.models.chat import ChatFormat
 
     Answer = tuple[list[int], int, torch.Tensor]
 
@@ -61,7 +61,7 @@ def _export(recipe: Recipe, export: Export, out: StageFolder) -> Manifest:
     for leftover in ("model", "adapter"):
         shutil.rmtree(out.path / leftover, ignore_errors=True)
 
-    from distill.models import free_memory, load_chat_format, load_model, num_parameters
+    from distill.models.loading import free_memory, load_chat_format, load_model, num_parameters
 
     chat = load_chat_format(recipe.student)
     original = _load_original(recipe)
@@ -113,7 +113,7 @@ def _load_original(recipe: Recipe) -> Any:
     """Base with adapter, or the fully trained model, in fp32; on the GPU if it has room, else on the CPU."""
     import torch
 
-    from distill.models import load_trained, num_parameters, pick_device
+    from distill.models.loading import load_trained, num_parameters, pick_device
 
     spec, device = recipe.student.model_copy(update=_PLAIN), pick_device()
     model: Any = load_trained(spec, recipe.student.adapter, student_folder(recipe), torch.device("cpu"), merge=False)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
-from distill.recipe import Generate, ModelSpec, Recipe
-from distill.runlog import Clock
-from distill.schema import TRACE
+from distill.recipe.sections import Generate, ModelSpec, Recipe
+from distill.run.log import Clock
+from distill.run.schema import TRACE
+from distill.run.storage import Manifest, StageFolder, read_rows
 from distill.stages import folder
-from distill.storage import Manifest, StageFolder, read_rows
 
 
 def run(recipe: Recipe) -> Manifest:
@@ -22,10 +22,10 @@ def run(recipe: Recipe) -> Manifest:
 
 def _generate(recipe: Recipe, teacher: ModelSpec, sampling: Generate, out: StageFolder) -> Manifest:
     # Imported here, so that a finished stage answers without loading torch.
+    from distill.data.licences import licence_of
     from distill.engines import requests_for, write_traces
     from distill.engines.hf import HFEngine
-    from distill.licences import licence_of
-    from distill.models import load_chat_format, load_model, model_record, pick_device
+    from distill.models.loading import load_chat_format, load_model, model_record, pick_device
 
     clock = Clock()
     prompts = read_rows(folder(recipe, "prompts"), "train")

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 
+from distill.data.sources import PromptMapping, Row, read_source, source_digest, text_in
 from distill.errors import DataError
-from distill.recipe import Recipe, Traces
-from distill.runlog import Clock
-from distill.schema import DROPPED_TRACE, THINK_CLOSE, THINK_OPEN, TRACE, prompt_id
-from distill.sources import PromptMapping, Row, read_source, source_digest, text_in
+from distill.recipe.sections import Recipe, Traces
+from distill.run.log import Clock
+from distill.run.schema import DROPPED_TRACE, THINK_CLOSE, THINK_OPEN, TRACE, prompt_id
+from distill.run.storage import Manifest, StageFolder, read_rows
 from distill.stages import folder
-from distill.storage import Manifest, StageFolder, read_rows
 
 
 def run(recipe: Recipe) -> Manifest:
@@ -26,7 +26,7 @@ def run(recipe: Recipe) -> Manifest:
 
 
 def _import(recipe: Recipe, traces: Traces, out: StageFolder) -> Manifest:
-    from distill.licences import licence_of
+    from distill.data.licences import licence_of
 
     clock = Clock()
     prompts = {row["prompt_id"]: row for row in read_rows(folder(recipe, "prompts"), "train")}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 
+from distill.data.sources import PromptMapping, Row, read_source, source_digest
 from distill.errors import DataError
-from distill.recipe import Prompts, Recipe
-from distill.runlog import Clock
-from distill.schema import DROPPED_PROMPT, PROMPT
-from distill.sources import PromptMapping, Row, read_source, source_digest
+from distill.recipe.sections import Prompts, Recipe
+from distill.run.log import Clock
+from distill.run.schema import DROPPED_PROMPT, PROMPT
+from distill.run.storage import Manifest, StageFolder
 from distill.stages import folder
-from distill.storage import Manifest, StageFolder
 
 
 def run(recipe: Recipe) -> Manifest:

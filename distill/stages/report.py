@@ -6,15 +6,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from distill.pages import render
-from distill.recipe import Recipe
-from distill.recipe_io import recipe_text
-from distill.runlog import Clock
-from distill.schema import THINK_CLOSE, THINK_OPEN
-from distill.stages import folder, folders_to_show, last_round, student_folder
-from distill.storage import Manifest, StageFolder, read_rows, write_text
-from distill.summary import RunSummary, duration_text, lineage, metrics, summarise
-from distill.tables import (
+from distill.recipe.reading import recipe_text
+from distill.recipe.sections import Recipe
+from distill.reporting.pages import render
+from distill.reporting.summary import RunSummary, duration_text, lineage, metrics, summarise
+from distill.reporting.tables import (
     COST_COLUMNS,
     RESULT_COLUMNS,
     ROUND_COLUMNS,
@@ -27,6 +23,10 @@ from distill.tables import (
     target_rows,
     verdict_counts,
 )
+from distill.run.log import Clock
+from distill.run.schema import THINK_CLOSE, THINK_OPEN
+from distill.run.storage import Manifest, StageFolder, read_rows, write_text
+from distill.stages import folder, folders_to_show, last_round, student_folder
 
 Row = dict[str, Any]
 _PASSED = {True: "passed", False: "failed", None: "not judged"}
@@ -75,7 +75,7 @@ def _page(recipe: Recipe, summary: RunSummary) -> dict[str, Any]:
 
 
 def _pictures(recipe: Recipe, summary: RunSummary) -> dict[str, str | None]:
-    from distill.plots import accuracy_bars, funnel_bars, loss_curve
+    from distill.reporting.plots import accuracy_bars, funnel_bars, loss_curve
 
     logged, steps = metrics(student_folder(recipe) / "metrics.jsonl"), funnel(summary, recipe)
     divergences = [(entry["step"], entry["kl"]) for entry in logged if entry.get("kl") is not None]

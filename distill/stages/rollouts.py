@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from distill.errors import RecipeError
-from distill.recipe import Recipe
-from distill.recipe_base import Sampling
-from distill.recipe_learning import Rollouts
-from distill.runlog import Clock
-from distill.schema import TRACE
+from distill.recipe.base import Sampling
+from distill.recipe.learning import Rollouts
+from distill.recipe.sections import Recipe
+from distill.run.log import Clock
+from distill.run.schema import TRACE
+from distill.run.storage import Manifest, StageFolder, check_files, read_rows
 from distill.stages import folder, previous_student
-from distill.storage import Manifest, StageFolder, check_files, read_rows
 
 
 def run(recipe: Recipe, number: int) -> Manifest:
@@ -54,7 +54,7 @@ def _write(recipe: Recipe, rollouts: Rollouts, number: int, sampling: Sampling, 
     # Imported here, so that a finished stage answers without loading torch.
     from distill.engines import request_seed, requests_for, write_traces
     from distill.engines.hf import HFEngine
-    from distill.models import free_memory, load_chat_format, load_model, load_trained, model_record, pick_device
+    from distill.models.loading import free_memory, load_chat_format, load_model, load_trained, model_record, pick_device
 
     clock, device = Clock(), pick_device()
     prompts = _drawn(read_rows(folder(recipe, "prompts"), "train"), rollouts.prompts_per_round, f"{recipe.seed}/{number}")

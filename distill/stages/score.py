@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distill.errors import DataError, IntegrityError, RecipeError, StageConflictError
-from distill.processes import Processes
-from distill.recipe import ModelSpec, Recipe
-from distill.recipe_learning import Score
-from distill.runlog import Clock, is_main_process, ledger, nothing_to_do, progress, say
+from distill.models.processes import Processes
+from distill.recipe.learning import Score
+from distill.recipe.sections import ModelSpec, Recipe
+from distill.run.log import Clock, is_main_process, ledger, nothing_to_do, progress, say
+from distill.run.storage import MANIFEST, Journal, Manifest, StageFolder, iter_rows, read_manifest
 from distill.stages import folder
-from distill.storage import MANIFEST, Journal, Manifest, StageFolder, iter_rows, read_manifest
 
 if TYPE_CHECKING:
-    from distill.scored import ScoredRow, Statistics
-    from distill.scoring import TeacherScorer
+    from distill.engines.scored import ScoredRow, Statistics
+    from distill.engines.scoring import TeacherScorer
+    from distill.models.vocabulary import AlignedRow, VocabularyMap
     from distill.targets.files import TargetReader, TargetWriter
     from distill.targets.spec import TargetHeader
-    from distill.vocabulary import AlignedRow, VocabularyMap
 
 # Settings that judge the result, and decide no row of it; and what is asked for.
 _LIMITS = {
@@ -164,14 +164,14 @@ class _Work:
     @cached_property
     def chats(self) -> tuple[Any, Any]:
         """Tokenizer and template of teacher and student."""
-        from distill.models import load_chat_format
+        from distill.models.loading import load_chat_format
 
         return load_chat_format(self.teacher), load_chat_format(self.recipe.student)
 
     @cached_property
     def vocabulary(self) -> VocabularyMap:
         """The teacher's tokens as the student's."""
-        from distill.vocabulary import vocabulary_map
+        from distill.models.vocabulary import vocabulary_map
 
         found = vocabulary_map(*self.chats)
         self.recipe.train.kd.check_size(self.score.target, found.student_size)
@@ -180,7 +180,7 @@ class _Work:
     @cached_property
     def model(self) -> Any:
         """The teacher, alone in memory."""
-        from distill.models import free_memory, load_model, pick_device
+        from distill.models.loading import free_memory, load_model, pick_device
 
         free_memory()
         return load_model(self.teacher, pick_device())
@@ -188,14 +188,14 @@ class _Work:
     @cached_property
     def scorer(self) -> TeacherScorer:
         """The teacher, ready to read."""
-        from distill.scoring import TeacherScorer
+        from distill.engines.scoring import TeacherScorer
 
         return TeacherScorer(self.model, self.score.target, self.vocabulary)
 
     @cached_property
     def record(self) -> dict[str, Any]:
         """Name, revision and size of the teacher."""
-        from distill.models import model_record
+        from distill.models.loading import model_record
 
         return model_record(self.teacher, self.model)
 
@@ -225,7 +225,7 @@ class _Work:
             step: From one to the next.
             keys: Only these traces.
         """
-        from distill.vocabulary import align
+        from distill.models.vocabulary import align
 
         train = self.recipe.train
         for trace in iter_rows(self.source.folder, self.source.table, index, step):
@@ -242,7 +242,7 @@ class _Work:
 
 def _score_part(work: _Work, index: int) -> None:
     """Writes a part, or what is missing of it, and gives it its name."""
-    from distill.batching import by_length
+    from distill.engines.batching import by_length
     from distill.targets.files import TargetWriter
 
     found = list(work.aligned(index, work.parts))
@@ -290,8 +290,8 @@ def _refuse_twice(work: _Work, keys: list[str]) -> None:
 
 def _complete(work: _Work, out: StageFolder, clock: Clock) -> Manifest:
     """Checks the parts together, compares a sample with the live teacher, and writes the manifest."""
-    from distill.licences import licence_of
-    from distill.models import pick_device
+    from distill.data.licences import licence_of
+    from distill.models.loading import pick_device
     from distill.targets.files import TargetReader
 
     total = read_manifest(work.source.folder).rows(work.source.table)
@@ -326,7 +326,7 @@ def _complete(work: _Work, out: StageFolder, clock: Clock) -> Manifest:
 
 def _gathered(work: _Work) -> tuple[Statistics, dict[str, int], list[str]]:
     """What all rows gave together, the reasons of those left out, and the keys of the others."""
-    from distill.scored import Statistics
+    from distill.engines.scored import Statistics
 
     by_key: dict[str, dict[str, Any]] = {}
     for index in range(work.parts):

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distill.errors import ModelError, RecipeError
 from distill.losses.settings import likelihood
-from distill.recipe import Recipe
-from distill.recipe_learning import SchedulePart, Train
-from distill.runlog import Clock, is_main_process, say
+from distill.recipe.learning import SchedulePart, Train
+from distill.recipe.sections import Recipe
+from distill.run.log import Clock, is_main_process, say
+from distill.run.storage import MANIFEST, Manifest, StageFolder, check_files, read_manifest, table_files, write_text
 from distill.stages import folder, previous_student
-from distill.storage import MANIFEST, Manifest, StageFolder, check_files, read_manifest, table_files, write_text
 
 if TYPE_CHECKING:
-    from distill.chat import ChatFormat
+    from distill.models.chat import ChatFormat
     from distill.trainers.rows import TrainingRows
     from distill.trainers.targets import StoredTargets
 
@@ -111,7 +111,7 @@ def _train(recipe: Recipe, plan: _Plan, number: int, out: StageFolder) -> Manife
     # Imported here, so that a finished stage answers without loading torch.
     from accelerate import PartialState
 
-    from distill.models import free_memory, load_chat_format, num_parameters, pick_device
+    from distill.models.loading import free_memory, load_chat_format, num_parameters, pick_device
     from distill.trainers.arguments import precision_name, training_arguments
     from distill.trainers.callbacks import last_whole_checkpoint
 
@@ -208,7 +208,7 @@ def _make_trainer(
     """TRL's trainer on rows that are already token ids and labels."""
     from transformers import PrinterCallback, ProgressCallback
 
-    from distill.models import lora_config
+    from distill.models.loading import lora_config
     from distill.trainers.callbacks import CheckpointMark, MetricsFile, ProgressBar, StopOnNonFinite
     from distill.trainers.traces import TraceTrainer
 
@@ -255,7 +255,7 @@ def _student_to_train(recipe: Recipe, plan: _Plan) -> Any:
     """The base student, or the one that goes on learning."""
     import torch
 
-    from distill.models import load_model, load_trained, pick_device
+    from distill.models.loading import load_model, load_trained, pick_device
     from distill.trainers.arguments import training_dtype
 
     device = pick_device()

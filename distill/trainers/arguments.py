@@ -21,9 +21,9 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from distill.errors import RecipeError
-from distill.models import pick_dtype
-from distill.recipe import Recipe
-from distill.recipe_learning import Train
+from distill.models.loading import pick_dtype
+from distill.recipe.learning import Train
+from distill.recipe.sections import Recipe
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from distill.errors import ModelError
-from distill.runlog import progress
+from distill.run.log import progress
 
 _WHOLE = "whole"  # written into a checkpoint after every process has saved its part
 

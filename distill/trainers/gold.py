@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from trl.experimental.gold import GOLDTrainer
 
-from distill.chat import IGNORE, ChatFormat
+from distill.models.chat import IGNORE, ChatFormat
 
 
 class CrossTokenizerTrainer(GOLDTrainer):

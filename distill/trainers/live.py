@@ -27,16 +27,16 @@ from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import DistillationConfig, DistillationTrainer, SFTConfig
 
-from distill.chat import ChatFormat
 from distill.errors import DataError, ModelError
-from distill.models import load_chat_format, load_model, pick_device, pick_dtype
-from distill.recipe import Recipe
-from distill.recipe_learning import OnPolicy, config_class
-from distill.schema import Message
-from distill.storage import read_rows
+from distill.models.chat import ChatFormat
+from distill.models.loading import load_chat_format, load_model, pick_device, pick_dtype
+from distill.models.vocabulary import vocabulary_map
+from distill.recipe.learning import OnPolicy, config_class
+from distill.recipe.sections import Recipe
+from distill.run.schema import Message
+from distill.run.storage import read_rows
 from distill.trainers.arguments import build_arguments, default_arguments, precision_flags, training_dtype
 from distill.trainers.rows import TrainingRows
-from distill.vocabulary import vocabulary_map
 
 _WINDOW = 10  # logged steps over which the share of cut-off completions is taken
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from distill.chat import IGNORE
-from distill.heads import backbone, head_of
 from distill.losses.distillation import DistillationLoss, distillation_loss, likelihood_loss
 from distill.losses.settings import Objective
+from distill.models.chat import IGNORE
+from distill.models.heads import backbone, head_of
 from distill.trainers.targets import StepTargets
 
 

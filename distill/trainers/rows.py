@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset, concatenate_datasets, disable_progress_bars, enable_progress_bars, load_dataset
 
-from distill.chat import IGNORE, ChatFormat
 from distill.errors import DataError
-from distill.recipe_learning import Train
-from distill.runlog import say
+from distill.models.chat import IGNORE, ChatFormat
+from distill.recipe.learning import Train
+from distill.run.log import say
 from distill.trainers.targets import NO_TARGET, StoredTargets
 
 

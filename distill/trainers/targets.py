@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.chat import IGNORE
 from distill.errors import IntegrityError
 from distill.losses.sparse import SparseTargets
+from distill.models.chat import IGNORE
 from distill.targets.codec import Targets, concatenate
 from distill.targets.files import TargetReader
 from distill.targets.spec import TargetSpec

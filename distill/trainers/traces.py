@@ -18,7 +18,7 @@ from trl import SFTTrainer, pack_dataset
 
 from distill.errors import ModelError, RecipeError
 from distill.losses.settings import Objective
-from distill.recipe_learning import DEEPSPEED_HAS_NO_PARTS, SchedulePart
+from distill.recipe.learning import DEEPSPEED_HAS_NO_PARTS, SchedulePart
 from distill.trainers.losshead import BatchSums, add_loss_head
 from distill.trainers.targets import StoredTargets, TargetCollator
 

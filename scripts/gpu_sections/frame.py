@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from distill.runlog import git_revision, say, versions
+from distill.run.log import git_revision, say, versions
 
 Figures = dict[str, float]
 """What a case found, by a name that ends in its unit: `step_ms`, `peak_gib`, `tokens_per_s`; ratios name their peer: `step_of_trl`."""

@@ -17,8 +17,8 @@ import bench_score
 import torch
 from transformers import PreTrainedModel
 
+from distill.models.vocabulary import AlignedRow
 from distill.targets.spec import ChosenToken, TargetSpec
-from distill.vocabulary import AlignedRow
 from gpu_sections.frame import Bench, Case, Cases, Figures
 from gpu_sections.shapes import DRAWS, TOP_K, build_model, shape_of
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from distill.chat import IGNORE
+from distill.models.chat import IGNORE
 from distill.targets.codec import Targets
 from distill.targets.files import TargetWriter
 from distill.targets.spec import Sampled, TargetHeader, TargetSpec, TopK

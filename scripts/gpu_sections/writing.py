@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from distill.chat import ChatFormat, chat_format
 from distill.engines import Request, requests_for
 from distill.engines.hf import HFEngine
-from distill.recipe_base import Sampling
+from distill.models.chat import ChatFormat, chat_format
+from distill.recipe.base import Sampling
 from gpu_sections.frame import Bench, Case, Cases, Figures, ratio
 from gpu_sections.shapes import build_model, shape_of, tokenizer
 

@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill.batching import MemoryGuard, buffer_elements, by_length
-from distill.heads import backbone, head_of, logits_of
-from distill.models import free_memory
-from distill.scored import DRAWS, KS, Arrival, Batch, Pending, ScoredRow
+from distill.engines.batching import MemoryGuard, by_length
+from distill.engines.scored import DRAWS, KS, Arrival, Batch, Pending, ScoredRow
+from distill.losses.budget import buffer_elements
+from distill.models.heads import backbone, head_of, logits_of
+from distill.models.loading import free_memory
+from distill.models.vocabulary import NONE, AlignedRow, VocabularyMap
 from distill.targets.kinds import Found, exact_type, find_chosen_token, find_mass_profile, find_sampled, find_top_k, uniforms
 from distill.targets.spec import ChosenToken, Sampled, TargetSpec, TopK
-from distill.vocabulary import NONE, AlignedRow, VocabularyMap
 
 LARGEST_BUFFER = 2**28
 """Logits of a chunk at most; see `batching.buffer_elements`."""

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distill.models.vocabulary import NONE, AlignedRow, Ids, VocabularyMap
 from distill.targets.codec import Floats, Targets
 from distill.targets.kinds import Found, MassSummary, refuse_broken, to_targets
 from distill.targets.spec import ChosenToken, Sampled, TargetSpec, TopK
-from distill.vocabulary import NONE, AlignedRow, Ids, VocabularyMap
 
 MIN_CARRIED = 0.5
 """Least probability that the student's tokens must hold at a position for it to get a target."""

@@ -19,7 +19,7 @@ class Processes:
             import torch
             from accelerate import PartialState
 
-            from distill.models import pick_device
+            from distill.models.loading import pick_device
 
             found = PartialState(cpu=pick_device().type == "cpu").num_processes
             if found != self.count:

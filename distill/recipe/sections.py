@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from distill.recipe_base import PositiveInt, Sampling, Section
-from distill.recipe_learning import DEEPSPEED_HAS_NO_PARTS, LOSS_OF_SFT, Distillation, Rollouts, Score, Train
+from distill.recipe.base import PositiveInt, Sampling, Section
+from distill.recipe.learning import DEEPSPEED_HAS_NO_PARTS, LOSS_OF_SFT, Distillation, Rollouts, Score, Train
 
 CheckName = Literal["finish", "think", "math"]
 ModelRole = Literal["base", "student", "teacher"]

@@ -16,15 +16,15 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from distill.data.licences import check_terms
 from distill.errors import DistillError
-from distill.licences import check_terms
-from distill.recipe import ModelSpec, Recipe
-from distill.schema import THINK_CLOSE, THINK_OPEN, prompt_id
+from distill.recipe.sections import ModelSpec, Recipe
+from distill.run.schema import THINK_CLOSE, THINK_OPEN, prompt_id
+from distill.run.storage import MANIFEST, read_rows
 from distill.stages import folder, run_dir
-from distill.storage import MANIFEST, read_rows
 
 if TYPE_CHECKING:
-    from distill.chat import ChatFormat
+    from distill.models.chat import ChatFormat
 
 Row = dict[str, Any]
 _MIN_FREE_GIB = 1.0
@@ -62,7 +62,7 @@ class _Findings:
 
 def run(recipe: Recipe) -> bool:
     """Prints every finding; true if none refutes the recipe."""
-    from distill.models import load_chat_format
+    from distill.models.loading import load_chat_format
 
     found = _Findings()
     found.good("recipe", f"{recipe.name}, run folder {run_dir(recipe)}")
@@ -115,7 +115,7 @@ def _check_folder(recipe: Recipe, found: _Findings) -> None:
 
 
 def _trainer_arguments(recipe: Recipe) -> str:
-    from distill.models import pick_device
+    from distill.models.loading import pick_device
     from distill.trainers.arguments import precision_name, training_arguments
 
     device, folder_of_checkpoints = pick_device(), run_dir(recipe) / "checkpoints"
@@ -165,7 +165,7 @@ def _check_prompts(recipe: Recipe, found: _Findings) -> list[Row]:
 
 
 def _check_rows_of_head(role: str, spec: ModelSpec, chat: ChatFormat, found: _Findings) -> None:
-    from distill.models import config_vocab_size
+    from distill.models.loading import config_vocab_size
 
     size = config_vocab_size(spec)
     highest = max(chat.tokenizer.get_vocab().values())
@@ -197,7 +197,7 @@ def _loss(recipe: Recipe, student: ChatFormat) -> str:
 def _targets(recipe: Recipe, chats: dict[str, ChatFormat], rows: list[Row]) -> str:
     """How many supervised tokens of some traces the teacher writes too, so that its thoughts on them can be stored."""
     from distill.errors import DataError
-    from distill.vocabulary import align, vocabulary_map
+    from distill.models.vocabulary import align, vocabulary_map
 
     assert recipe.score is not None
     teacher, student = chats["teacher"], chats["student"]
@@ -254,7 +254,7 @@ def _curated(curated: Path, rows: list[Row]) -> str:
 
 
 def _brought(recipe: Recipe, prompts: list[Row], rows: list[Row]) -> str:
-    from distill.sources import PromptMapping, read_source
+    from distill.data.sources import PromptMapping, read_source
     from distill.stages.import_traces import completion_of
 
     traces = recipe.traces
@@ -276,8 +276,8 @@ def _made_up(prompt: Row) -> Row:
 
 
 def _supervision(chat: ChatFormat, example: Row) -> str:
-    from distill.chat import IGNORE
     from distill.errors import ModelError
+    from distill.models.chat import IGNORE
 
     input_ids, labels = chat.row(example["messages"], example["completion"])
     supervised = [token for token, label in zip(input_ids, labels, strict=True) if label != IGNORE]
@@ -296,7 +296,7 @@ def _supervision(chat: ChatFormat, example: Row) -> str:
 
 def _print_example(chat: ChatFormat, example: Row, console: Console) -> None:
     """One training row as the student sees it, its supervised part marked: green on a terminal, between arrows elsewhere."""
-    from distill.chat import IGNORE
+    from distill.models.chat import IGNORE
 
     input_ids, labels = chat.row(example["messages"], example["completion"])
     start = next(place for place, label in enumerate(labels) if label != IGNORE)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.intervals import Estimate
-from distill.licences import UNKNOWN, licence_of
-from distill.recipe import Recipe
-from distill.storage import MANIFEST, Manifest, read_manifest, read_rows
+from distill.data.licences import UNKNOWN, licence_of
+from distill.measure.intervals import Estimate
+from distill.recipe.sections import Recipe
+from distill.run.storage import MANIFEST, Manifest, read_manifest, read_rows
 
 Row = dict[str, Any]
 NOT_MEASURED = "not measured"

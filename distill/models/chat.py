@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from distill.errors import ModelError
-from distill.schema import THINK_OPEN, Message
+from distill.run.schema import THINK_OPEN, Message
 
 IGNORE = -100  # label of a position without loss, as in torch and transformers
 

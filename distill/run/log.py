@@ -16,7 +16,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from distill import __version__
-from distill.storage import Manifest
+from distill.run.storage import Manifest
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 
@@ -77,7 +77,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 def git_revision() -> str | None:
     """Commit of the kit's checkout, with `-dirty` where files differ from it; null outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]

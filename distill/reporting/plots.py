@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from distill.summary import ModelResult
+from distill.reporting.summary import ModelResult
 
 _INK = "#010203"  # replaced by currentColor
 _COLOURS = {"base": "#9aa3ad", "student": "#2f7ed8", "teacher": "#e08a1e"}

@@ -9,14 +9,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of `distill/templates` with these values; a value it misses is an error.
+    """A template of `distill/reporting/templates` with these values; a value it misses is an error.
 
     Args:
         template: File name; `.html.j2` is escaped as HTML.
         values: What it shows.
     """
     environment = Environment(
-        loader=PackageLoader("distill"),
+        loader=PackageLoader("distill.reporting"),
         autoescape=lambda name: bool(name and name.endswith(".html.j2")),
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -20,7 +20,7 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from distill.errors import RecipeError
-from distill.recipe import Recipe
+from distill.recipe.sections import Recipe
 
 # pydantic puts the tag of a chosen union member into an error's location, behind the key of the union.
 _TAGS = {"adapter": {"lora", "full"}, "target": {"top_k", "sampled", "chosen_token"}}
@@ -206,7 +206,7 @@ def _suggest(key: str) -> str:
     close = difflib.get_close_matches(last, siblings, n=1)
     if close:
         return f"Did you mean {'.'.join([*parents, close[0]])}?"
-    from distill.trainer_args import trainer_fields
+    from distill.recipe.trainer_args import trainer_fields
 
     elsewhere = [name for name in known if name.split(".")[-1] == last]
     if last in trainer_fields():

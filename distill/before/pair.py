@@ -17,27 +17,27 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from distill.chat import ChatFormat
 from distill.checks.math import MathJudge
 from distill.engines import requests_for, write_traces
 from distill.engines.hf import HFEngine
+from distill.engines.scored import Statistics
+from distill.engines.scoring import score_rows
 from distill.errors import RecipeError
-from distill.intervals import resampled_means
-from distill.models import free_memory, load_chat_format, load_model, pick_device
-from distill.pairing import NUM_DEPTHS, TOP_K, Answers, Findings, read, verdict
-from distill.recipe import ModelSpec, Recipe
-from distill.recipe_base import Sampling
-from distill.recipe_learning import Score
-from distill.runlog import Clock, progress, say
-from distill.schema import TRACE
-from distill.scored import Statistics
-from distill.scoring import score_rows
+from distill.measure.intervals import resampled_means
+from distill.measure.pairing import NUM_DEPTHS, TOP_K, Answers, Findings, read, verdict
+from distill.models.chat import ChatFormat
+from distill.models.loading import free_memory, load_chat_format, load_model, pick_device
+from distill.models.vocabulary import AlignedRow, VocabularyMap, align, vocabulary_map
+from distill.recipe.base import Sampling
+from distill.recipe.learning import Score
+from distill.recipe.sections import ModelSpec, Recipe
+from distill.run.log import Clock, progress, say
+from distill.run.schema import TRACE
+from distill.run.storage import StageFolder, delete_stage, write_text
 from distill.stages import run_dir
 from distill.stages.prompts import split
-from distill.storage import StageFolder, delete_stage, write_text
 from distill.targets.codec import Targets
 from distill.targets.spec import ChosenToken, TopK
-from distill.vocabulary import AlignedRow, VocabularyMap, align, vocabulary_map
 
 Row = dict[str, Any]
 _FOLDER, _FINDINGS = "pair", "findings.json"

@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 
 from distill import embedded
 from distill.errors import DataError
-from distill.recipe import Columns, Prompts
-from distill.schema import Message, prompt_id
-from distill.storage import digest_file
+from distill.recipe.sections import Columns, Prompts
+from distill.run.schema import Message, prompt_id
+from distill.run.storage import digest_file
 
 Row = dict[str, Any]
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")

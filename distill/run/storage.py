@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from distill.errors import IntegrityError, MissingStageError, StageConflictError
-from distill.schema import table_of
+from distill.run.schema import table_of
 
 SCHEMA_VERSION = 1
 MANIFEST, PLAN, JOURNAL, LOCK = "manifest.json", "plan.json", "journal.jsonl", ".lock"

@@ -8,9 +8,9 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from distill.errors import RecipeError
 from distill.losses.settings import Divergence, Objective, default_divergence
-from distill.recipe_base import PositiveInt, Sampling, Section, Share
+from distill.recipe.base import PositiveInt, Sampling, Section, Share
+from distill.recipe.trainer_args import ConfigName, check_trainer_args
 from distill.targets.spec import ChosenToken, Sampled, TargetSpec, TopK
-from distill.trainer_args import ConfigName, check_trainer_args
 
 Method = Literal["sft", "kd", "on_policy", "cross_tokenizer"]
 LIVE_METHODS = ("on_policy", "cross_tokenizer")

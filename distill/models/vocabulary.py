@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from distill.chat import IGNORE, ChatFormat
-from distill.schema import THINK_OPEN
+from distill.models.chat import IGNORE, ChatFormat
+from distill.run.schema import THINK_OPEN
 
 NONE = -1
 """In place of an id or an index: there is no counterpart."""

@@ -1,0 +1,1 @@
+"""What is proved before money is spent: the recipe, and whether this teacher can teach this student."""

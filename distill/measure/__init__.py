@@ -1,0 +1,1 @@
+"""Intervals, and the numbers that compare two models. Imports no torch."""
