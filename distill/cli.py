@@ -13,7 +13,7 @@ import typer
 from distill import __version__
 
 if TYPE_CHECKING:
-    from distill.recipe.sections import Recipe
+    from distill.recipe.experiment import Recipe
 
 _EPILOG = "Any key of the recipe can be overridden: --generate.samples_per_prompt 8. `distill keys` lists them all."
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 
+from distill.recipe.experiment import Recipe
 from distill.recipe.reading import recipe_text
-from distill.recipe.sections import Recipe
+from distill.run.files import write_text
+from distill.run.folder import delete_stage
 from distill.run.log import is_main_process, ledger, nothing_to_do, say
-from distill.run.storage import MANIFEST, Manifest, delete_stage, write_text
+from distill.run.manifest import MANIFEST, Manifest
 from distill.stages import ROUND_STAGES, folder, run_dir, stages_of
 
 _UNITS = {

@@ -30,9 +30,10 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from distill.pipeline import run_rounds, run_stage
+from distill.recipe.experiment import Recipe
 from distill.recipe.reading import load_recipe
-from distill.recipe.sections import Recipe
-from distill.run.storage import MANIFEST, read_manifest, read_rows
+from distill.run.manifest import MANIFEST, read_manifest
+from distill.run.tables import read_rows
 from distill.stages import FOLDERS, folder, run_dir, stages_of
 
 ROOT = Path(__file__).resolve().parent.parent

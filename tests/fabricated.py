@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from distill.recipe.sections import Recipe
+from distill.recipe.experiment import Recipe
+from distill.run.folder import StageFolder
 from distill.run.schema import DROPPED_TRACE, PROMPT, SCORE, TRACE, VERDICT, prompt_id
-from distill.run.storage import StageFolder
 
 HOSTILE = "<script>alert(1)</script> {{ 7 * 7 }} {% raw %} <img src=https://example.org/x.png> | **bold** ```"
 PACKAGES = {"torch": "2.13.0", "transformers": "5.23.0"}

@@ -11,8 +11,10 @@ from conftest import build_tiny_model
 
 from distill.models.chat import IGNORE
 from distill.models.loading import load_chat_format, load_model
-from distill.recipe.sections import ModelSpec
-from distill.run.storage import StageFolder, read_manifest, read_rows
+from distill.recipe.models import ModelSpec
+from distill.run.folder import StageFolder
+from distill.run.manifest import read_manifest
+from distill.run.tables import read_rows
 from distill.targets import kinds
 from distill.targets.codec import Targets
 from distill.targets.files import TargetWriter

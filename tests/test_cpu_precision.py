@@ -17,7 +17,7 @@ from test_train import ROOT, losses, train
 from distill.errors import ModelError
 from distill.models import cpu_precision
 from distill.models.loading import pick_dtype
-from distill.run.storage import read_manifest
+from distill.run.manifest import read_manifest
 from distill.trainers.arguments import precision_flags
 
 recipe = test_train.recipe

@@ -15,9 +15,12 @@ import pytest
 
 from distill.checks import Verdict
 from distill.errors import DataError, StageConflictError
-from distill.recipe.sections import Curate, Recipe
+from distill.recipe.experiment import Recipe
+from distill.recipe.traces import Curate
+from distill.run.folder import StageFolder
+from distill.run.manifest import JOURNAL, MANIFEST, Manifest
 from distill.run.schema import TRACE
-from distill.run.storage import JOURNAL, MANIFEST, Manifest, StageFolder, read_rows
+from distill.run.tables import read_rows
 from distill.stages.curate import choose, run
 
 ROOT = Path(__file__).resolve().parent.parent

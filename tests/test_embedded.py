@@ -16,7 +16,7 @@ from distill.engines.hf import HFEngine
 from distill.errors import DataError
 from distill.models.loading import load_chat_format, load_model
 from distill.recipe.base import Sampling
-from distill.recipe.sections import ModelSpec
+from distill.recipe.models import ModelSpec
 from distill.run.schema import prompt_id
 
 FOLDER = Path(embedded.__file__).parent

@@ -15,9 +15,9 @@ from distill.engines.hf import HFEngine, SeededSampler
 from distill.models.chat import ChatFormat
 from distill.models.loading import load_chat_format, load_model
 from distill.recipe.base import Sampling
-from distill.recipe.sections import ModelSpec
+from distill.recipe.models import ModelSpec
+from distill.run.journal import Journal
 from distill.run.schema import prompt_id
-from distill.run.storage import Journal
 
 CPU = torch.device("cpu")
 

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from distill.errors import DataError, IntegrityError, LicenceError, ModelError
-from distill.recipe.sections import Recipe
-from distill.run.storage import MANIFEST, StageFolder, check_files
+from distill.recipe.experiment import Recipe
+from distill.run.folder import StageFolder
+from distill.run.manifest import MANIFEST, check_files
 from distill.stages import export
 
 LORA = {"type": "lora", "r": 4, "lora_alpha": 8}

@@ -26,9 +26,11 @@ from distill.engines.hf import HFEngine
 from distill.models.chat import IGNORE
 from distill.models.loading import load_chat_format, load_model
 from distill.recipe.base import Sampling
-from distill.recipe.sections import ModelSpec
+from distill.recipe.models import ModelSpec
+from distill.run.folder import StageFolder
+from distill.run.manifest import read_manifest
 from distill.run.schema import TRACE, prompt_id
-from distill.run.storage import StageFolder, read_manifest, read_rows
+from distill.run.tables import read_rows
 from distill.targets.files import TargetReader
 from distill.targets.spec import ChosenToken, Sampled, TargetSpec, TopK
 

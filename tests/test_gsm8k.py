@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.run.storage import read_manifest, read_rows
+from distill.run.manifest import read_manifest
+from distill.run.tables import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "gsm8k-worked-answers.yaml"

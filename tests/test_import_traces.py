@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from distill.errors import DataError
-from distill.recipe.sections import Recipe, Traces
-from distill.run.storage import Manifest, digest_file, read_manifest, read_rows
+from distill.recipe.experiment import Recipe
+from distill.recipe.traces import Traces
+from distill.run.files import digest_file
+from distill.run.manifest import Manifest, read_manifest
+from distill.run.tables import read_rows
 from distill.stages import import_traces, prompts
 from distill.stages.import_traces import completion_of
 

@@ -22,10 +22,11 @@ from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from distill.errors import DataError, ModelError, RecipeError
+from distill.recipe.experiment import Recipe
 from distill.recipe.reading import load_recipe
-from distill.recipe.sections import Recipe
+from distill.run.folder import StageFolder
+from distill.run.manifest import read_manifest
 from distill.run.schema import PROMPT, prompt_id
-from distill.run.storage import StageFolder, read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from distill.run.storage import MANIFEST, Manifest, read_manifest, read_rows
+from distill.run.manifest import MANIFEST, Manifest, read_manifest
+from distill.run.tables import read_rows
 from distill.stages import FOLDERS
 
 STAGES = [name for name in FOLDERS if name not in ("score", "rollouts")]

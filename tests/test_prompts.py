@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from distill.errors import DataError, StageConflictError
-from distill.recipe.sections import Recipe
+from distill.recipe.experiment import Recipe
+from distill.run.manifest import MANIFEST, Manifest
 from distill.run.schema import prompt_id
-from distill.run.storage import MANIFEST, Manifest, read_rows
+from distill.run.tables import read_rows
 from distill.stages.prompts import run
 
 COUNT = 60

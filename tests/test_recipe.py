@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from distill.errors import RecipeError
+from distill.recipe.experiment import Recipe
 from distill.recipe.reading import keys, load_recipe, recipe_text
-from distill.recipe.sections import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,7 +16,7 @@ from distill.errors import MissingStageError
 from distill.recipe.reading import load_recipe
 from distill.reporting.pages import excerpt, fenced, markdown_text
 from distill.reporting.summary import duration_text, parameters_text
-from distill.run.storage import check_files
+from distill.run.manifest import check_files
 from distill.stages import report
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from fabricated import facts, make_run, recipe_for, trace
 
-from distill.recipe.sections import Recipe
+from distill.recipe.experiment import Recipe
 from distill.reporting.summary import bytes_text, summarise
 from distill.reporting.tables import funnel
+from distill.run.folder import StageFolder
 from distill.run.schema import PROMPT, TRACE
-from distill.run.storage import StageFolder
 from distill.stages import folders_to_show, report
 
 TEACHER = {"model": "Qwen/Qwen3-8B", "revision": "feedc0de1234", "parameters": 8_190_735_360}
@@ -143,7 +143,7 @@ def test_sizes_as_people_write_them() -> None:
 
 def test_the_card_names_everyone_who_was_learned_from(tmp_path: Path) -> None:
     """Brought traces and a teacher that scores them are two authors with two licences; a live teacher is the only one."""
-    from distill.recipe.sections import Export
+    from distill.recipe.results import Export
     from distill.stages.export import _terms
 
     make_run(tmp_path)

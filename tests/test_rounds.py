@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from distill.recipe.learning import Rollouts
 from distill.recipe.reading import load_recipe
-from distill.run.storage import MANIFEST, read_manifest, read_rows
+from distill.run.manifest import MANIFEST, read_manifest
+from distill.run.tables import read_rows
 from distill.stages import folder, last_round, previous_student, stages_of, student_folder
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -27,8 +27,10 @@ from distill.engines.scoring import TeacherScorer, score_rows
 from distill.errors import IntegrityError
 from distill.models.chat import IGNORE, ChatFormat, chat_format
 from distill.models.vocabulary import AlignedRow, VocabularyMap, align, vocabulary_map
+from distill.run.files import digest_file
+from distill.run.folder import StageFolder
+from distill.run.manifest import check_files, read_manifest
 from distill.run.schema import TRACE
-from distill.run.storage import StageFolder, check_files, digest_file, read_manifest
 from distill.targets.codec import Targets
 from distill.targets.compare import Verification
 from distill.targets.files import TargetReader, TargetWriter

@@ -17,7 +17,7 @@ import pytest
 
 from distill.data.sources import PromptMapping, read_source, source_digest
 from distill.errors import DataError
-from distill.recipe.sections import Columns, Prompts
+from distill.recipe.prompts import Columns, Prompts
 from distill.run.schema import prompt_id
 
 ROWS = [{"question": "What is 1+1?", "answer": "2"}, {"question": 'He said: "a, b"\nand c {x}', "answer": "007"}]

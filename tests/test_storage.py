@@ -13,19 +13,10 @@ import pyarrow as pa
 import pytest
 
 from distill.errors import IntegrityError, MissingStageError, StageConflictError
+from distill.run.folder import StageFolder, delete_stage
+from distill.run.manifest import JOURNAL, MANIFEST, check_files, read_manifest
 from distill.run.schema import TRACE
-from distill.run.storage import (
-    JOURNAL,
-    MANIFEST,
-    ROWS_PER_SHARD,
-    StageFolder,
-    check_files,
-    delete_stage,
-    iter_rows,
-    read_manifest,
-    read_rows,
-    table_files,
-)
+from distill.run.tables import ROWS_PER_SHARD, iter_rows, read_rows, table_files
 
 NUMBERS = pa.schema([("number", pa.int64()), ("text", pa.string())])
 
@@ -44,7 +35,7 @@ def make(path: Path, count: int = 10, settings: dict[str, object] | None = None,
 def test_rows_come_back_across_shards(tmp_path: Path) -> None:
     count = ROWS_PER_SHARD + 3
     folder = make(tmp_path / "numbers", count)
-    assert len(table_files(folder, "numbers")) == 2
+    assert len(list(table_files(folder, "numbers"))) == 2
     assert read_rows(folder, "numbers") == rows(count)
     assert read_manifest(folder).rows("numbers") == count
 
@@ -52,7 +43,7 @@ def test_rows_come_back_across_shards(tmp_path: Path) -> None:
 def test_an_empty_table_keeps_its_schema(tmp_path: Path) -> None:
     folder = make(tmp_path / "numbers", 0)
     assert read_rows(folder, "numbers") == []
-    assert pa.parquet.read_schema(table_files(folder, "numbers")[0]).names == NUMBERS.names
+    assert pa.parquet.read_schema(next(table_files(folder, "numbers"))).names == NUMBERS.names
 
 
 def test_a_column_that_the_schema_lacks_is_an_error(tmp_path: Path) -> None:
@@ -102,7 +93,7 @@ def test_an_absent_and_an_unfinished_input_are_told_apart(tmp_path: Path) -> Non
 
 
 def test_two_processes_cannot_write_one_stage(tmp_path: Path) -> None:
-    code = "import sys, pathlib; from distill.run.storage import StageFolder as F; F(pathlib.Path(sys.argv[1]), 'n', {}).__enter__()"
+    code = "import sys, pathlib; from distill.run.folder import StageFolder as F; F(pathlib.Path(sys.argv[1]), 'n', {}).__enter__()"
     with StageFolder(tmp_path / "n", "n", {}):
         other = subprocess.run([sys.executable, "-c", code, str(tmp_path / "n")], capture_output=True, text=True)
     assert "another process is working on this stage" in other.stderr
@@ -184,7 +175,7 @@ def test_a_process_killed_while_it_writes_loses_no_finished_batch(tmp_path: Path
     code = """
 import sys
 from pathlib import Path
-from distill.run.storage import StageFolder
+from distill.run.folder import StageFolder
 with StageFolder(Path(sys.argv[1]), "n", {}) as out:
     journal = out.journal()
     for index in range(10_000):
@@ -206,7 +197,7 @@ with StageFolder(Path(sys.argv[1]), "n", {}) as out:
 
 
 def test_rows_are_dealt_out_across_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distill.run.storage.ROWS_PER_SHARD", 5)
+    monkeypatch.setattr("distill.run.tables.ROWS_PER_SHARD", 5)
     with StageFolder(tmp_path / "traces", "generate", {}) as out:
         out.write_table("traces", [{"prompt_id": str(index)} for index in range(17)], TRACE)
         out.finish()

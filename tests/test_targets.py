@@ -17,7 +17,9 @@ import pytest
 import torch
 
 from distill.errors import DataError, IntegrityError, ModelError, StageConflictError
-from distill.run.storage import StageFolder, check_files, digest_file
+from distill.run.files import digest_file
+from distill.run.folder import StageFolder
+from distill.run.manifest import check_files
 from distill.targets.bits import BitReader, BitWriter
 from distill.targets.codec import Codec, Targets, concatenate, log_one_minus_exp, square_grid, square_grid_error, weight_grid
 from distill.targets.files import TargetReader, TargetWriter

@@ -18,8 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from distill.run.folder import StageFolder
+from distill.run.manifest import read_manifest
 from distill.run.schema import PROMPT, TRACE, prompt_id
-from distill.run.storage import StageFolder, read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes"]

@@ -18,9 +18,11 @@ from rich.text import Text
 
 from distill.data.licences import check_terms
 from distill.errors import DistillError
-from distill.recipe.sections import ModelSpec, Recipe
+from distill.recipe.experiment import Recipe
+from distill.recipe.models import ModelSpec
+from distill.run.manifest import MANIFEST
 from distill.run.schema import THINK_CLOSE, THINK_OPEN, prompt_id
-from distill.run.storage import MANIFEST, read_rows
+from distill.run.tables import read_rows
 from distill.stages import folder, run_dir
 
 if TYPE_CHECKING:

@@ -29,11 +29,13 @@ from distill.models.chat import ChatFormat
 from distill.models.loading import free_memory, load_chat_format, load_model, pick_device
 from distill.models.vocabulary import AlignedRow, VocabularyMap, align, vocabulary_map
 from distill.recipe.base import Sampling
+from distill.recipe.experiment import Recipe
 from distill.recipe.learning import Score
-from distill.recipe.sections import ModelSpec, Recipe
+from distill.recipe.models import ModelSpec
+from distill.run.files import write_text
+from distill.run.folder import StageFolder, delete_stage
 from distill.run.log import Clock, progress, say
 from distill.run.schema import TRACE
-from distill.run.storage import StageFolder, delete_stage, write_text
 from distill.stages import run_dir
 from distill.stages.prompts import split
 from distill.targets.codec import Targets

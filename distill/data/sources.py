@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 
 from distill import embedded
 from distill.errors import DataError
-from distill.recipe.sections import Columns, Prompts
+from distill.recipe.prompts import Columns, Prompts
+from distill.run.files import digest_file
 from distill.run.schema import Message, prompt_id
-from distill.run.storage import digest_file
 
 Row = dict[str, Any]
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")

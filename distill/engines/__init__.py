@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 from distill.engines.batching import by_length
 from distill.recipe.base import Sampling
+from distill.run.journal import Journal
 from distill.run.log import progress
 from distill.run.schema import Message
-from distill.run.storage import Journal
 
 
 @dataclass(frozen=True)

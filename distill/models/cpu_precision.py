@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock
 
 from distill.errors import ModelError
-from distill.run.storage import write_text
+from distill.run.files import write_text
 
 OVERRIDE = "DISTILL_CPU_DTYPE"
 WORDS = ("float32", "bfloat16")

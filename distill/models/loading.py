@@ -16,7 +16,7 @@ from distill import embedded
 from distill.errors import ModelError
 from distill.models.chat import ChatFormat, chat_format
 from distill.models.cpu_precision import cpu_computes_in_bf16
-from distill.recipe.sections import Adapter, LoraAdapter, ModelSpec
+from distill.recipe.models import Adapter, LoraAdapter, ModelSpec
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -20,7 +20,7 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from distill.errors import RecipeError
-from distill.recipe.sections import Recipe
+from distill.recipe.experiment import Recipe
 
 # pydantic puts the tag of a chosen union member into an error's location, behind the key of the union.
 _TAGS = {"adapter": {"lora", "full"}, "target": {"top_k", "sampled", "chosen_token"}}

@@ -10,8 +10,9 @@ from typing import Any
 
 from distill.data.licences import UNKNOWN, licence_of
 from distill.measure.intervals import Estimate
-from distill.recipe.sections import Recipe
-from distill.run.storage import MANIFEST, Manifest, read_manifest, read_rows
+from distill.recipe.experiment import Recipe
+from distill.run.manifest import MANIFEST, Manifest, read_manifest
+from distill.run.tables import read_rows
 
 Row = dict[str, Any]
 NOT_MEASURED = "not measured"

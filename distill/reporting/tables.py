@@ -10,9 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from distill.recipe.sections import Recipe
+from distill.recipe.experiment import Recipe
 from distill.reporting.summary import NOT_MEASURED, RunSummary, bytes_text, duration_text, metrics, parameters_text, percent_text
-from distill.run.storage import Manifest
+from distill.run.manifest import Manifest
 
 
 def results_rows(summary: RunSummary) -> list[list[str]]:

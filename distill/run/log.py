@@ -16,7 +16,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from distill import __version__
-from distill.run.storage import Manifest
+from distill.run.manifest import Manifest
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
 
 import pyarrow as pa
 
@@ -86,12 +85,3 @@ def prompt_id(messages: list[Message]) -> str:
     """Stable id of a prompt: the first 16 hex digits of the SHA-256 of its messages."""
     plain = [{"role": message["role"], "content": message["content"]} for message in messages]
     return hashlib.sha256(json.dumps(plain, ensure_ascii=False).encode()).hexdigest()[:16]
-
-
-def table_of(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Rows as an Arrow table of exactly this schema; a missing key becomes null, an unknown one is an error."""
-    for row in rows[:1]:
-        unknown = set(row) - set(schema.names)
-        if unknown:
-            raise KeyError(f"row has columns that the schema lacks: {sorted(unknown)}")
-    return pa.Table.from_pylist(rows, schema=schema)

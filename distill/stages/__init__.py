@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from distill.errors import DataError
-from distill.recipe.sections import Recipe
-from distill.run.storage import MANIFEST, read_manifest
+from distill.recipe.experiment import Recipe
+from distill.run.manifest import MANIFEST, read_manifest
 
 FOLDERS = {
     "prompts": "prompts",

@@ -11,10 +11,14 @@ from typing import Any
 from distill.checks import Verdict
 from distill.checks.form import check_finish, check_think
 from distill.errors import DataError
-from distill.recipe.sections import Curate, Recipe
+from distill.recipe.experiment import Recipe
+from distill.recipe.traces import Curate
+from distill.run.folder import StageFolder
+from distill.run.journal import Journal
 from distill.run.log import Clock, progress
+from distill.run.manifest import Manifest, read_manifest
 from distill.run.schema import DROPPED_TRACE, TRACE, VERDICT
-from distill.run.storage import Journal, Manifest, StageFolder, read_manifest, read_rows
+from distill.run.tables import read_rows
 from distill.stages import folder
 
 Row = dict[str, Any]

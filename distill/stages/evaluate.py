@@ -13,10 +13,13 @@ import numpy as np
 
 from distill.errors import DataError
 from distill.measure.intervals import gap_recovered, mean_interval, resampled_means
-from distill.recipe.sections import Evaluate, Recipe
+from distill.recipe.experiment import Recipe
+from distill.recipe.results import Evaluate
+from distill.run.folder import StageFolder
 from distill.run.log import Clock, progress
+from distill.run.manifest import Manifest, check_files
 from distill.run.schema import ANSWER, SCORE, TRACE
-from distill.run.storage import Manifest, StageFolder, check_files, read_rows
+from distill.run.tables import read_rows
 from distill.stages import folder, student_folder
 
 TASK = "heldout"

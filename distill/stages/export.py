@@ -18,13 +18,17 @@ from typing import TYPE_CHECKING, Any
 from distill.data.licences import UNKNOWN, check_terms, hub_licence, licence_of
 from distill.errors import DataError, ModelError
 from distill.recipe.base import Sampling
+from distill.recipe.experiment import Recipe
 from distill.recipe.reading import recipe_text
-from distill.recipe.sections import Export, Recipe
+from distill.recipe.results import Export
 from distill.reporting.pages import render
 from distill.reporting.summary import lineage, summarise
 from distill.reporting.tables import RESULT_COLUMNS, results_rows
+from distill.run.files import write_text
+from distill.run.folder import StageFolder
 from distill.run.log import Clock, progress, say
-from distill.run.storage import Manifest, StageFolder, check_files, read_manifest, read_rows, write_text
+from distill.run.manifest import Manifest, check_files, read_manifest
+from distill.run.tables import read_rows
 from distill.stages import folder, folders_to_show, student_folder
 
 if TYPE_CHECKING:

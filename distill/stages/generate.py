@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
-from distill.recipe.sections import Generate, ModelSpec, Recipe
+from distill.recipe.experiment import Recipe
+from distill.recipe.models import ModelSpec
+from distill.recipe.traces import Generate
+from distill.run.folder import StageFolder
 from distill.run.log import Clock
+from distill.run.manifest import Manifest
 from distill.run.schema import TRACE
-from distill.run.storage import Manifest, StageFolder, read_rows
+from distill.run.tables import read_rows
 from distill.stages import folder
 
 

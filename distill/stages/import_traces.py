@@ -9,10 +9,13 @@ from collections import Counter
 
 from distill.data.sources import PromptMapping, Row, read_source, source_digest, text_in
 from distill.errors import DataError
-from distill.recipe.sections import Recipe, Traces
+from distill.recipe.experiment import Recipe
+from distill.recipe.traces import Traces
+from distill.run.folder import StageFolder
 from distill.run.log import Clock
+from distill.run.manifest import Manifest
 from distill.run.schema import DROPPED_TRACE, THINK_CLOSE, THINK_OPEN, TRACE, prompt_id
-from distill.run.storage import Manifest, StageFolder, read_rows
+from distill.run.tables import read_rows
 from distill.stages import folder
 
 

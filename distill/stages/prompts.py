@@ -7,10 +7,12 @@ from collections import Counter
 
 from distill.data.sources import PromptMapping, Row, read_source, source_digest
 from distill.errors import DataError
-from distill.recipe.sections import Prompts, Recipe
+from distill.recipe.experiment import Recipe
+from distill.recipe.prompts import Prompts
+from distill.run.folder import StageFolder
 from distill.run.log import Clock
+from distill.run.manifest import Manifest
 from distill.run.schema import DROPPED_PROMPT, PROMPT
-from distill.run.storage import Manifest, StageFolder
 from distill.stages import folder
 
 

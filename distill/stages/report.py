@@ -6,8 +6,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from distill.recipe.experiment import Recipe
 from distill.recipe.reading import recipe_text
-from distill.recipe.sections import Recipe
 from distill.reporting.pages import render
 from distill.reporting.summary import RunSummary, duration_text, lineage, metrics, summarise
 from distill.reporting.tables import (
@@ -23,9 +23,12 @@ from distill.reporting.tables import (
     target_rows,
     verdict_counts,
 )
+from distill.run.files import write_text
+from distill.run.folder import StageFolder
 from distill.run.log import Clock
+from distill.run.manifest import Manifest
 from distill.run.schema import THINK_CLOSE, THINK_OPEN
-from distill.run.storage import Manifest, StageFolder, read_rows, write_text
+from distill.run.tables import read_rows
 from distill.stages import folder, folders_to_show, last_round, student_folder
 
 Row = dict[str, Any]

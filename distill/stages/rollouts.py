@@ -14,11 +14,13 @@ import numpy as np
 
 from distill.errors import RecipeError
 from distill.recipe.base import Sampling
+from distill.recipe.experiment import Recipe
 from distill.recipe.learning import Rollouts
-from distill.recipe.sections import Recipe
+from distill.run.folder import StageFolder
 from distill.run.log import Clock
+from distill.run.manifest import Manifest, check_files
 from distill.run.schema import TRACE
-from distill.run.storage import Manifest, StageFolder, check_files, read_rows
+from distill.run.tables import read_rows
 from distill.stages import folder, previous_student
 
 

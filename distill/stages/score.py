@@ -19,10 +19,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distill.errors import DataError, IntegrityError, RecipeError, StageConflictError
 from distill.models.processes import Processes
+from distill.recipe.experiment import Recipe
 from distill.recipe.learning import Score
-from distill.recipe.sections import ModelSpec, Recipe
+from distill.recipe.models import ModelSpec
+from distill.run.folder import StageFolder
+from distill.run.journal import Journal
 from distill.run.log import Clock, is_main_process, ledger, nothing_to_do, progress, say
-from distill.run.storage import MANIFEST, Journal, Manifest, StageFolder, iter_rows, read_manifest
+from distill.run.manifest import MANIFEST, Manifest, read_manifest
+from distill.run.tables import iter_rows
 from distill.stages import folder
 
 if TYPE_CHECKING:

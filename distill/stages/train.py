@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distill.errors import ModelError, RecipeError
 from distill.losses.settings import likelihood
+from distill.recipe.experiment import Recipe
 from distill.recipe.learning import SchedulePart, Train
-from distill.recipe.sections import Recipe
+from distill.run.files import write_text
+from distill.run.folder import StageFolder
 from distill.run.log import Clock, is_main_process, say
-from distill.run.storage import MANIFEST, Manifest, StageFolder, check_files, read_manifest, table_files, write_text
+from distill.run.manifest import MANIFEST, Manifest, check_files, read_manifest
+from distill.run.tables import table_files
 from distill.stages import folder, previous_student
 
 if TYPE_CHECKING:
@@ -188,7 +191,9 @@ def _rows(recipe: Recipe, plan: _Plan, number: int, cache: Path, chat: ChatForma
         return live_rows(recipe, folder(recipe, "prompts"), chat)
     share = recipe.rollouts.teacher_share if recipe.rollouts is not None else 0.0
     tables = [
-        TraceTable(table_files(place, table), read_manifest(place).digest, share / (1 - share) if index else None, recipe.seed + number)
+        TraceTable(
+            list(table_files(place, table)), read_manifest(place).digest, share / (1 - share) if index else None, recipe.seed + number
+        )
         for index, (place, table) in enumerate(plan.tables)
     ]
     with PartialState().main_process_first():

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from distill.errors import IntegrityError, StageConflictError
-from distill.run.storage import digest_file
+from distill.run.files import digest_file
 from distill.targets.codec import Codec, Targets
 from distill.targets.spec import TargetHeader
 

@@ -22,8 +22,8 @@ from trl import SFTConfig
 
 from distill.errors import RecipeError
 from distill.models.loading import pick_dtype
+from distill.recipe.experiment import Recipe
 from distill.recipe.learning import Train
-from distill.recipe.sections import Recipe
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 

@@ -31,10 +31,10 @@ from distill.errors import DataError, ModelError
 from distill.models.chat import ChatFormat
 from distill.models.loading import load_chat_format, load_model, pick_device, pick_dtype
 from distill.models.vocabulary import vocabulary_map
+from distill.recipe.experiment import Recipe
 from distill.recipe.learning import OnPolicy, config_class
-from distill.recipe.sections import Recipe
 from distill.run.schema import Message
-from distill.run.storage import read_rows
+from distill.run.tables import read_rows
 from distill.trainers.arguments import build_arguments, default_arguments, precision_flags, training_dtype
 from distill.trainers.rows import TrainingRows
 

@@ -17,8 +17,8 @@ from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from distill.recipe.experiment import Recipe
 from distill.recipe.learning import Distillation
-from distill.recipe.sections import Recipe
 from distill.trainers.arguments import training_arguments
 from distill.trainers.targets import StoredTargets
 from distill.trainers.traces import TraceTrainer

@@ -1,0 +1,156 @@
+"""The recipe: one strict, typed description of an experiment. Knows nothing of torch.
+
+The docstring under a field is its only documentation; `distill keys` prints it. A field that changes how fast rows
+are made but not which rows are made is named in `speed_only`, and so does not make an existing folder another experiment.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from distill.recipe.base import Section
+from distill.recipe.learning import DEEPSPEED_HAS_NO_PARTS, LOSS_OF_SFT, Distillation, Rollouts, Score, Train
+from distill.recipe.models import ModelSpec, Student
+from distill.recipe.prompts import Prompts
+from distill.recipe.results import Evaluate, Export, Report
+from distill.recipe.traces import Curate, Generate, Traces
+
+
+class Recipe(Section):
+    """One experiment."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Letters, digits, `.`, `_` and `-`."""
+    run_dir: str | None = None
+    """Folder of the run; null means `runs/<name>`."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the split, of every sampled token and of training."""
+    teacher: ModelSpec | None = None
+    """The model that is learned from; may be left out where traces are brought."""
+    student: Student
+    """The model that learns."""
+    prompts: Prompts
+    """The problems."""
+    generate: Generate | None = None
+    """How the teacher writes traces. Exactly one of `generate` and `traces` is given."""
+    traces: Traces | None = None
+    """Finished traces from elsewhere. Exactly one of `generate` and `traces` is given."""
+    curate: Curate = Curate()
+    """Which traces are kept."""
+    score: Score | None = None
+    """What is stored of the teacher's thoughts on the traces; needed by train.method kd and by on-policy rounds."""
+    train: Train = Train()
+    """How the student learns."""
+    rounds: Annotated[int, Field(ge=0)] = 0
+    """On-policy rounds after the training on traces: the student writes, the teacher scores, the student trains (method kd)."""
+    rollouts: Rollouts | None = None
+    """What the student writes in the rounds, and when they end."""
+    evaluate: Evaluate | None = Evaluate()
+    """How it is measured; null leaves the stage out."""
+    report: Report = Report()
+    """What the report shows."""
+    export: Export | None = Export()
+    """How it is written out; null leaves the stage out."""
+
+    @property
+    def learns_from_traces(self) -> bool:
+        """Whether traces are written or brought before training: not where a student only learns from its own."""
+        only_own = self.rounds > 0 and self.rollouts is not None and self.rollouts.start == "base" and self.rollouts.teacher_share == 0
+        return not self.train.is_live and not only_own
+
+    @property
+    def trains_on_traces(self) -> bool:
+        """Whether a student is trained on traces before the rounds, if any: not where these start from the base."""
+        from_base = self.rounds > 0 and self.rollouts is not None and self.rollouts.start == "base"
+        return self.learns_from_traces and not from_base
+
+    @property
+    def scores_traces(self) -> bool:
+        """Whether the teacher scores the curated traces, beside the student's own in the rounds."""
+        shared = self.rounds > 0 and self.rollouts is not None and self.rollouts.teacher_share > 0
+        return (self.trains_on_traces and self.train.method == "kd") or shared or self.follows_teacher
+
+    @property
+    def follows_teacher(self) -> bool:
+        """Whether method sft is to measure the student's divergence from the teacher, on validation prompts."""
+        scores = self.score is not None and (self.rollouts is None or self.rollouts.teacher_share > 0)
+        return scores and self.trains_on_traces and self.train.method == "sft" and self.train.validation_prompts > 0
+
+    @property
+    def train_in_rounds(self) -> Train:
+        """How the student learns in an on-policy round; checked with the recipe, which has a section rollouts."""
+        assert self.rollouts is not None
+        arguments = {**self.train.trainer_args, **self.rollouts.trainer_args}
+        return self.train.model_copy(update={"method": "kd", "trainer_args": arguments})
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Recipe:
+        if self.learns_from_traces and (self.generate is None) == (self.traces is None):
+            raise ValueError("give exactly one of the sections generate (a teacher writes) and traces (you bring them)")
+        if not self.learns_from_traces and (self.generate is not None or self.traces is not None):
+            raise ValueError("nothing here learns from traces, so leave the sections generate and traces out")
+        if not self.learns_from_traces and self.curate != Curate():
+            raise ValueError("curate would be ignored: nothing here learns from traces")
+        if self.train.is_live and self.teacher is None:
+            raise ValueError(f"train.method {self.train.method} needs a teacher: add a section teacher with a key model")
+        if self.generate is not None and self.teacher is None:
+            raise ValueError("generate needs a teacher: add a section teacher with a key model")
+        if self.evaluate is not None:
+            if self.teacher is None and "teacher" in self.evaluate.models:
+                raise ValueError("evaluate.models names teacher, but there is no section teacher")
+            if self.prompts.heldout_size == 0:
+                raise ValueError("evaluate needs held-out prompts: raise prompts.heldout_size, or set evaluate: null")
+        return self
+
+    @model_validator(mode="after")
+    def _distillation_fits(self) -> Recipe:
+        if (self.rounds > 0) != (self.rollouts is not None):
+            raise ValueError("rounds and the section rollouts go together: give both or neither")
+        if self.rounds and self.train.is_live:
+            raise ValueError(f"rounds repeat stored-target distillation; train.method {self.train.method} is on-policy by itself")
+        uses_targets = self.rounds > 0 or self.train.method == "kd"
+        if uses_targets != (self.score is not None) and not self.follows_teacher:
+            advice = "add it" if uses_targets else "leave it out, or, with sft, set train.validation_prompts to follow the divergence on"
+            raise ValueError(f"the section score goes with train.method kd or with rounds: {advice}")
+        self._rounds_fit()
+        if not uses_targets and self.train.kd != Distillation():
+            raise ValueError("train.kd would be ignored: set train.method kd, or rounds")
+        if self.score is not None:
+            if self.teacher is None:
+                raise ValueError("score needs a teacher: add a section teacher with a key model")
+            self.train.kd.objective(self.score.target)
+            if self.rollouts is not None and self.rollouts.stop_kl is not None and self.score.target.kind == "sampled":
+                raise ValueError("rollouts.stop_kl can't be measured from sampled targets; use top_k or chosen_token")
+        return self
+
+    def _schedule_has_parts(self) -> None:
+        if self.rollouts is None or self.rounds < 2 or self.rollouts.schedule_over == "each_round":
+            return
+        arguments = self.train_in_rounds.trainer_args
+        schedule, deepspeed = arguments.get("lr_scheduler_type"), arguments.get("deepspeed")
+        if schedule in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(f"rollouts.schedule_over: {schedule} follows the evaluation, so it can't run over all rounds; set each_round")
+        if isinstance(deepspeed, dict) and "scheduler" in deepspeed:
+            raise ValueError(f"rollouts.schedule_over: {DEEPSPEED_HAS_NO_PARTS}")
+        if "num_stable_steps" in (arguments.get("lr_scheduler_kwargs") or {}):
+            raise ValueError(
+                "rollouts.schedule_over: num_stable_steps can't be meant for all rounds and for one; leave it out (what warmup and decay "
+                "leave is stable), or set each_round"
+            )
+
+    def _rounds_fit(self) -> None:
+        if self.rollouts is None:
+            return
+        ignored = LOSS_OF_SFT & set(self.train.trainer_args)
+        if ignored:
+            raise ValueError(f"train.trainer_args.{min(ignored)} would be ignored in the rounds: their loss is that of train.kd")
+        self._schedule_has_parts()
+        if self.rounds == 1 and self.rollouts.first_max_new_tokens is not None:
+            raise ValueError("rollouts.first_max_new_tokens would be ignored: there is one round, so nothing grows")
+        if self.train.overlong == "drop" and self.rollouts.max_new_tokens >= self.train.max_length:
+            raise ValueError(
+                f"rollouts.max_new_tokens ({self.rollouts.max_new_tokens:,}) leaves no room for a prompt in train.max_length "
+                f"({self.train.max_length:,}), so every rollout of that length would be dropped"
+            )

@@ -1,0 +1,86 @@
+"""The sections that name a model: what is learned from, what learns, and what of it is trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from distill.recipe.base import PositiveInt, Section
+
+
+class ModelSpec(Section):
+    """A model by name, with everything needed to load it and to speak to it."""
+
+    speed_only = frozenset({"attn_implementation"})
+
+    model: str
+    """Hub id, local folder, or `embedded:teacher` / `embedded:student` (the tiny pair shipped with the kit)."""
+    revision: str | None = None
+    """Git revision on the Hub; null means the newest, and the manifest records which that was."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer, where it is not the model's own."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Weights in memory. auto: bf16 where the device computes in it (a CPU is timed once, ~/.cache/distill-kit/cpu-precision.json), else
+    fp16 on a GPU, else fp32. On a CPU the student's is also what it is trained in: a bit-equal resume on another CPU needs float32."""
+    quantization: Literal["none", "nf4"] = "none"
+    """nf4 loads the frozen weights in 4 bits through bitsandbytes (double quantisation): QLoRA, or a cheap teacher."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the chat template, e.g. `{enable_thinking: true}`."""
+    pad_token: str | None = None
+    """Padding token, only where none that differs from the end of a turn can be found in the vocabulary."""
+    licence: str | None = None
+    """SPDX id or name of the terms; null looks the model up in the kit's own table and else records "unknown"."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention kernel; auto takes what transformers takes."""
+    trust_remote_code: bool = False
+    """Run code that a model repository brings along."""
+
+
+class LoraAdapter(Section):
+    """Low-rank adapters through peft; the names are peft's own."""
+
+    type: Literal["lora"] = "lora"
+    """`lora`, or `full` for full fine-tuning."""
+    r: PositiveInt = 32
+    """Rank of the update."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 64
+    """Scale: the update is multiplied by alpha / r, or by alpha / sqrt(r) under rsLoRA."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: str | list[str] = "all-linear"
+    """Modules that get an adapter; all-linear is every linear layer but the head."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA (DoRA)."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling (rsLoRA)."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _no_head(cls, value: str | list[str]) -> str | list[str]:
+        if "lm_head" in ([value] if isinstance(value, str) else value):
+            raise ValueError("an adapter on lm_head would never be trained, because the loss reads its weight directly")
+        return value
+
+
+class FullFinetune(Section):
+    """No adapter: every weight is trained."""
+
+    type: Literal["full"]
+    """`full`."""
+
+
+Adapter = Annotated[LoraAdapter | FullFinetune, Field(discriminator="type")]
+
+
+class Student(ModelSpec):
+    """The model that learns."""
+
+    adapter: Adapter = Field(default_factory=LoraAdapter)
+    """What is trained: `{type: lora, r: 32, ...}` or `{type: full}`."""
+
+    @model_validator(mode="after")
+    def _quantised_needs_adapter(self) -> Student:
+        if self.quantization != "none" and self.adapter.type == "full":
+            raise ValueError("quantization: nf4 can't be trained in full; use adapter.type: lora (QLoRA)")
+        return self

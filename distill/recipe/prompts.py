@@ -1,0 +1,83 @@
+"""The problems: where they come from, and how they are put to a model."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import Field, field_validator, model_validator
+
+from distill.recipe.base import PositiveInt, Section
+
+
+class Columns(Section):
+    """Which columns of a source hold what."""
+
+    prompt: str | None = None
+    """Column with the user's text."""
+    messages: str | None = None
+    """Column with a list of chat messages, instead of `prompt`."""
+    reference: str | None = None
+    """Column with the reference answer; null where there is none."""
+    tags: str | None = None
+    """Column with a string or a list of strings carried along."""
+
+    @model_validator(mode="after")
+    def _one_prompt_column(self) -> Columns:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("name exactly one of prompt and messages")
+        return self
+
+
+def _check_pattern(value: str | None) -> str | None:
+    """A regular expression with exactly one group, or null."""
+    if value is not None:
+        try:
+            groups = re.compile(value).groups
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        if groups != 1:
+            raise ValueError(f"must have exactly one group, has {groups}")
+    return value
+
+
+class Prompts(Section):
+    """Where the problems come from, and how they are put to a model."""
+
+    source: str
+    """File (jsonl, json, csv, parquet), Hub data set id, or `embedded:arithmetic`."""
+    subset: str | None = None
+    """Configuration of a Hub data set, e.g. `main`."""
+    split: str = "train"
+    """Split of a Hub data set."""
+    columns: Columns = Columns(prompt="question", reference="answer")
+    """Column names of the source."""
+    answer_pattern: str | None = None
+    """Regular expression whose one group is the final answer inside the reference; its last match counts."""
+    system_prompt: str | None = None
+    """Put before every prompt."""
+    template: str = "{prompt}"
+    """The user's turn; `{prompt}` stands for the text of the source."""
+    max_prompts: PositiveInt | None = None
+    """Use only so many training prompts, drawn by the seed; null means all."""
+    heldout_size: Annotated[int, Field(ge=0)] = 200
+    """Prompts kept out of training for `evaluate`."""
+    heldout_source: str | None = None
+    """Take the held-out prompts from this source instead of splitting them off; prompts in both are not trained on."""
+    heldout_split: str = "test"
+    """Split of `heldout_source` on the Hub."""
+
+    _pattern = field_validator("answer_pattern")(_check_pattern)
+
+    @field_validator("template")
+    @classmethod
+    def _has_prompt(cls, value: str) -> str:
+        if "{prompt}" not in value:
+            raise ValueError("must contain {prompt}")
+        return value
+
+    @model_validator(mode="after")
+    def _pattern_has_its_column(self) -> Prompts:
+        if self.answer_pattern is not None and self.columns.reference is None:
+            raise ValueError("answer_pattern looks inside the reference: name its column in columns.reference, or leave answer_pattern out")
+        return self

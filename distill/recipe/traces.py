@@ -1,0 +1,64 @@
+"""The traces: written by a teacher or brought from elsewhere, and which of them are kept."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from distill.recipe.base import PositiveInt, Sampling, Section
+from distill.recipe.prompts import Columns
+
+CheckName = Literal["finish", "think", "math"]
+
+
+class Traces(Section):
+    """Finished traces from elsewhere, instead of generating them."""
+
+    source: str
+    """File (jsonl, json, csv, parquet) or Hub data set id."""
+    subset: str | None = None
+    """Configuration of a Hub data set."""
+    split: str = "train"
+    """Split of a Hub data set."""
+    columns: Columns = Columns(prompt="question")
+    """Column names of the prompt; a trace belongs to the prompt whose text is the same."""
+    completion: str = "completion"
+    """Column with the answer (the reasoning inside it, or in a column of its own)."""
+    reasoning: str | None = None
+    """Column with the reasoning, where it is apart; it is put between `<think>` and `</think>`."""
+    answer_separator: str | None = None
+    """Text inside the completion before which stands the reasoning and after which the answer (`####` in GSM8K)."""
+    author_model: str | None = None
+    """Who wrote them, for the record."""
+    licence: str | None = None
+    """Terms of the traces, for the record."""
+
+    @model_validator(mode="after")
+    def _one_way_to_find_reasoning(self) -> Traces:
+        if self.reasoning is not None and self.answer_separator is not None:
+            raise ValueError("reasoning and answer_separator exclude each other: the reasoning is in one place")
+        return self
+
+
+class Generate(Sampling):
+    """The teacher writes traces, through transformers in this process, on CPU or GPU."""
+
+
+class Curate(Section):
+    """Which traces are good enough to learn from."""
+
+    speed_only = frozenset({"workers"})
+
+    checks: list[CheckName] = Field(default_factory=lambda: list(get_args(CheckName)))
+    """Every one must pass. finish: ended by itself; think: reasoning, then an answer; math: the answer is right."""
+    keep_unjudged: bool = False
+    """Keep traces that a check could not judge (no reference, or the checker ran out of time)."""
+    max_per_prompt: PositiveInt = 4
+    """Traces kept for each prompt."""
+    prefer: Literal["first", "shortest", "longest"] = "first"
+    """Which of a prompt's passing traces are kept."""
+    check_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    """Hard limit for one answer check, in seconds; the checking process is killed at it."""
+    workers: PositiveInt | None = None
+    """Processes that check answers; null means one a core."""

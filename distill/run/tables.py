@@ -1,0 +1,151 @@
+"""Tables of stages: Parquet shards, written and read a piece at a time, their digests checked when they are read.
+
+Of a table of any length no more than a piece of rows and, while a shard is written, what Arrow has compressed of it is in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distill.errors import IntegrityError, MissingStageError
+from distill.run.files import commit, digest_file
+from distill.run.manifest import Shard, read_manifest
+
+ROWS_PER_SHARD = 4096
+_ROWS_PER_PIECE = 512  # of a row group
+_BYTES_PER_SHARD = 64 * 2**20  # in Arrow's memory: traces of 32,000 tokens make shorter shards
+
+
+class TableWriter:
+    """A table that is written as its rows come; a shard appears under its name when it is whole and on disk.
+
+    Args:
+        folder: Of the stage.
+        name: Of the table.
+        schema: Of its rows.
+        before: Shards that are there already, behind which the new ones stand.
+    """
+
+    def __init__(self, folder: Path, name: str, schema: pa.Schema, before: Sequence[Shard] = ()) -> None:
+        self._folder, self._name, self._schema = folder, name, schema
+        self._columns = set(schema.names)
+        self._shards = list(before)
+        self._rows: list[dict[str, Any]] = []
+        self._file: pq.ParquetWriter | None = None
+        self._num_rows = self._num_bytes = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Rows given so far, those of the shards before among them."""
+        return sum(shard.rows for shard in self._shards) + self._num_rows + len(self._rows)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Adds a row; a missing key becomes null.
+
+        Raises:
+            KeyError: the schema has no such column.
+        """
+        if not row.keys() <= self._columns:
+            raise KeyError(f"{self._path.name}: row has columns that the schema lacks: {sorted(row.keys() - self._columns)}")
+        self._rows.append(row)
+        if len(self._rows) >= min(_ROWS_PER_PIECE, ROWS_PER_SHARD - self._num_rows):
+            self._write_piece()
+
+    def extend(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Adds rows."""
+        for row in rows:
+            self.append(row)
+
+    def end_shard(self) -> None:
+        """Puts the rows that are not on disk yet there, as a shard of their own."""
+        self._write_piece()
+        if self._file is None:
+            return
+        self._file.close()
+        self._file = None
+        commit(self._temporary, self._path)
+        self._shards.append(Shard(file=self._path.name, rows=self._num_rows, sha256=digest_file(self._path)))
+        self._num_rows = self._num_bytes = 0
+
+    def close(self) -> list[Shard]:
+        """Ends the table and returns its shards; an empty one keeps a shard with its schema."""
+        if not self._shards:
+            self._open()
+        self.end_shard()
+        return self._shards
+
+    @property
+    def _path(self) -> Path:
+        return self._folder / f"{self._name}-{len(self._shards):05d}.parquet"
+
+    @property
+    def _temporary(self) -> Path:
+        return self._path.with_name(self._path.name + ".tmp")
+
+    def _open(self) -> pq.ParquetWriter:
+        if self._file is None:
+            self._file = pq.ParquetWriter(self._temporary, self._schema, compression="zstd")
+        return self._file
+
+    def _write_piece(self) -> None:
+        if not self._rows:
+            return
+        piece = pa.Table.from_pylist(self._rows, schema=self._schema)
+        self._open().write_table(piece)
+        self._num_rows += len(self._rows)
+        self._num_bytes += piece.nbytes
+        self._rows = []
+        if self._num_rows >= ROWS_PER_SHARD or self._num_bytes >= _BYTES_PER_SHARD:
+            self.end_shard()
+
+
+def read_rows(folder: Path, table: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """All rows of a finished stage's table, after its digests were checked; for tables that are short, or narrow columns."""
+    return list(iter_rows(folder, table, columns=columns))
+
+
+def iter_rows(folder: Path, table: str, first: int = 0, step: int = 1, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Every `step`-th row of a finished stage's table, from `first`; a piece of a shard at a time is in memory.
+
+    Args:
+        folder: Of the stage.
+        table: Its name.
+        first: Number of the first row wanted, below `step`.
+        step: From one to the next.
+        columns: Only these; None reads all.
+    """
+    before = 0
+    for piece in iter_pieces(folder, table, columns):
+        wanted = pa.array(range((first - before) % step, len(piece), step), pa.int64())
+        yield from piece.take(wanted).to_pylist() if step > 1 else piece.to_pylist()
+        before += len(piece)
+
+
+def iter_pieces(folder: Path, table: str, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """A finished stage's table in pieces of some hundred rows, each shard's digest checked before its first."""
+    for path in table_files(folder, table):
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=_ROWS_PER_PIECE, columns=columns)
+
+
+def table_files(folder: Path, table: str) -> Iterator[Path]:
+    """The Parquet files of a finished stage's table, in order; each after its digest was checked.
+
+    Raises:
+        MissingStageError: the stage is not finished.
+        IntegrityError: a shard is gone or not what the manifest says.
+    """
+    manifest = read_manifest(folder)
+    if table not in manifest.tables:
+        raise MissingStageError(f"{folder}: has no table {table!r}, only {sorted(manifest.tables)}.")
+    for shard in manifest.tables[table]:
+        path = folder / shard.file
+        if not path.exists() or digest_file(path) != shard.sha256:
+            what = "is gone" if not path.exists() else "was altered after it was written"
+            raise IntegrityError(f"{path}: {what}. Restore it, or make the stage again with --redo.")
+        yield path
