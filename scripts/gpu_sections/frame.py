@@ -194,7 +194,7 @@ def against(figures: Figures, peer: Figures | None, name: str) -> Figures:
 
 
 def _rounded(figures: Figures) -> Figures:
-    return {name: float(f"{value:.4g}") for name, value in figures.items()}
+    return {name: value if isinstance(value, int) else float(f"{value:.4g}") for name, value in figures.items()}
 
 
 def _in_a_line(error: Exception) -> str:

@@ -29,8 +29,8 @@ CONTEXT_GIB = 0.6
 LENGTHS = (8192, 16_384)
 """Long enough that the backward, and not the buffers of the loss, makes the peak."""
 STEP = 256
-SHARES = (0.97, 0.93, 0.88)
-"""Lengths tried under a limit, of the predicted one."""
+SHARES = (0.97, 0.9, 0.8, 0.7)
+"""Lengths tried under a limit, of the predicted one: the limit is on what the allocator reserves, which is more than it uses."""
 LONGEST = 32_768
 """No longer ones are tried, for their time: so many tokens means so many or more."""
 
@@ -128,10 +128,10 @@ class _Trial:
             precision = {} if self._bench.rehearse else {"bf16": True}
             arguments: dict[str, Any] = {"max_length": length, "per_device_train_batch_size": 1, "warmup_steps": 0} | precision
             tokens = shapes.tokenizer(vocab_size)
-            trainer: Any = make_trainer("ours", self.model, rows, tokens, stored=stored, steps=2, warm_up=1, **arguments)
             gc.collect()  # a step that found no memory has left its trainer behind
             if cuda:
                 torch.cuda.empty_cache()
+            trainer: Any = make_trainer("ours", self.model, rows, tokens, stored=stored, steps=2, warm_up=1, **arguments)
             try:
                 with quiet():
                     trainer.train()
