@@ -147,19 +147,19 @@ def pair(
 
 
 @app.command()
-def keys(section: Annotated[str, typer.Argument(help="Only keys that start so, e.g. train or student.adapter.")] = "") -> None:
-    """Every key a recipe can have: type, default, meaning."""
-    from distill.recipe.reading import keys as all_keys
+def keys(
+    section: Annotated[str, typer.Argument(metavar="[KEY]", help="How the keys begin, e.g. train or student.adapter.")] = "",
+    search: Annotated[str, typer.Option(metavar="WORD", help="Only keys with this in their name or meaning.")] = "",
+    method: Annotated[str, typer.Option(help="The train.method whose trainer_args are meant.")] = "sft",
+) -> None:
+    """Every key a recipe can have: what it takes, its default, its meaning. `distill keys train.trainer_args` has the trainer's own."""
+    from distill.recipe.keys import find_keys
 
-    shown = [info for info in all_keys() if info.key.startswith(section)]
-    if not shown:
-        print(f"error: no key starts with {section!r}; `distill keys` lists all", file=sys.stderr)
-        raise typer.Exit(1)
-    for info in shown:
-        typer.echo(
-            f"{typer.style(info.key, bold=True)}  ({info.kind}, {'required' if info.default == 'required' else 'default ' + info.default})"
-        )
-        typer.echo(f"    {info.help}")
+    for info in find_keys(section, search, method):
+        default = "required" if info.default == "required" else info.default and f"default {info.default}"
+        typer.echo(f"{typer.style(info.key, bold=True)}  ({'; '.join(filter(None, (info.kind, default)))})")
+        if info.help:
+            typer.echo(f"    {' '.join(info.help.split())}")
 
 
 def _load(path: Path, context: typer.Context) -> Recipe:

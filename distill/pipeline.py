@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+from distill.models.processes import Processes
 from distill.recipe.experiment import Recipe
 from distill.recipe.reading import recipe_text
 from distill.run.files import write_text
@@ -38,6 +39,8 @@ def run_stage(name: str, recipe: Recipe, *, number: int = 0, redo: bool = False)
             delete_stage(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_text(run_dir(recipe) / "recipe.yaml", recipe_text(recipe))
+    if redo:
+        Processes().wait()  # else another process could find the old manifest, and take the stage for done
     module = importlib.import_module(f"distill.stages.{_module(name, recipe)}")
     done_before = (target / MANIFEST).exists()
     manifest: Manifest = module.run(recipe, number) if name in ROUND_STAGES else module.run(recipe)

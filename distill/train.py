@@ -1,6 +1,13 @@
-"""The GPU entry, for any number of processes.
+"""Trains the student of a recipe, in any number of processes.
 
-usage: accelerate launch distill/train.py --config RECIPE [--round N] [--section.key value ...]
+usage: accelerate launch distill/train.py --config RECIPE [--round N] [--redo] [--section.key value ...]
+
+  --config RECIPE   the recipe, a YAML file
+  --round N         the on-policy round, from 1; 0, the default, is the training on traces before them
+  --redo            delete this stage's folder first, and train again
+  -h, --help        show this
+
+Options and overrides may stand in any order, `--name value` or `--name=value`. `distill keys` lists what can be overridden.
 """
 
 from __future__ import annotations
@@ -8,35 +15,65 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 # Run by its path, Python puts this file's folder first on sys.path, where the kit's modules would hide others of
 # the same name in the whole process. The folder above is the right one, and lets an uninstalled clone run too.
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from distill.errors import DistillError
-from distill.models.processes import leave
-from distill.pipeline import run_stage
-from distill.recipe.reading import load_recipe
+from distill.errors import DistillError, RecipeError
+
+
+class Asked(NamedTuple):
+    """What the command line asks for."""
+
+    recipe: str
+    number: int
+    redo: bool
+    overrides: list[str]
+
+
+def parse(arguments: list[str]) -> Asked:
+    """Takes this program's own options out of the words, and leaves the rest as overrides of the recipe.
+
+    Raises:
+        RecipeError: no recipe is named, an option lacks its value, or a value isn't one.
+    """
+    found, redo, overrides = {"--config": "", "--round": "0"}, False, []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        if word == "--redo":
+            redo = True
+        elif name in found:
+            if not equals and not words:
+                raise RecipeError(f"command line: {name} has no value. Write {name} VALUE.")
+            found[name] = value if equals else words.pop(0)
+        else:
+            overrides.append(word)
+    if not found["--config"]:
+        raise RecipeError("command line: no recipe is named. Write --config RECIPE; --help says more.")
+    if not found["--round"].isdecimal():
+        raise RecipeError(f"command line: --round must be a whole number ≥ 0, got {found['--round']!r}. Leave it out outside the rounds.")
+    return Asked(found["--config"], int(found["--round"]), redo, overrides)
 
 
 def main(arguments: list[str]) -> None:
-    """Trains the student of a recipe.
-
-    Args:
-        arguments: `--config RECIPE`, `--round N` for the training of an on-policy round, then overrides.
-    """
-    match arguments:
-        case ["--config", recipe, "--round", number, *overrides] if number.isdigit():
-            pass
-        case ["--config", recipe, *overrides] if overrides[:1] != ["--round"]:
-            number = "0"
-        case _:
-            print(__doc__)
-            sys.exit(0 if {"-h", "--help"} & set(arguments) else 2)
+    """Trains as the words of a command line ask for."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        sys.exit(0 if arguments else 2)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        run_stage("train", load_recipe(recipe, overrides), number=int(number))
+        asked = parse(arguments)
+        # Imported here, so that a wrong command line is answered at once.
+        from distill.models.processes import leave
+        from distill.pipeline import run_stage
+        from distill.recipe.reading import load_recipe
+
+        run_stage("train", load_recipe(asked.recipe, asked.overrides), number=asked.number, redo=asked.redo)
         leave()
     except DistillError as error:
         print(f"error: {error}", file=sys.stderr)

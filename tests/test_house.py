@@ -159,12 +159,30 @@ def test_train_entry_explains_itself(tmp_path: Path) -> None:
     assert "--config RECIPE" in run("distill/train.py", "--help").stdout
     assert run("distill/train.py").returncode == 2
     recipe = "recipes/qwen3-8b-to-0.6b-rounds.yaml"
-    assert "the recipe has 3 rounds" in run("distill/train.py", "--config", recipe, "--round", "4", "--run_dir", str(tmp_path)).stderr
+    assert "the recipe has 3 rounds" in run("distill/train.py", f"--run_dir={tmp_path}", "--round=4", "--config", recipe).stderr
+
+
+def test_train_entry_takes_its_options_in_any_order() -> None:
+    from distill.train import Asked, parse
+
+    expected = Asked("r.yaml", 2, True, ["--seed", "1", "--train.max_length=8"])
+    for words in (
+        "--config r.yaml --round 2 --redo --seed 1 --train.max_length=8",
+        "--seed 1 --round=2 --train.max_length=8 --config=r.yaml --redo",
+    ):
+        assert parse(words.split()) == expected
+    for words, expected_words in [
+        ("--round 1", "Write --config RECIPE"),
+        ("--seed 1 --config", "--config has no value"),
+        ("--config r.yaml --round two", "whole number ≥ 0, got 'two'"),
+    ]:
+        result = run("distill/train.py", *words.split())
+        assert result.returncode == 1 and result.stderr.startswith("error: command line: ") and expected_words in result.stderr
 
 
 def test_every_setting_is_read() -> None:
     """A key of the recipe that no code reads would be a promise not kept."""
-    from distill.recipe.reading import keys
+    from distill.recipe.keys import keys
 
     code = "\n".join(path.read_text() for path in MODULES if path.name not in ("recipe.py", "recipe_io.py"))
     unread = [info.key for info in keys() if not re.search(rf"\.{info.key.rsplit('.', 1)[-1]}\b", code)]

@@ -11,7 +11,8 @@ import pytest
 
 from distill.errors import RecipeError
 from distill.recipe.experiment import Recipe
-from distill.recipe.reading import keys, load_recipe, recipe_text
+from distill.recipe.keys import keys
+from distill.recipe.reading import load_recipe, recipe_text
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -5,65 +5,24 @@ YAML 1.2 through ruamel.yaml: `1e-5` is a number, a repeated key is an error, an
 
 from __future__ import annotations
 
-import difflib
 import io
 import re
-import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails, PydanticUndefined
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from distill.errors import RecipeError
 from distill.recipe.experiment import Recipe
+from distill.recipe.keys import suggest
 
 # pydantic puts the tag of a chosen union member into an error's location, behind the key of the union.
 _TAGS = {"adapter": {"lora", "full"}, "target": {"top_k", "sampled", "chosen_token"}}
-
-
-class KeyInfo(typing.NamedTuple):
-    """One key of the recipe."""
-
-    key: str
-    kind: str
-    default: str
-    help: str
-
-
-def keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[KeyInfo]:
-    """Every key a recipe can have, depth first, in the order of the sections."""
-    for name, info in model.model_fields.items():
-        key = f"{prefix}{name}"
-        sections = list(_sections_in(info.annotation))
-        if not sections:
-            default = "required" if info.is_required() else _plain(info.get_default(call_default_factory=True))
-            kind = str(getattr(info.annotation, "__name__", info.annotation))
-            kind = str(info.annotation) if typing.get_args(info.annotation) else kind
-            yield KeyInfo(key, kind.replace("typing.", ""), default, info.description or "")
-        seen = set()
-        for section in sections:
-            for item in keys(section, f"{key}."):
-                if item.key not in seen:
-                    seen.add(item.key)
-                    yield item
-
-
-def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The recipe sections inside an annotation such as `Generate | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    else:
-        for part in typing.get_args(annotation):
-            yield from _sections_in(part)
-
-
-def _plain(value: Any) -> str:
-    return "null" if value is None or value is PydanticUndefined else str(value)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -164,7 +123,7 @@ def _describe(item: ErrorDetails, path: Path, document: CommentedMap, changed: s
     where = _where(path, document, parts, changed)
     kind = item["type"]
     if kind == "extra_forbidden":
-        return f"{where}: {key}: unknown key, got {item['input']!r}. {_suggest(key)}"
+        return f"{where}: {key}: unknown key, got {item['input']!r}. {suggest(key)}"
     if kind == "missing":
         return f"{where}: {key}: missing. Add it; `distill keys {parts[0]}` explains it."
     message = item["msg"].removeprefix("Value error, ")
@@ -194,23 +153,3 @@ def _where(path: Path, document: CommentedMap, parts: list[str], changed: set[st
             break
         node = node[part]
     return f"{path}:{line}" if line else str(path)
-
-
-def _suggest(key: str) -> str:
-    """The nearest valid key: a sibling if one is close, else one of that name elsewhere."""
-    *parents, last = key.split(".")
-    known = [info.key for info in keys()]
-    sections = {name.rsplit(".", 1)[0] for name in known if "." in name}
-    prefix = ".".join(parents)
-    siblings = {name.removeprefix(prefix + "." if prefix else "").split(".")[0] for name in [*known, *sections] if name.startswith(prefix)}
-    close = difflib.get_close_matches(last, siblings, n=1)
-    if close:
-        return f"Did you mean {'.'.join([*parents, close[0]])}?"
-    from distill.recipe.trainer_args import trainer_fields
-
-    elsewhere = [name for name in known if name.split(".")[-1] == last]
-    if last in trainer_fields():
-        elsewhere.append(f"train.trainer_args.{last}")
-    if elsewhere:
-        return f"Did you mean {elsewhere[0]}?"
-    return f"`distill keys {parents[0] if parents else ''}` lists the valid ones.".replace(" `", "`")

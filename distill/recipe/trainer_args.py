@@ -10,9 +10,10 @@ import ast
 import difflib
 import functools
 import importlib.util
+import json
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -81,11 +82,41 @@ RESERVED: dict[ConfigName, dict[str, str]] = {
 }
 """Fields that the kit sets, and where a user sets what they stand for."""
 
+KIT_DEFAULTS: dict[str, str] = {
+    "learning_rate": "2e-4, for full fine-tuning 2e-5",
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": "0.03",
+    "num_train_epochs": "2.0",
+    "per_device_train_batch_size": "1, on a CPU 16",
+    "gradient_accumulation_steps": "16, on a CPU 1",
+    "gradient_checkpointing": "true, on a CPU false",
+    "logging_steps": "1",
+    "logging_nan_inf_filter": "false",
+    "save_strategy": "steps",
+    "save_steps": "0.1",
+    "save_total_limit": "2",
+    "report_to": "none",
+    "dataloader_pin_memory": "true, on a CPU false",
+    "ddp_find_unused_parameters": "false",
+    "bf16": "where the device computes in it",
+    "fp16": "on a GPU that has no bf16",
+}
+"""Fields that have another default here, in words; `trainers/arguments` sets them, and says where they are from."""
+
+
+class TrainerField(NamedTuple):
+    """A field of a config class, as its source has it."""
+
+    annotation: str
+    default: str
+    """As a recipe would have it, where it is a plain value."""
+    help: str
+
 
 @functools.cache
-def trainer_fields(config: ConfigName = "SFTConfig") -> dict[str, str]:
-    """Names of all fields of a config class, each with its annotation as source text."""
-    fields: dict[str, str] = {}
+def trainer_fields(config: ConfigName = "SFTConfig") -> dict[str, TrainerField]:
+    """All fields of a config class by name, without importing it."""
+    fields: dict[str, TrainerField] = {}
     for package, relative, class_name in _SOURCES[config]:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
@@ -94,21 +125,56 @@ def trainer_fields(config: ConfigName = "SFTConfig") -> dict[str, str]:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and node.name == class_name:
                 fields |= {
-                    item.target.id: ast.unparse(item.annotation)
+                    item.target.id: _field(item, fields.get(item.target.id))
                     for item in node.body
                     if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
                 }
-    return {name: annotation for name, annotation in fields.items() if not name.startswith("_")}
+    return {name: field for name, field in fields.items() if not name.startswith("_")}
+
+
+def _field(item: ast.AnnAssign, inherited: TrainerField | None) -> TrainerField:
+    """A field from its line, `name: type = field(default=..., metadata={"help": ...})` or `name: type = value`."""
+    value, text = item.value, ""
+    if isinstance(value, ast.Call):
+        words = {word.arg: word.value for word in value.keywords}
+        value = words.get("default", words.get("default_factory"))
+        metadata = words.get("metadata")
+        pairs = zip(metadata.keys, metadata.values, strict=True) if isinstance(metadata, ast.Dict) else ()
+        texts = [node for key, node in pairs if isinstance(key, ast.Constant) and key.value == "help"]
+        text = str(texts[0].value) if texts and isinstance(texts[0], ast.Constant) else ""
+    # A percent sign is doubled for argparse.
+    text = " ".join(text.split()).replace("%%", "%") or (inherited.help if inherited else "")
+    return TrainerField(ast.unparse(item.annotation), _default(value), text)
+
+
+def _default(value: ast.expr | None) -> str:
+    if value is None:
+        return "required"
+    try:
+        plain = ast.literal_eval(value)
+    except ValueError:  # a name, or something computed
+        name = ast.unparse(value)
+        return {"list": "[]", "dict": "{}"}.get(name, name)
+    return plain if isinstance(plain, str) and plain else json.dumps(plain, ensure_ascii=False)
+
+
+def annotation_of(text: str, unknown: Any = None) -> Any:
+    """The type behind an annotation; where a name in it isn't built in, `unknown` stands for it, or all of it is null."""
+    names: dict[str, Any] = {"Any": Any, "Optional": typing.Optional, "Union": typing.Union, "Literal": typing.Literal}
+    while True:
+        try:
+            # The text comes from the installed library, never from the recipe.
+            return eval(text, names)
+        except NameError as error:
+            if unknown is None:
+                return None
+            names[str(error.name)] = unknown
 
 
 def _adapter(annotation: str) -> TypeAdapter[Any] | None:
     """A validator for an annotation made of built-in types, else None (the library's own check decides)."""
-    try:
-        # The text comes from the installed library, never from the recipe.
-        kind = eval(annotation, {"Any": Any, "Optional": typing.Optional, "Union": typing.Union, "Literal": typing.Literal})
-    except NameError:
-        return None
-    return TypeAdapter(kind, config=ConfigDict(strict=True))
+    kind = annotation_of(annotation)
+    return None if kind is None else TypeAdapter(kind, config=ConfigDict(strict=True))
 
 
 def check_trainer_args(given: dict[str, Any], config: ConfigName = "SFTConfig") -> dict[str, Any]:
@@ -122,11 +188,11 @@ def check_trainer_args(given: dict[str, Any], config: ConfigName = "SFTConfig") 
             close = difflib.get_close_matches(name, fields, n=1)
             hint = f" Did you mean {close[0]}?" if close else f" See the documentation of {name_in_trl}."
             raise ValueError(f"{name} is no field of {name_in_trl}.{hint}")
-        adapter = _adapter(fields[name])
+        adapter = _adapter(fields[name].annotation)
         if adapter is None:
             continue
         try:
             adapter.validate_python(value)
         except ValidationError:
-            raise ValueError(f"{name} must be {fields[name]}, got {value!r}") from None
+            raise ValueError(f"{name} must be {fields[name].annotation}, got {value!r}") from None
     return given

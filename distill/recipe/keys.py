@@ -1,0 +1,171 @@
+"""Every key a recipe can have, in plain words: what it takes, its default, what it means; and how to find one."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from distill.errors import RecipeError
+from distill.recipe.experiment import Recipe
+from distill.recipe.learning import Method, config_class
+from distill.recipe.trainer_args import KIT_DEFAULTS, RESERVED, annotation_of, trainer_fields
+
+_TRAINER_SECTIONS = ("train.trainer_args", "rollouts.trainer_args")
+_WORDS = {str: "text", int: "whole number", float: "number", bool: "yes/no", dict: "mapping", list: "list", Any: "anything"}
+
+
+class KeyInfo(typing.NamedTuple):
+    """One key of the recipe."""
+
+    key: str
+    kind: str
+    """What it takes, in plain words."""
+    default: str
+    """`required` where there is none."""
+    help: str
+
+
+def keys(model: type[BaseModel] = Recipe, prefix: str = "", given: Any = None) -> Iterator[KeyInfo]:
+    """Every key of the kit's own, depth first, in the order of the sections.
+
+    Args:
+        model: The section.
+        prefix: Of its keys, with the dot.
+        given: What a recipe without this section has in its place.
+    """
+    for name, info in model.model_fields.items():
+        key = f"{prefix}{name}"
+        default = getattr(given, name) if isinstance(given, model) else info.get_default(call_default_factory=True)
+        sections = list(_sections_in(info.annotation))
+        if not sections:
+            shown = "required" if info.is_required() else _plain(default)
+            yield KeyInfo(key, kind_of(info.annotation, info.metadata), shown, info.description or "")
+        found: dict[str, KeyInfo] = {}
+        for item in (item for section in sections for item in keys(section, f"{key}.", default)):
+            # Sections that stand for each other, such as lora and full, share the key that chooses between them.
+            before = found.get(item.key, item)
+            found[item.key] = before if before.kind == item.kind else before._replace(kind=_either(before.kind, item.kind))
+        yield from found.values()
+
+
+def trainer_keys(method: str = "sft") -> Iterator[KeyInfo]:
+    """What `train.trainer_args` takes with a method, and `rollouts.trainer_args`: the fields of the config class behind it.
+
+    Raises:
+        RecipeError: there is no such method.
+    """
+    methods = typing.get_args(Method)
+    if method not in methods:
+        raise RecipeError(f"keys: there is no method {method!r}. Give one of {', '.join(methods)}.")
+    for section in _TRAINER_SECTIONS:
+        config = config_class(typing.cast(Method, method), None) if section.startswith("train") else "SFTConfig"
+        for name, field in trainer_fields(config).items():
+            if name in RESERVED[config]:
+                yield KeyInfo(f"{section}.{name}", "can't be set here", "", RESERVED[config][name])
+            else:
+                # What isn't built in are enumerations of the library's, which are written as text.
+                kind = kind_of(annotation_of(field.annotation, unknown=str))
+                yield KeyInfo(f"{section}.{name}", kind, KIT_DEFAULTS.get(name, field.default), field.help)
+
+
+def find_keys(section: str = "", search: str = "", method: str = "sft") -> list[KeyInfo]:
+    """The keys that begin with `section`, or where none does so have it in them; with `search`, those that speak of it.
+
+    The trainer's own fields, some hundred and fifty, are among them where they are asked for: by their section, or by a search.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    own, trainers = list(keys()), list(trainer_keys(method))
+    if not search:
+        asks_trainer = section.startswith(_TRAINER_SECTIONS)
+        found = [info for info in (*own, *(trainers if asks_trainer else ())) if info.key.startswith(section)]
+        if found:
+            return found
+    # The rounds' trainer_args are the same fields once more, and would only be noise in a search.
+    wide = [*own, *(info for info in trainers if info.key.startswith("train."))]
+    places = [part.casefold() for part in (section, search) if part]
+    found = [info for info in wide if all(part in f"{info.key} {info.help}".casefold() for part in places)]
+    if not found:
+        word = search or section
+        close = difflib.get_close_matches(word, {part for info in wide for part in (info.key, *info.key.split("."))}, n=3)
+        hint = f"Did you mean {', '.join(close)}?" if close else "`distill keys` lists all."
+        raise RecipeError(f"keys: none begins with {word!r} or speaks of it. {hint}")
+    return found
+
+
+def suggest(key: str) -> str:
+    """The nearest valid key: a sibling if one is close, else one of that name elsewhere."""
+    *parents, last = key.split(".")
+    known = [info.key for info in keys()]
+    sections = {name.rsplit(".", 1)[0] for name in known if "." in name}
+    prefix = ".".join(parents)
+    siblings = {name.removeprefix(prefix + "." if prefix else "").split(".")[0] for name in [*known, *sections] if name.startswith(prefix)}
+    close = difflib.get_close_matches(last, siblings, n=1)
+    if close:
+        return f"Did you mean {'.'.join([*parents, close[0]])}?"
+    elsewhere = [name for name in known if name.split(".")[-1] == last]
+    if last in trainer_fields():
+        elsewhere.append(f"train.trainer_args.{last}")
+    if elsewhere:
+        return f"Did you mean {elsewhere[0]}?"
+    return f"`distill keys {parents[0] if parents else ''}` lists the valid ones.".replace(" `", "`")
+
+
+def kind_of(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """What a type takes, in plain words: `whole number ≥ 1, or null`, `one of a, b`, `list of text`."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return kind_of(arguments[0], arguments[1:])
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        kinds = [kind_of(part, metadata) for part in arguments if part is not type(None)]
+        kinds = [kind for kind in dict.fromkeys(kinds) if not (kind == "whole number" and "number" in kinds)]
+        return " or ".join(kinds) + (", or null" if type(None) in arguments else "")
+    if origin in (list, tuple) and arguments:
+        return f"list of {kind_of(arguments[0])}".replace("list of one of", "list of any of")
+    word = _WORDS.get(origin or annotation, str(getattr(annotation, "__name__", annotation)))
+    return " ".join(filter(None, (word, _limits(metadata))))
+
+
+def _limits(metadata: Sequence[Any]) -> str:
+    """`≥ 1`, `> 0`, or `in [0, 1)` where both ends are limited."""
+    low = high = None
+    for item in (part for entry in metadata for part in (entry.metadata if isinstance(entry, FieldInfo) else [entry])):
+        if isinstance(item, Ge | Gt):
+            low = ("≥", "[", item.ge) if isinstance(item, Ge) else (">", "(", item.gt)
+        elif isinstance(item, Le | Lt):
+            high = ("≤", "]", item.le) if isinstance(item, Le) else ("<", ")", item.lt)
+    if low and high:
+        return f"in {low[1]}{low[2]}, {high[2]}{high[1]}"
+    return f"{low[0]} {low[2]}" if low else f"{high[0]} {high[2]}" if high else ""
+
+
+def _either(left: str, right: str) -> str:
+    return f"one of {left.removeprefix('one of ')}, {right}"
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The recipe sections inside an annotation such as `Generate | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    else:
+        for part in typing.get_args(annotation):
+            yield from _sections_in(part)
+
+
+def _plain(value: Any) -> str:
+    """A default as a recipe would have it."""
+    if value is None or value is PydanticUndefined:
+        return "null"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, bool | list | dict) or value == "" else str(value)
