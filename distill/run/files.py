@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
+
+from distill.errors import IntegrityError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -12,6 +16,18 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     commit(temporary, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a stage.
+
+    Raises:
+        IntegrityError: it is none.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, UnicodeDecodeError):
+        raise IntegrityError(f"{path}: is damaged. Make the stage again with --redo.") from None
 
 
 def digest_file(path: Path) -> str:

@@ -4,6 +4,7 @@
     <stage>/journal.jsonl      finished pieces of a stage that is under way, one batch a line
     <stage>/<table>-00000.parquet
     <stage>/manifest.json      written last and atomically: its presence means "complete"
+    <stage>/earlier/           the finished stage that this one grows from, while it grows; of a student also afterwards
 
 Every file is written under a temporary name, flushed to disk and renamed, so a killed process leaves either the whole
 file or none. Digests in the manifest are checked whenever a table is read.
@@ -22,26 +23,31 @@ from typing import Any
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from distill.errors import IntegrityError, StageConflictError
+from distill.errors import StageConflictError
 from distill.run.files import digest_file, write_text
 from distill.run.journal import Journal
 from distill.run.manifest import JOURNAL, LOCK, MANIFEST, PLAN, SCHEMA_VERSION, Manifest, read_manifest
+from distill.run.plan import NO_GROWTH, Growth, Relation, StagePlan, input_digests, relation
 from distill.run.tables import TableWriter
 
+EARLIER = "earlier"
 _WAIT_S = 60.0  # for another part of the same stage to read or write the plan
 
 
 class StageFolder:
     """A stage's folder, open for writing by one process, resumable and refused to other settings.
 
-    Use as a context manager. Inside, `complete` says that all work is already done. With `part` several processes, on
-    several machines, hold one part of the folder each, and `whole` gives the folder to one of them.
+    Use as a context manager. Inside, `complete` says that all work is already done, and `earlier` where the rows are from which it
+    is to grow. With `part` several processes, on several machines, hold one part of the folder each, and `whole` gives the folder
+    to one of them.
 
     Args:
         path: The folder; made if absent.
         stage: Name of the stage.
         settings: Everything that decides the rows, as JSON values.
         inputs: Folders of the stages read, which must be complete.
+        growth: Which changes only add to what is there.
+        made_with: The whole recipe, for the record.
         part: Hold this part alone.
 
     Raises:
@@ -49,19 +55,36 @@ class StageFolder:
         MissingStageError: an input is absent or unfinished.
     """
 
-    def __init__(self, path: Path, stage: str, settings: dict[str, Any], inputs: Sequence[Path] = (), part: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        stage: str,
+        settings: dict[str, Any],
+        inputs: Sequence[Path] = (),
+        growth: Growth = NO_GROWTH,
+        made_with: dict[str, Any] | None = None,
+        *,
+        part: str | None = None,
+    ) -> None:
         self.path = path
-        self._part = part
         self.stage = stage
         self.settings = json.loads(json.dumps(settings))
-        self.inputs = {_name_in_run(folder): read_manifest(folder).digest for folder in inputs}
         self.manifest: Manifest | None = None
+        self._plan = StagePlan(path, stage, self.settings, inputs, growth, made_with or {})
+        self._inputs = input_digests(self._plan)
+        self._part = part
         self._writers: dict[str, TableWriter] = {}
 
     @property
     def complete(self) -> bool:
         """Whether the stage was finished by an earlier run with the same settings and inputs."""
         return self.manifest is not None
+
+    @property
+    def earlier(self) -> Path | None:
+        """The finished stage that this one grows from; null where it starts from nothing."""
+        folder = self.path / EARLIER
+        return folder if (folder / MANIFEST).exists() else None
 
     def __enter__(self) -> StageFolder:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -114,23 +137,30 @@ class StageFolder:
             lock.release()
 
     def _resume(self) -> None:
-        plan = {"schema_version": SCHEMA_VERSION, "stage": self.stage, "settings": self.settings, "inputs": self.inputs}
-        if (self.path / MANIFEST).exists():
-            manifest = read_manifest(self.path)
-            self._refuse_other_plan(manifest.model_dump(include=set(plan)), plan)
-            self.manifest = manifest
-        elif (self.path / PLAN).exists() and (self._part or any(file.name not in (PLAN, LOCK) for file in self.path.iterdir())):
-            self._refuse_other_plan(_read_json(self.path / PLAN), plan)
-        else:  # nothing is there yet, or only the plan of a run that failed before it made anything
+        found = relation(self._plan, shared=self._part is not None)
+        if found.kind == "refused":
+            raise StageConflictError(refusal(self._plan, found))
+        if found.kind == "complete":
+            self.manifest = read_manifest(self.path)
+            return
+        if found.kind in ("new", "grows"):
+            plan = {"schema_version": SCHEMA_VERSION, "stage": self.stage, "settings": self.settings, "inputs": self._inputs}
             write_text(self.path / PLAN, json.dumps(plan, indent=2))
+        if (self.path / MANIFEST).exists():  # it grows; or was killed while what is there was put aside
+            self._put_aside()
 
-    def _refuse_other_plan(self, found: dict[str, Any], asked: dict[str, Any]) -> None:
-        changes = list(_differences(found, asked))
-        if changes:
-            raise StageConflictError(
-                f"{self.path}: made with other settings or inputs: {'; '.join(changes[:5])}. "
-                f"Choose another run_dir, or add --redo to delete this stage's folder and make it again."
-            )
+    def _put_aside(self) -> None:
+        """Moves what is there into `earlier`, the manifest last: until then, a restart moves the rest."""
+        earlier = self.path / EARLIER
+        if not earlier.is_dir() or (earlier / MANIFEST).exists():  # the stage grew before, and kept what it grew from
+            aside = self.path / f"{EARLIER}.tmp"
+            aside.mkdir(exist_ok=True)
+            if earlier.is_dir():
+                earlier.rename(aside / EARLIER)
+            aside.rename(earlier)
+        for file in sorted(self.path.iterdir(), key=lambda file: file.name == MANIFEST):
+            if file.name not in (PLAN, EARLIER) and not file.name.startswith(LOCK):
+                file.rename(earlier / file.name)
 
     def journal(self) -> Journal:
         """Batches already finished by a killed run, and the place to add more."""
@@ -166,18 +196,39 @@ class StageFolder:
         self.manifest = Manifest(
             stage=self.stage,
             settings=self.settings,
-            inputs=self.inputs,
+            inputs=self._inputs,
             tables={name: writer.close() for name, writer in self._writers.items()},
             files={str(file.relative_to(self.path)): digest_file(file) for file in sorted(files)},
             rows_in=rows_in,
             rows_kept=rows_kept,
             drops=drops or {},
             facts=facts or {},
+            made_with=self._plan.made_with,
+            grew_from=self._grew_from(),
         )
         write_text(self.path / MANIFEST, self.manifest.model_dump_json(indent=2))
         for leftover in (self.path / PLAN, self.path / JOURNAL, *self.path.glob(f"{LOCK}-*")):
             leftover.unlink(missing_ok=True)
+        if self._plan.growth.adds:  # what was there is a part of what is there now
+            shutil.rmtree(self.path / EARLIER, ignore_errors=True)
         return self.manifest
+
+    def _grew_from(self) -> list[str]:
+        if self.earlier is None or not self._plan.growth.adds:
+            return []
+        before = read_manifest(self.earlier)
+        return [before.digest, *before.grew_from]
+
+
+def refusal(plan: StagePlan, found: Relation) -> str:
+    """Why a plan is refused, and what to do, for people."""
+    state = "is under way with other settings or inputs" if (plan.path / PLAN).exists() else "was made with other settings or inputs"
+    more = f"; and {len(found.changes) - 5} more" if len(found.changes) > 5 else ""
+    return (
+        f"{plan.path}: {state}: {'; '.join(found.changes[:5])}{more}. Keep to what is there, give another run_dir, or make it anew with "
+        "--redo, and all that follows from it with `distill run --redo "
+        f"{plan.stage}`."
+    )
 
 
 def delete_stage(folder: Path) -> None:
@@ -187,26 +238,3 @@ def delete_stage(folder: Path) -> None:
     if not any((folder / name).exists() for name in (MANIFEST, PLAN, LOCK)):
         raise StageConflictError(f"{folder}: holds no stage of a run, so it is not deleted. Move it away yourself.")
     shutil.rmtree(folder)
-
-
-def _name_in_run(folder: Path) -> str:
-    """A stage's folder as its run names it: `curated`, or `rounds/01/targets`."""
-    *_, grandparent, parent, name = ("", "", *folder.parts)
-    return f"{grandparent}/{parent}/{name}" if grandparent == "rounds" else name
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError):
-        raise IntegrityError(f"{path}: is damaged. Make the stage again with --redo.") from None
-    return dict(value)
-
-
-def _differences(found: Any, asked: Any, key: str = "") -> Iterator[str]:
-    """Dotted keys at which two JSON values differ, with both values."""
-    if isinstance(found, dict) and isinstance(asked, dict):
-        for name in sorted(set(found) | set(asked)):
-            yield from _differences(found.get(name), asked.get(name), f"{key}.{name}" if key else name)
-    elif found != asked:
-        yield f"{key} is {found!r} there and {asked!r} here"

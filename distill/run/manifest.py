@@ -13,8 +13,6 @@ from distill.errors import IntegrityError, MissingStageError
 from distill.run.files import digest_file
 
 SCHEMA_VERSION = 1
-
-
 MANIFEST, PLAN, JOURNAL, LOCK = "manifest.json", "plan.json", "journal.jsonl", ".lock"
 
 
@@ -45,6 +43,10 @@ class Manifest(BaseModel):
     """Reason and number of the rows that did not go on."""
     facts: dict[str, Any] = {}
     """What the stage measured: models, digests, tokens, seconds, licence, versions."""
+    made_with: dict[str, Any] = {}
+    """The whole recipe of the command that made it, keys that decide no row included."""
+    grew_from: list[str] = []
+    """Digests of what was there before it grew, each of which is a part of it."""
 
     @property
     def digest(self) -> str:

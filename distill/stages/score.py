@@ -121,7 +121,7 @@ def _stage_folder(recipe: Recipe, number: int, part: str | None = None) -> Stage
         },
         "train": {"max_length": recipe.train.max_length, "overlong": recipe.train.overlong},
     }
-    return StageFolder(folder(recipe, "score", number), "score", settings, [_source(recipe, number).folder], part)
+    return StageFolder(folder(recipe, "score", number), "score", settings, [_source(recipe, number).folder], part=part)
 
 
 class _Source(NamedTuple):

@@ -1,0 +1,151 @@
+"""What a stage is asked to make, and how that stands to what is in its folder already.
+
+Equal settings and inputs: there is nothing to do. Settings that only add (more prompts, more samples, more epochs): the folder
+*grows*, from what is there. Anything else is refused, naming keys and both values, because rows of two recipes would be mixed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from distill.run.files import read_json
+from distill.run.manifest import LOCK, MANIFEST, PLAN, Manifest, read_manifest
+
+Kind = Literal["new", "begun", "complete", "grows", "refused"]
+NO_LIMIT = math.inf
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Which changes of a finished stage only add to it."""
+
+    rising: Mapping[str, float] = field(default_factory=dict)
+    """Dotted settings that may rise, and what null stands for there."""
+    free: frozenset[str] = frozenset()
+    """Dotted settings that may change in any way, because the stage looks itself whether rows are only added."""
+    inputs: bool = True
+    """Whether inputs that have grown make the stage grow."""
+    other_inputs: bool = False
+    """Whether inputs may be others altogether: what was made from them is made anew."""
+    anything: bool = False
+    """Whether any change is right, because nothing but a little time is lost."""
+    adds: bool = True
+    """Whether the new result holds the old one, so that what was made from that can grow in its turn."""
+
+
+NO_GROWTH = Growth()
+"""Only inputs that have grown make it grow."""
+
+
+class StagePlan(NamedTuple):
+    """What a stage is asked to make."""
+
+    path: Path
+    stage: str
+    settings: dict[str, Any]
+    """Everything that decides the rows, as JSON values, under the recipe's own keys."""
+    inputs: Sequence[Path] = ()
+    """Folders of the stages read."""
+    growth: Growth = NO_GROWTH
+    made_with: dict[str, Any] = {}  # noqa: RUF012
+    """The whole recipe, for the record."""
+
+
+class Relation(NamedTuple):
+    """How a plan stands to what is there."""
+
+    kind: Kind
+    changes: list[str] = []  # noqa: RUF012
+    """What differs, as clauses with key and values; of `grows` what is added, of `refused` what stands in the way."""
+
+
+def relation(plan: StagePlan, *, shared: bool = False) -> Relation:
+    """How a plan stands to what is in its folder; all its inputs must be complete.
+
+    Args:
+        plan: What is asked.
+        shared: Whether others may have begun a part of it, so that a plan alone counts.
+
+    Raises:
+        MissingStageError: an input is absent or unfinished.
+        IntegrityError: a manifest or plan can't be read.
+    """
+    if not plan.path.exists():
+        return Relation("new")
+    made = any(file.name != PLAN and not file.name.startswith(LOCK) for file in plan.path.iterdir())
+    if (plan.path / PLAN).exists() and (made or shared):  # also beside a manifest: the folder has begun to grow
+        found = read_json(plan.path / PLAN)
+        changes = list(_differences(found.get("settings"), plan.settings))
+        clauses = [clause for _, clause in changes] + [text for _, text in _changed_inputs(found["inputs"], plan)]
+        return Relation("refused", clauses) if clauses else Relation("begun")
+    if (plan.path / MANIFEST).exists():
+        manifest = read_manifest(plan.path)
+        return _to_finished(plan, manifest.settings, manifest.inputs)
+    return Relation("new")
+
+
+def _to_finished(plan: StagePlan, settings: dict[str, Any], inputs: dict[str, str]) -> Relation:
+    added: list[str] = []
+    refused: list[str] = []
+    for key, clause in _differences(settings, plan.settings):
+        there, here = _at(settings, key), _at(plan.settings, key)
+        allowed = plan.growth.anything or key in plan.growth.free or _rises(plan.growth.rising, key, there, here)
+        (added if allowed else refused).append(clause)
+    for grown, clause in _changed_inputs(inputs, plan):
+        allowed = plan.growth.anything or plan.growth.other_inputs or (grown and plan.growth.inputs)
+        (added if allowed else refused).append(clause)
+    if refused:
+        return Relation("refused", refused)
+    return Relation("grows", added) if added else Relation("complete")
+
+
+def _rises(rising: Mapping[str, float], key: str, there: Any, here: Any) -> bool:
+    if key not in rising:
+        return False
+    before, after = (rising[key] if value is None else value for value in (there, here))
+    return isinstance(before, int | float) and isinstance(after, int | float) and after > before
+
+
+def input_digests(plan: StagePlan) -> dict[str, str]:
+    """Name of each stage that is read, and the digest of what it holds."""
+    return {name_in_run(folder): read_manifest(folder).digest for folder in plan.inputs}
+
+
+def _changed_inputs(found: dict[str, str], plan: StagePlan) -> Iterator[tuple[bool, str]]:
+    """Whether an input has only grown, and a clause, for each that is not what it was."""
+    asked: dict[str, Manifest] = {name_in_run(folder): read_manifest(folder) for folder in plan.inputs}
+    for name in sorted(set(found) | set(asked)):
+        if name not in asked or name not in found:
+            yield False, f"{name}/ {'was' if name in found else 'was not'} read for it"
+        elif found[name] != asked[name].digest:
+            grown = found[name] in asked[name].grew_from
+            yield grown, f"{name}/ has {'grown' if grown else 'changed'} since"
+
+
+def name_in_run(folder: Path) -> str:
+    """A stage's folder as its run names it: `curated`, or `rounds/01/targets`."""
+    *_, grandparent, parent, name = ("", "", *folder.parts)
+    return f"{grandparent}/{parent}/{name}" if grandparent == "rounds" else name
+
+
+def _differences(found: Any, asked: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys at which two JSON values differ, each with a clause that names both values."""
+    if isinstance(found, dict) and isinstance(asked, dict):
+        for name in sorted(set(found) | set(asked)):
+            yield from _differences(found.get(name), asked.get(name), f"{key}.{name}" if key else name)
+    elif found != asked:
+        digests = all(value is None or _DIGEST.fullmatch(str(value)) for value in (found, asked))
+        yield key, f"{key}: its content has changed" if digests else f"{key} is {found!r} there and {asked!r} here"
+
+
+def _at(settings: dict[str, Any], key: str) -> Any:
+    value: Any = settings
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value

@@ -1,0 +1,125 @@
+"""What is asked against what is there: equal, growing, refused; and a folder that grows survives a kill at any step."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from distill.errors import StageConflictError
+from distill.run.folder import EARLIER, StageFolder
+from distill.run.manifest import MANIFEST, PLAN, read_manifest
+from distill.run.plan import NO_LIMIT, Growth, StagePlan, relation
+from distill.run.tables import read_rows
+
+NUMBERS = pa.schema([("number", pa.int64())])
+GROWTH = Growth(rising={"count": 0, "limit": NO_LIMIT}, free=frozenset({"source"}))
+
+
+def plan_of(path: Path, inputs: tuple[Path, ...] = (), growth: Growth = GROWTH, **settings: Any) -> StagePlan:
+    return StagePlan(path, "numbers", {"count": 3} | settings, inputs, growth, {"name": "x"})
+
+
+def make(plan: StagePlan) -> list[int]:
+    """Numbers below `count`; those that were there before are taken over, and returned."""
+    with StageFolder(*plan) as out:
+        if out.complete:
+            return []
+        before = [row["number"] for row in read_rows(out.earlier, "numbers")] if out.earlier else []
+        out.write_table("numbers", [{"number": number} for number in range(plan.settings["count"])], NUMBERS)
+        out.finish()
+        return before
+
+
+@pytest.mark.parametrize(
+    "changed, kind, clause",
+    [
+        ({}, "complete", None),
+        ({"count": 5}, "grows", "count is 3 there and 5 here"),
+        ({"count": 2}, "refused", "count is 3 there and 2 here"),
+        ({"limit": None}, "grows", "limit is 10 there and None here"),
+        ({"limit": 4}, "refused", "limit is 10 there and 4 here"),
+        ({"source": "b" * 64}, "grows", "source: its content has changed"),
+        ({"count": 5, "colour": "red"}, "refused", "colour is 'blue' there and 'red' here"),
+    ],
+)
+def test_only_what_adds_may_change(tmp_path: Path, changed: dict[str, Any], kind: str, clause: str | None) -> None:
+    plan = plan_of(tmp_path / "n", limit=10, source="a" * 64, colour="blue")
+    assert relation(plan).kind == "new"
+    make(plan)
+    found = relation(plan._replace(settings=plan.settings | changed))
+    assert found == (kind, [clause] if clause else [])
+
+
+def test_a_folder_grows_from_what_is_there(tmp_path: Path) -> None:
+    make(plan_of(tmp_path / "n"))
+    first = read_manifest(tmp_path / "n")
+    assert first.made_with == {"name": "x"} and first.grew_from == []
+    assert make(plan_of(tmp_path / "n", count=5)) == [0, 1, 2]
+    second = read_manifest(tmp_path / "n")
+    assert second.grew_from == [first.digest] and second.rows("numbers") == 5
+    assert make(plan_of(tmp_path / "n", count=6)) == [0, 1, 2, 3, 4]
+    assert read_manifest(tmp_path / "n").grew_from == [second.digest, first.digest]
+    assert not (tmp_path / "n" / EARLIER).exists()  # all of it is a part of what is there now
+
+
+def test_what_was_made_from_it_grows_in_its_turn(tmp_path: Path) -> None:
+    first, second = plan_of(tmp_path / "first"), plan_of(tmp_path / "second", (tmp_path / "first",))
+    make(first)
+    make(second)
+    make(plan_of(tmp_path / "first", count=4))
+    assert relation(second) == ("grows", ["first/ has grown since"])
+    shutil.rmtree(tmp_path / "first")
+    make(plan_of(tmp_path / "first", count=7))
+    assert relation(second) == ("refused", ["first/ has changed since"])
+    assert relation(second._replace(growth=Growth(other_inputs=True))).kind == "grows"
+
+
+def test_a_student_is_made_anew_and_the_one_before_is_kept(tmp_path: Path) -> None:
+    growth = Growth(rising={"count": 0}, adds=False)
+    make(plan_of(tmp_path / "n", growth=growth))
+    make(plan_of(tmp_path / "n", count=4, growth=growth))
+    make(plan_of(tmp_path / "n", count=5, growth=growth))
+    assert read_manifest(tmp_path / "n").grew_from == []  # what was made from the one before can't go on
+    assert read_manifest(tmp_path / "n" / EARLIER).rows("numbers") == 4
+    assert read_manifest(tmp_path / "n" / EARLIER / EARLIER).rows("numbers") == 3
+
+
+class Killed(BaseException):
+    """As a kill is: nothing may catch it."""
+
+
+@pytest.mark.parametrize("step", range(7))
+def test_a_kill_while_the_folder_begins_to_grow_loses_nothing(tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped before each renaming in turn, it goes on; and nobody takes it for finished meanwhile."""
+    make(plan_of(tmp_path / "n"))
+    asked, renamed, rename = plan_of(tmp_path / "n", count=5), [0], Path.rename
+
+    def counted(self: Path, target: Path) -> Path:
+        if renamed[0] == step:
+            raise Killed
+        renamed[0] += 1
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", counted)
+    try:
+        with StageFolder(*asked):
+            pass
+    except Killed:
+        assert (tmp_path / "n" / PLAN).exists()
+    monkeypatch.undo()
+    with pytest.raises(StageConflictError, match="is under way with other settings or inputs: count is 5 there and 3 here"):
+        StageFolder(*plan_of(tmp_path / "n")).__enter__()
+    assert make(asked) == [0, 1, 2]
+    assert relation(asked).kind == "complete" and not (tmp_path / "n" / EARLIER).exists()
+
+
+def test_a_plan_of_which_nothing_was_made_binds_nobody(tmp_path: Path) -> None:
+    with StageFolder(*plan_of(tmp_path / "n")):
+        pass
+    assert relation(plan_of(tmp_path / "n", count=1)).kind == "new"
+    assert relation(plan_of(tmp_path / "n", count=1), shared=True).kind == "refused"
+    assert not (tmp_path / "n" / MANIFEST).exists()
