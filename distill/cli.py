@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,12 +23,30 @@ app = typer.Typer(
     help="Distil a large model's reasoning into a small one: prompts, generate, curate, train, evaluate, report, export.",
     epilog=_EPILOG,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+
+def _recipe_names(incomplete: str) -> list[str]:
+    """For the shell: recipes of the kit whose names begin so."""
+    from distill.recipe.shelf import shipped
+
+    return [recipe.name for recipe in shipped() if recipe.name.startswith(incomplete)]
+
+
+def _recipe_files(incomplete: str) -> list[str]:
+    """For the shell: recipes and folders here, and the names of those of the kit."""
+    here = [f"{path}/" if path.is_dir() else str(path) for path in sorted(Path().glob(f"{incomplete}*"))] if incomplete[:1] != "/" else []
+    return [*(path for path in here if path.endswith(("/", ".yaml", ".yml"))), *_recipe_names(incomplete)]
+
+
+RecipePath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE", help="The recipe: a YAML file, or the name of one that `distill recipes` lists.", autocompletion=_recipe_files
+    ),
+]
 Redo = Annotated[bool, typer.Option("--redo", help="Delete this stage's folder first, and make it again.")]
 Round = Annotated[int, typer.Option("--round", min=0, help="The on-policy round, from 1; 0 is the training on traces before them.")]
 Shard = Annotated[str, typer.Option("--shard", metavar="I/N", help="Only the I-th of N parts, from 1, e.g. of a Slurm array.")]
@@ -107,7 +126,7 @@ def score(context: typer.Context, recipe: RecipePath, redo: Redo = False, number
 
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
 def train(context: typer.Context, recipe: RecipePath, redo: Redo = False, number: Round = 0) -> None:
-    """Train the student, in this process; for several: accelerate launch distill/train.py --config RECIPE [--round N]."""
+    """Train the student, in this process; for several: accelerate launch -m distill.train --config RECIPE [--round N]."""
     from distill.pipeline import run_stage
 
     run_stage("train", _load(recipe, context), number=number, redo=redo)
@@ -160,6 +179,32 @@ def keys(
         typer.echo(f"{typer.style(info.key, bold=True)}  ({'; '.join(filter(None, (info.kind, default)))})")
         if info.help:
             typer.echo(f"    {' '.join(info.help.split())}")
+
+
+recipes_app = typer.Typer(help="The recipes that come with the kit.", context_settings={"help_option_names": ["-h", "--help"]})
+app.add_typer(recipes_app, name="recipes")
+
+
+@recipes_app.callback(invoke_without_command=True)
+def recipes(context: typer.Context) -> None:
+    """The recipes that come with the kit, and what was measured of each; any command takes one by its name."""
+    if context.invoked_subcommand is None:
+        from distill.recipe.shelf import shipped, table
+
+        typer.echo(table(shipped(), shutil.get_terminal_size((140, 24)).columns))
+        typer.echo("\nTo change one: distill recipes cp NAME. Its header has the memory and the time.")
+
+
+@recipes_app.command("cp")
+def recipes_cp(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of a recipe that `distill recipes` lists.", autocompletion=_recipe_names)],
+    target: Annotated[Path | None, typer.Argument(metavar="[TARGET]", help="File or folder; this folder if left out.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+) -> None:
+    """Copy a recipe of the kit, to change it."""
+    from distill.recipe.shelf import copy_recipe
+
+    typer.echo(f"{copy_recipe(name, target, force=force)}: a copy of {name}")
 
 
 def _load(path: Path, context: typer.Context) -> Recipe:

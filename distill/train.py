@@ -1,8 +1,9 @@
 """Trains the student of a recipe, in any number of processes.
 
-usage: accelerate launch distill/train.py --config RECIPE [--round N] [--redo] [--section.key value ...]
+usage: accelerate launch -m distill.train --config RECIPE [--round N] [--redo] [--section.key value ...]
+       (in a checkout also distill/train.py by its path)
 
-  --config RECIPE   the recipe, a YAML file
+  --config RECIPE   the recipe: a YAML file, or the name of one that `distill recipes` lists
   --round N         the on-policy round, from 1; 0, the default, is the training on traces before them
   --redo            delete this stage's folder first, and train again
   -h, --help        show this

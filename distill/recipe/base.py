@@ -2,10 +2,54 @@
 
 from __future__ import annotations
 
+import glob
+import os
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
+
+def expanded(value: str) -> str:
+    """A path with `~` and `~user` at its beginning put in full; any other text as it is."""
+    try:
+        return str(Path(value).expanduser()) if value.startswith("~") else value
+    except RuntimeError:  # nobody is called so
+        return value
+
+
+def located(value: str, info: ValidationInfo) -> str:
+    """A path or a name as the stages take it: found from any folder that the resolved recipe is read in, where that is possible.
+
+    A relative path means the folder the command is run in. Where nothing is there, but beside the recipe something is, that is
+    meant, and the path becomes absolute. What is at neither place stays as it is: a name on the Hub, or a path whose reader knows
+    better what is missing.
+    """
+    value = expanded(value)
+    folder: Path | None = (info.context or {}).get("folder")
+    if folder is None or not value or Path(value).is_absolute() or _is_in(Path(), value):
+        return value
+    return os.path.normpath(folder / value) if _is_in(folder, value) else value
+
+
+def located_in(value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    """The fields of a trainer with those that name a file located like `located`."""
+    return {name: located(item, info) if name in _FILES_OF_TRAINERS and isinstance(item, str) else item for name, item in value.items()}
+
+
+def _is_in(folder: Path, value: str) -> bool:
+    """Whether a relative path, or a pattern of paths, is found from a folder."""
+    return (folder / value).exists() or (glob.has_magic(value) and any(folder.glob(value)))
+
+
+_FILES_OF_TRAINERS = frozenset({"accelerator_config", "deepspeed", "fsdp_config"})
+
+PathOrName = Annotated[str, AfterValidator(located)]
+"""A file or folder, or a name on the Hub or of what is shipped with the kit."""
+OutputPath = Annotated[str, AfterValidator(expanded)]
+"""A path that is written to: relative to the folder the command is run in, and to no other."""
+TrainerArgs = Annotated[dict[str, Any], AfterValidator(located_in)]
+"""Fields of a trainer's config class."""
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 

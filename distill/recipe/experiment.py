@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from distill.recipe.base import Section
+from distill.recipe.base import OutputPath, Section
 from distill.recipe.learning import DEEPSPEED_HAS_NO_PARTS, LOSS_OF_SFT, Distillation, Rollouts, Score, Train
 from distill.recipe.models import ModelSpec, Student
 from distill.recipe.prompts import Prompts
@@ -23,8 +23,8 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Letters, digits, `.`, `_` and `-`."""
-    run_dir: str | None = None
-    """Folder of the run; null means `runs/<name>`."""
+    run_dir: OutputPath | None = None
+    """Folder of the run, relative to the folder the command is run in; null means `runs/<name>`."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the split, of every sampled token and of training."""
     teacher: ModelSpec | None = None

@@ -10,17 +10,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from distill.errors import RecipeError
+from distill.recipe.base import expanded, located
 from distill.recipe.experiment import Recipe
 from distill.recipe.learning import Method, config_class
 from distill.recipe.trainer_args import KIT_DEFAULTS, RESERVED, annotation_of, trainer_fields
 
 _TRAINER_SECTIONS = ("train.trainer_args", "rollouts.trainer_args")
 _WORDS = {str: "text", int: "whole number", float: "number", bool: "yes/no", dict: "mapping", list: "list", Any: "anything"}
+_PLACES: dict[Any, str] = {located: "path or name", expanded: "path"}
 
 
 class KeyInfo(typing.NamedTuple):
@@ -135,6 +137,7 @@ def kind_of(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin in (list, tuple) and arguments:
         return f"list of {kind_of(arguments[0])}".replace("list of one of", "list of any of")
     word = _WORDS.get(origin or annotation, str(getattr(annotation, "__name__", annotation)))
+    word = next((_PLACES[item.func] for item in metadata if isinstance(item, AfterValidator) and item.func in _PLACES), word)
     return " ".join(filter(None, (word, _limits(metadata))))
 
 

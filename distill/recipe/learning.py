@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from distill.errors import RecipeError
 from distill.losses.settings import Divergence, Objective, default_divergence
-from distill.recipe.base import PositiveInt, Sampling, Section, Share
+from distill.recipe.base import PositiveInt, Sampling, Section, Share, TrainerArgs
 from distill.recipe.trainer_args import ConfigName, check_trainer_args
 from distill.targets.spec import ChosenToken, Sampled, TargetSpec, TopK
 
@@ -139,7 +139,7 @@ class Rollouts(Sampling):
     """Who writes in the first round: the student trained on the teacher's traces, or the one before any training."""
     teacher_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of a round's rows that are traces of the teacher."""
-    trainer_args: dict[str, Any] = Field(default_factory=dict)
+    trainer_args: TrainerArgs = Field(default_factory=dict)
     """Laid over train.trainer_args in the rounds, e.g. a lower learning_rate."""
     schedule_over: Literal["all_rounds", "each_round"] = "all_rounds"
     """What the learning rate's schedule runs over: once over all rounds, or anew over each. Of one over all, each round takes an equal
@@ -190,7 +190,7 @@ class Train(Section):
     """Longest prompt + completion, in the student's tokens."""
     overlong: Literal["drop", "cut"] = "drop"
     """What happens to longer rows: dropped and counted, or cut at the end (which loses the answer)."""
-    trainer_args: dict[str, Any] = Field(default_factory=dict)
+    trainer_args: TrainerArgs = Field(default_factory=dict)
     """Any field of the config class behind the method: learning_rate, num_train_epochs, report_to, packing, ... It is
     `trl.SFTConfig` for sft and kd, `DistillationConfig` for on_policy, `ServerDistillationConfig` with a served teacher,
     `GOLDConfig` for cross_tokenizer."""

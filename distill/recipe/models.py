@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from distill.recipe.base import PositiveInt, Section
+from distill.recipe.base import PathOrName, PositiveInt, Section
 
 
 class ModelSpec(Section):
@@ -14,11 +14,11 @@ class ModelSpec(Section):
 
     speed_only = frozenset({"attn_implementation"})
 
-    model: str
+    model: PathOrName
     """Hub id, local folder, or `embedded:teacher` / `embedded:student` (the tiny pair shipped with the kit)."""
     revision: str | None = None
     """Git revision on the Hub; null means the newest, and the manifest records which that was."""
-    tokenizer: str | None = None
+    tokenizer: PathOrName | None = None
     """Hub id or folder of the tokenizer, where it is not the model's own."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Weights in memory. auto: bf16 where the device computes in it (a CPU is timed once, ~/.cache/distill-kit/cpu-precision.json), else

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from distill.recipe.base import PositiveInt, Section
+from distill.recipe.base import PathOrName, PositiveInt, Section
 
 
 class Columns(Section):
@@ -44,7 +44,7 @@ def _check_pattern(value: str | None) -> str | None:
 class Prompts(Section):
     """Where the problems come from, and how they are put to a model."""
 
-    source: str
+    source: PathOrName
     """File (jsonl, json, csv, parquet), Hub data set id, or `embedded:arithmetic`."""
     subset: str | None = None
     """Configuration of a Hub data set, e.g. `main`."""
@@ -62,7 +62,7 @@ class Prompts(Section):
     """Use only so many training prompts, drawn by the seed; null means all."""
     heldout_size: Annotated[int, Field(ge=0)] = 200
     """Prompts kept out of training for `evaluate`."""
-    heldout_source: str | None = None
+    heldout_source: PathOrName | None = None
     """Take the held-out prompts from this source instead of splitting them off; prompts in both are not trained on."""
     heldout_split: str = "test"
     """Split of `heldout_source` on the Hub."""

@@ -20,6 +20,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from distill.errors import RecipeError
 from distill.recipe.experiment import Recipe
 from distill.recipe.keys import suggest
+from distill.recipe.shelf import find_recipe
 
 # pydantic puts the tag of a chosen union member into an error's location, behind the key of the union.
 _TAGS = {"adapter": {"lora", "full"}, "target": {"top_k", "sampled", "chosen_token"}}
@@ -29,17 +30,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a file with command-line overrides laid over it.
 
     Args:
-        path: YAML file.
+        path: YAML file, or the name of a recipe of the kit.
         overrides: `["--generate.samples_per_prompt", "8", "--seed=1"]`; a value is read as YAML.
 
     Raises:
         RecipeError: naming file, line, key, value and the nearest valid key.
     """
-    path = Path(path)
+    path = find_recipe(path)
     document = _read_yaml(path)
     changed = _apply(document, overrides)
     try:
-        return Recipe.model_validate(_to_plain(document))
+        return Recipe.model_validate(_to_plain(document), context={"folder": path.absolute().parent})
     except ValidationError as error:
         problems = [_describe(item, path, document, changed) for item in error.errors()]
         raise RecipeError("\n".join(dict.fromkeys(problems))) from None

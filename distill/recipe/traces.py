@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from distill.recipe.base import PositiveInt, Sampling, Section
+from distill.recipe.base import PathOrName, PositiveInt, Sampling, Section
 from distill.recipe.prompts import Columns
 
 CheckName = Literal["finish", "think", "math"]
@@ -15,7 +15,7 @@ CheckName = Literal["finish", "think", "math"]
 class Traces(Section):
     """Finished traces from elsewhere, instead of generating them."""
 
-    source: str
+    source: PathOrName
     """File (jsonl, json, csv, parquet) or Hub data set id."""
     subset: str | None = None
     """Configuration of a Hub data set."""
