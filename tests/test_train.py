@@ -148,6 +148,36 @@ def test_all_ranks_end_with_the_same_parameters(recipe: Callable[..., Path], tmp
 
 
 @pytest.mark.slow
+def test_processes_wait_for_the_first_as_long_as_it_takes(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """The first reads its traces, and writes its manifest, for longer than the group waits in a collective."""
+    path = recipe("patient", trainer_args={"max_steps": 2, "save_steps": 1})
+    script = tmp_path / "patient.py"
+    script.write_text(
+        "import sys, time, transformers, trl, peft\n"
+        "from datetime import timedelta\n"
+        "from accelerate import PartialState\n"
+        "from distill.pipeline import run_stage\n"
+        "from distill.recipe.reading import load_recipe\n"
+        "from distill.run.folder import StageFolder\n"
+        "from distill.trainers import encoded\n"
+        "plain_pieces, plain_finish = encoded.iter_pieces, StageFolder.finish\n"
+        "def pieces(*arguments):\n"
+        "    time.sleep(12)\n"
+        "    yield from plain_pieces(*arguments)\n"
+        "def finish(*arguments, **more):\n"
+        "    time.sleep(12)\n"
+        "    return plain_finish(*arguments, **more)\n"
+        "encoded.iter_pieces, StageFolder.finish = pieces, finish\n"
+        "PartialState(cpu=True, timeout=timedelta(seconds=8))\n"
+        "run_stage('train', load_recipe(sys.argv[1]))\n"
+    )
+    command = [*LAUNCH, "2", str(script), str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=900)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert read_manifest(path.with_suffix("") / "student").facts["world_size"] == 2
+
+
+@pytest.mark.slow
 def test_processes_on_cpus_find_each_other_without_a_setting(recipe: Callable[..., Path]) -> None:
     """Without `use_cpu` each process of a launch on CPUs trains alone, and nothing in the libraries complains."""
     path = recipe("together", trainer_args={"max_steps": 1})
@@ -156,9 +186,9 @@ def test_processes_on_cpus_find_each_other_without_a_setting(recipe: Callable[..
 
 def test_a_launch_that_would_train_alone_is_refused() -> None:
     code = "from accelerate import PartialState\nPartialState()\nimport os\nos.environ['WORLD_SIZE'] = '2'\n"
-    code += "from distill.stages.train import _check_world_size\n_check_world_size()"
+    code += "from distill.models.processes import Processes\nProcesses()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert "2 processes were launched, but this one sees 1: each would train alone" in result.stderr
+    assert "2 processes were launched, but this one sees 1, so each would do all the work" in result.stderr
 
 
 def test_accumulation_does_not_change_the_loss(recipe: Callable[..., Path]) -> None:

@@ -1,8 +1,9 @@
-"""Length-sorted batches, and what to do when one does not fit into memory."""
+"""Length-sorted batches, what to do when one does not fit into memory, and work done one ahead."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 import torch
@@ -20,6 +21,16 @@ def by_length(items: Sequence[Item], length: Callable[[Item], int], batch_size: 
     """
     ordered = sorted(items, key=length, reverse=True)
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The items in their order, each made in a thread while the one before it is in use."""
+    source, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, source, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, source, end)
+            yield item  # type: ignore[misc]  # it is not the end
 
 
 class MemoryGuard(Generic[Item, Result]):

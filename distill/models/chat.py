@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +57,7 @@ class ChatFormat:
 
     def opening(self, messages: list[Message]) -> str:
         r"""What the template has already written of the assistant's answer: `<think>\n` for some families, else ``."""
-        match = re.search(rf"{THINK_OPEN}\s*\Z", self.prompt_text(messages))
-        return match.group() if match else ""
+        return _opening(self.prompt_text(messages))
 
     def completion_ids(self, completion: str, opening: str = "", *, finished: bool = True) -> list[int]:
         """A completion as the token ids the model has to write.
@@ -67,16 +67,12 @@ class ChatFormat:
             opening: What the prompt has already written of it; see `opening`.
             finished: Whether to add the token that ends the turn.
         """
-        if opening and completion.startswith(THINK_OPEN):
-            completion = completion.removeprefix(THINK_OPEN).lstrip("\n")
-        ids = self._ids(completion)
+        ids = self._ids(_after(opening, completion))
         return [*ids, self.end_of_turn_id] if finished else ids
 
     def row(self, messages: list[Message], completion: str, *, finished: bool = True) -> tuple[list[int], list[int]]:
         """One training row: `input_ids` and `labels` of equal length, not shifted; `IGNORE` on the whole prompt."""
-        text = self.prompt_text(messages)
-        match = re.search(rf"{THINK_OPEN}\s*\Z", text)
-        return _labelled(self._ids(text), self.completion_ids(completion, match.group() if match else "", finished=finished))
+        return self.trace_row({"messages": messages, "completion": completion, "finish_reason": None if finished else "length"})
 
     def trace_row(self, trace: dict[str, Any]) -> tuple[list[int], list[int]]:
         """The training row of a trace.
@@ -84,9 +80,24 @@ class ChatFormat:
         What the student wrote itself is taken as the ids it drew: its text, tokenised anew, may be other ids, and a
         cut-off text other letters. All others are read as text. A trace that did not end gets no end of turn.
         """
-        if trace.get("author") == "student" and trace.get("completion_ids") is not None:
-            return _labelled(list(trace["prompt_ids"]), list(trace["completion_ids"]))
-        return self.row(trace["messages"], trace["completion"], finished=trace.get("finish_reason") != "length")
+        return self.trace_rows([trace])[0]
+
+    def trace_rows(self, traces: Sequence[dict[str, Any]]) -> list[tuple[list[int], list[int]]]:
+        """`trace_row` of each, tokenised together: on several cores where the tokenizer may use them."""
+        texts: list[str] = []
+        for trace in traces:
+            if not _drawn(trace):
+                prompt = self.prompt_text(trace["messages"])
+                texts += [prompt, _after(_opening(prompt), trace["completion"])]
+        ids = iter(self._all_ids(texts))
+        rows = []
+        for trace in traces:
+            if _drawn(trace):
+                rows.append(_labelled(list(trace["prompt_ids"]), list(trace["completion_ids"])))
+            else:
+                end = [] if trace.get("finish_reason") == "length" else [self.end_of_turn_id]
+                rows.append(_labelled(next(ids), [*next(ids), *end]))
+        return rows
 
     def text_of(self, completion_ids: list[int], opening: str = "") -> str:
         """Generated ids as the whole text of the answer: without the end of the turn, with what the prompt opened."""
@@ -98,6 +109,11 @@ class ChatFormat:
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _all_ids(self, texts: list[str]) -> list[list[int]]:
+        if len(texts) <= 2:  # not worth the threads, behind which a process had better not fork
+            return [self._ids(text) for text in texts]
+        return list(self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"])
 
     @property
     def tokenizer_digest(self) -> str:
@@ -135,6 +151,21 @@ def chat_format(
     pad_id = _padding(tokenizer, stop_ids, pad_token)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
     return ChatFormat(tokenizer, kwargs, end_of_turn, stop_ids, pad_id)
+
+
+def _drawn(trace: dict[str, Any]) -> bool:
+    """Whether a trace counts as the ids that the student drew."""
+    return trace.get("author") == "student" and trace.get("completion_ids") is not None
+
+
+def _opening(prompt: str) -> str:
+    match = re.search(rf"{THINK_OPEN}\s*\Z", prompt)
+    return match.group() if match else ""
+
+
+def _after(opening: str, completion: str) -> str:
+    """What is left of a completion to be written behind what the template has opened."""
+    return completion.removeprefix(THINK_OPEN).lstrip("\n") if opening and completion.startswith(THINK_OPEN) else completion
 
 
 def _labelled(prompt_ids: list[int], completion_ids: list[int]) -> tuple[list[int], list[int]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -35,6 +37,15 @@ class Processes:
             import torch
 
             torch.distributed.barrier(group=self._group)
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Lets the first do what is inside, then the others: they find what it has made."""
+        if self.rank:
+            self.wait()
+        yield
+        if not self.rank:
+            self.wait()
 
 
 def leave() -> None:

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from distill.errors import ModelError, RecipeError
+from distill.errors import RecipeError
 from distill.losses.settings import likelihood
+from distill.models.processes import Processes
 from distill.recipe.experiment import Recipe
 from distill.recipe.learning import SchedulePart, Train
 from distill.run.files import write_text
 from distill.run.folder import StageFolder
 from distill.run.log import Clock, is_main_process, say
 from distill.run.manifest import MANIFEST, Manifest, check_files, read_manifest
-from distill.run.tables import table_files
-from distill.stages import folder, previous_student
+from distill.stages import folder, previous_student, run_dir
 
 if TYPE_CHECKING:
     from distill.models.chat import ChatFormat
@@ -112,8 +111,6 @@ def _check_part_before(student: Path, part: SchedulePart) -> None:
 
 def _train(recipe: Recipe, plan: _Plan, number: int, out: StageFolder) -> Manifest:
     # Imported here, so that a finished stage answers without loading torch.
-    from accelerate import PartialState
-
     from distill.models.loading import free_memory, load_chat_format, num_parameters, pick_device
     from distill.trainers.arguments import precision_name, training_arguments
     from distill.trainers.callbacks import last_whole_checkpoint
@@ -125,22 +122,23 @@ def _train(recipe: Recipe, plan: _Plan, number: int, out: StageFolder) -> Manife
         arguments: Any = live_arguments(recipe, out.path / "checkpoints", device)
     else:
         arguments = training_arguments(recipe, plan.train, out.path / "checkpoints", device)
-    _check_world_size()
+    processes = Processes()  # one reads, tokenises and writes for longer than the others would wait for it in the trainer's group
     chat = load_chat_format(recipe.student)
     stored = _stored_targets(recipe, plan, chat)
-    rows = _rows(recipe, plan, number, out.path / "cache", chat, stored)
+    with processes.first_alone():
+        rows = _rows(recipe, plan, number, chat, stored)
     checkpoint = last_whole_checkpoint(out.path / "checkpoints")
     if checkpoint:
         say(f"train     going on from step {checkpoint[1]}")
-    trainer = _make_trainer(recipe, plan, out.path, arguments, rows, chat, stored, checkpoint[1] if checkpoint else 0)
+    trainer = _make_trainer(recipe, plan, out.path, arguments, rows, chat, stored, checkpoint[1] if checkpoint else 0, processes)
     result = trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
-    files = _save(recipe, out.path, trainer)
+    files = _save(recipe, out.path, trainer, processes)
     model: Any = trainer.model
     facts = clock.facts(
         device=str(device),
         method=plan.train.method,
         precision=precision_name(arguments),
-        world_size=PartialState().num_processes,
+        world_size=processes.count,
         steps=trainer.state.global_step,
         train_loss=result.training_loss,
         tokens=trainer.state.num_input_tokens_seen if plan.train.is_live else round(rows.num_tokens * (trainer.state.epoch or 0)),
@@ -151,16 +149,17 @@ def _train(recipe: Recipe, plan: _Plan, number: int, out: StageFolder) -> Manife
         template_digest=chat.template_digest,
     )
     del trainer, model
-    if not PartialState().is_main_process:
-        PartialState().wait_for_everyone()  # for the manifest, which a next stage of this process may read
+    if processes.rank:
+        processes.wait()  # for the manifest, which a next stage of this process may read
         return read_manifest(out.path)
     free_memory()
     facts |= _stop(recipe, number, out.path / "metrics.jsonl")
     kept = rows.rows_in - sum(rows.drops.values())
     manifest = out.finish(rows_in=rows.rows_in, rows_kept=kept, drops=rows.drops, files=files, facts=facts)
-    for leftover in ("cache", "checkpoints"):
-        shutil.rmtree(out.path / leftover, ignore_errors=True)
-    PartialState().wait_for_everyone()
+    shutil.rmtree(out.path / "checkpoints", ignore_errors=True)
+    for leftover in _cache(recipe).glob("cache-*"):  # packs and orders that the trainer made of the rows
+        leftover.unlink()
+    processes.wait()
     return manifest
 
 
@@ -180,9 +179,12 @@ def _stored_targets(recipe: Recipe, plan: _Plan, chat: ChatFormat) -> StoredTarg
     return stored
 
 
-def _rows(recipe: Recipe, plan: _Plan, number: int, cache: Path, chat: ChatFormat, stored: StoredTargets | None) -> TrainingRows:
-    from accelerate import PartialState
+def _cache(recipe: Recipe) -> Path:
+    """Where the rows of the last training of a run are kept, so that the next one on the same traces need not make them again."""
+    return run_dir(recipe) / "cache"
 
+
+def _rows(recipe: Recipe, plan: _Plan, number: int, chat: ChatFormat, stored: StoredTargets | None) -> TrainingRows:
     from distill.trainers.rows import TraceTable, training_rows
 
     if plan.train.is_live:
@@ -191,13 +193,10 @@ def _rows(recipe: Recipe, plan: _Plan, number: int, cache: Path, chat: ChatForma
         return live_rows(recipe, folder(recipe, "prompts"), chat)
     share = recipe.rollouts.teacher_share if recipe.rollouts is not None else 0.0
     tables = [
-        TraceTable(
-            list(table_files(place, table)), read_manifest(place).digest, share / (1 - share) if index else None, recipe.seed + number
-        )
+        TraceTable(place, table, share / (1 - share) if index else None, recipe.seed + number)
         for index, (place, table) in enumerate(plan.tables)
     ]
-    with PartialState().main_process_first():
-        return training_rows(tables, chat, plan.train, cache, recipe.seed, stored)
+    return training_rows(tables, chat, plan.train, _cache(recipe), recipe.seed, stored)
 
 
 def _make_trainer(
@@ -209,6 +208,7 @@ def _make_trainer(
     chat: ChatFormat,
     stored: StoredTargets | None,
     start_step: int,
+    processes: Processes,
 ) -> Any:
     """TRL's trainer on rows that are already token ids and labels."""
     from transformers import PrinterCallback, ProgressCallback
@@ -225,7 +225,7 @@ def _make_trainer(
         "eval_dataset": rows.validation,
         "processing_class": chat.tokenizer,
         "peft_config": lora_config(student.adapter) if student.adapter.type == "lora" and plan.start is None else None,
-        "callbacks": [MetricsFile(target / "metrics.jsonl", start_step), ProgressBar(), StopOnNonFinite(), CheckpointMark()],
+        "callbacks": [MetricsFile(target / "metrics.jsonl", start_step), ProgressBar(), StopOnNonFinite(), CheckpointMark(processes)],
     }
     if plan.train.is_live:
         from distill.trainers.live import live_trainer
@@ -288,15 +288,15 @@ def _stop(recipe: Recipe, number: int, metrics: Path) -> dict[str, str]:
     }
 
 
-def _save(recipe: Recipe, target: Path, trainer: Any) -> list[Path]:
+def _save(recipe: Recipe, target: Path, trainer: Any, processes: Processes) -> list[Path]:
     """Writes the trained weights and the tokenizer; returns their files."""
     accelerator = trainer.accelerator
     if trainer.is_fsdp_enabled:
         accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # sharded, save_model writes no weights
     weights = target / ("adapter" if recipe.student.adapter.type == "lora" else "model")
     trainer.save_model(str(weights))
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
+    processes.wait()
+    if processes.rank:
         return []
     tokenizer = target / "tokenizer"
     processing_class: Any = trainer.processing_class
@@ -320,18 +320,6 @@ def _order_modules(config: Path) -> None:
     if isinstance(settings["target_modules"], list):
         settings["target_modules"].sort()
     write_text(config, json.dumps(settings, indent=2))
-
-
-def _check_world_size() -> None:
-    """Refuses to let every process of a launch train alone, which happens silently when the backend is not set up."""
-    from accelerate import PartialState
-
-    launched, found = int(os.environ.get("WORLD_SIZE", "1")), PartialState().num_processes
-    if launched != found:
-        raise ModelError(
-            f"{launched} processes were launched, but this one sees {found}: each would train alone. "
-            "On CPUs set ACCELERATE_USE_CPU=true; on GPUs check `accelerate env`."
-        )
 
 
 def _peak_memory_gib(device_type: str) -> float:

@@ -11,6 +11,7 @@ import os
 import struct
 import zlib
 from collections.abc import Sequence
+from functools import cached_property
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from types import TracebackType
@@ -119,7 +120,7 @@ class TargetWriter:
 
     def _note(self, key: str, offset: int, positions: int) -> None:
         self._keys.add(key)
-        self._entries.append((offset, _hash(key), positions))
+        self._entries.append((offset, key_hash(key), positions))
 
     def _resume(self, header: TargetHeader) -> int:
         """Notes all whole rows of the begun shard and returns where they end; 0 if not even its header is whole."""
@@ -146,7 +147,7 @@ class TargetWriter:
 class TargetReader:
     """Rows of one or more complete shards, in the order of the shards; any row is read from disk when asked for.
 
-    Shards are memory-mapped: what stays in memory are the pages last used, and 16 bytes a row after the first `find`.
+    Shards are memory-mapped: what stays in memory are the pages last used, and 36 bytes a row after the first `find`.
     Pickles as its paths, so that a data loader's workers open the files themselves.
 
     Args:
@@ -190,10 +191,20 @@ class TargetReader:
         """The key a row was appended with."""
         return self._read(row)[0]
 
-    @property
+    @cached_property
     def positions(self) -> NDArray[np.uint32]:
         """(rows,) number of supervised tokens of every row, read from the index alone."""
         return np.concatenate([shard.entries["positions"] for shard in self._shards])
+
+    @cached_property
+    def hashes(self) -> NDArray[np.uint64]:
+        """(rows,) `key_hash` of every row's key, read from the index alone."""
+        return np.concatenate([shard.entries["key"] for shard in self._shards])
+
+    @property
+    def places_digest(self) -> str:
+        """SHA-256 of which key stands in which row, and with how many positions."""
+        return hashlib.sha256(self.hashes.tobytes() + self.positions.tobytes()).hexdigest()
 
     def find(self, key: str) -> int:
         """The row of a key.
@@ -202,13 +213,13 @@ class TargetReader:
             KeyError: no row has it.
         """
         if self._by_hash is None:
-            hashes = np.concatenate([shard.entries["key"] for shard in self._shards])
-            order = np.argsort(hashes, kind="stable")
-            self._by_hash = hashes[order], order
+            order = np.argsort(self.hashes, kind="stable")
+            self._by_hash = self.hashes[order], order
         hashes, order = self._by_hash
-        first, last = (int(np.searchsorted(hashes, np.uint64(_hash(key)), side)) for side in ("left", "right"))
+        first, last = (int(np.searchsorted(hashes, np.uint64(key_hash(key)), side)) for side in ("left", "right"))
         for row in order[first:last]:
-            if self.key(int(row)) == key:
+            # Where one row alone has these 64 bits it is not read: a training asks for every row of all shards.
+            if last - first == 1 or self.key(int(row)) == key:
                 return int(row)
         raise KeyError(key)
 
@@ -293,7 +304,8 @@ def _checks(block: bytes) -> bool:
     return block[-_CRC.size :] == _CRC.pack(zlib.crc32(block[: -_CRC.size]))
 
 
-def _hash(key: str) -> int:
+def key_hash(key: str) -> int:
+    """64 bits of a key's SHA-256, by which an index knows it."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
 
 

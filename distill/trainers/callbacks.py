@@ -11,6 +11,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from distill.errors import ModelError
+from distill.models.processes import Processes
 from distill.run.log import progress
 
 _WHOLE = "whole"  # written into a checkpoint after every process has saved its part
@@ -71,11 +72,18 @@ class StopOnNonFinite(TrainerCallback):
 
 
 class CheckpointMark(TrainerCallback):
-    """Marks a checkpoint as whole once every process has written its part of it."""
+    """Marks a checkpoint as whole once every process has written its part of it.
+
+    Args:
+        processes: That wait for each other.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Waits for all processes, then writes the mark."""
-        PartialState().wait_for_everyone()
+        self._processes.wait()
         if state.is_world_process_zero:
             (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
 

@@ -1,0 +1,185 @@
+"""A table of traces as token ids on disk: made once, on all cores, and found again by whoever trains on the same.
+
+Lies in the run's folder `cache`, under a name made of everything that decides a row: `rows-<name>.arrow` has the tokens, mapped
+into memory, and `rows-<name>.parquet` beside it what is asked of a row before it is trained on. Both can be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from distill.engines.batching import one_ahead
+from distill.models.chat import IGNORE, ChatFormat
+from distill.recipe.learning import Train
+from distill.run.files import commit
+from distill.run.log import progress
+from distill.run.manifest import read_manifest
+from distill.run.tables import iter_pieces
+from distill.trainers.targets import NO_TARGET, StoredTargets
+
+_BYTES_AT_ONCE = 4 * 2**20  # of traces that are tokenised together: enough for many cores
+_BYTES_PER_BATCH = 32 * 2**20  # of tokens that are written together: fewer and larger ones are mapped faster
+_TOKENS = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
+_PLACES = pa.field("target_index", pa.list_(pa.int64()))
+_ABOUT = pa.schema([("length", pa.int32()), ("supervised", pa.int32()), ("prompt_id", pa.string())])
+_IDS = ["prompt_ids", "completion_ids"]
+_COLUMNS = ["prompt_id", "sample_index", "author", "messages", "completion", *_IDS, "finish_reason"]
+
+
+class EncodedTraces:
+    """Rows in the order of their traces; the tokens of one that is too long to be trained on are left out.
+
+    Args:
+        path: Of the file with the tokens.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.tokens = Dataset.from_file(str(path))
+        """`input_ids` and `labels`, not shifted, and with targets `target_index`."""
+        self._about = pq.ParquetFile(_about(path))
+        columns = self._about.read(["length", "supervised"])
+        self.lengths: NDArray[np.int32] = columns["length"].to_numpy()
+        """(rows,) tokens before any was left out or cut off."""
+        self.supervised: NDArray[np.int32] = columns["supervised"].to_numpy()
+        """(rows,) supervised tokens, after cutting."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def prompt_ids(self) -> Iterator[str]:
+        """Of each row, a piece of the table in memory at a time."""
+        for piece in self._about.iter_batches(columns=["prompt_id"]):
+            yield from piece["prompt_id"].to_pylist()
+
+
+def encoded_traces(
+    folder: Path, table: str, chat: ChatFormat, train: Train, cache: Path, stored: StoredTargets | None, source: int
+) -> EncodedTraces:
+    """The rows of a table, which are made where they are not there yet; one process at a time may do so.
+
+    Args:
+        folder: Of the stage that wrote the traces.
+        table: Its name there.
+        chat: The student's tokenizer and template.
+        train: Limit, and what happens to longer rows.
+        cache: Where they are kept.
+        stored: Where the targets of the rows are; None for none.
+        source: Number of the table among the sources of `stored`.
+
+    Raises:
+        IntegrityError: a shard of the table was altered; or a row has no targets, or not as many as supervised tokens.
+    """
+    path = cache / rows_name(folder, chat, train, stored, source)
+    if not _about(path).exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        _write(path, _TOKENS if stored is None else _TOKENS.append(_PLACES), _batches(folder, table, chat, train, stored, source))
+    return EncodedTraces(path)
+
+
+def rows_name(folder: Path, chat: ChatFormat, train: Train, stored: StoredTargets | None, source: int) -> str:
+    """Name of the file with the tokens: another wherever any of them could be another."""
+    targets = None if stored is None else (source, stored.places_digest)
+    content = [read_manifest(folder).digest, chat.tokenizer_digest, chat.template_digest, train.max_length, train.overlong, targets]
+    return f"rows-{hashlib.sha256(repr(content).encode()).hexdigest()[:16]}.arrow"
+
+
+def keep_only(cache: Path, names: Sequence[str]) -> None:
+    """Deletes all rows but some from the cache, so that it holds no more than one training reads."""
+    kept = {path.name for name in names for path in (cache / name, _about(cache / name))}
+    for path in cache.glob("rows-*"):
+        if path.name not in kept:
+            path.unlink()
+
+
+def _about(path: Path) -> Path:
+    return path.with_suffix(".parquet")
+
+
+def _batches(
+    folder: Path, table: str, chat: ChatFormat, train: Train, stored: StoredTargets | None, source: int
+) -> Iterator[tuple[pa.RecordBatch, pa.RecordBatch]]:
+    """Tokens of some hundred rows, and what is asked of them; the next are tokenised while these are written."""
+    bar = progress(read_manifest(folder).rows(table), "traces", "tokenise")
+    with bar, _all_cores():
+        for traces, rows in one_ahead((traces, chat.trace_rows(traces)) for traces in _read(folder, table)):
+            yield _batch(traces, rows, train, stored, source)
+            bar.update(len(rows))
+
+
+def _read(folder: Path, table: str) -> Iterator[list[dict[str, Any]]]:
+    for piece in iter_pieces(folder, table, _COLUMNS):
+        if "student" not in piece["author"].unique().to_pylist():
+            piece = piece.drop_columns(_IDS)  # nobody asks which ids a teacher wrote
+        step = max(1, len(piece) * _BYTES_AT_ONCE // max(piece.nbytes, 1))
+        for start in range(0, len(piece), step):
+            yield piece.slice(start, step).to_pylist()
+
+
+def _batch(
+    traces: list[dict[str, Any]], rows: list[tuple[list[int], list[int]]], train: Train, stored: StoredTargets | None, source: int
+) -> tuple[pa.RecordBatch, pa.RecordBatch]:
+    found: dict[str, list[NDArray[Any]]] = {"input_ids": [], "labels": [], **({} if stored is None else {"target_index": []})}
+    about: dict[str, list[Any]] = {"length": [], "supervised": [], "prompt_id": [trace["prompt_id"] for trace in traces]}
+    for trace, (whole, whole_labels) in zip(traces, rows, strict=True):
+        end = train.max_length if train.overlong == "cut" else len(whole) * (len(whole) <= train.max_length)
+        input_ids, labels = np.array(whole[:end], np.int32), np.array(whole_labels[:end], np.int32)
+        places = np.flatnonzero(labels != IGNORE)
+        about["length"].append(len(whole))
+        about["supervised"].append(len(places))
+        found["input_ids"].append(input_ids)
+        found["labels"].append(labels)
+        if stored is not None:
+            index = np.full(len(labels), NO_TARGET, np.int64)
+            if len(places):
+                index[places] = stored.indices(source, f"{trace['prompt_id']}/{trace['sample_index']}", len(places))
+            found["target_index"].append(index)
+    tokens = pa.RecordBatch.from_pydict({name: _lists(values) for name, values in found.items()})
+    return tokens, pa.RecordBatch.from_pydict(about, schema=_ABOUT)
+
+
+def _lists(rows: list[NDArray[Any]]) -> pa.ListArray:
+    return pa.ListArray.from_arrays(np.cumsum([0, *map(len, rows)], dtype=np.int32), np.concatenate(rows))
+
+
+def _write(path: Path, schema: pa.Schema, batches: Iterator[tuple[pa.RecordBatch, pa.RecordBatch]]) -> None:
+    """Puts both files in their places when they are whole, the one that is looked for last."""
+    temporary = [place.with_name(place.name + ".tmp") for place in (path, _about(path))]
+    with pa.ipc.new_stream(str(temporary[0]), schema) as tokens_file, pq.ParquetWriter(temporary[1], _ABOUT) as about_file:
+        waiting: list[pa.RecordBatch] = []
+        for tokens, about in batches:
+            about_file.write_batch(about)
+            waiting.append(tokens)
+            if sum(batch.nbytes for batch in waiting) >= _BYTES_PER_BATCH:
+                tokens_file.write_batch(pa.concat_batches(waiting))
+                waiting = []
+        if waiting:
+            tokens_file.write_batch(pa.concat_batches(waiting))
+    for place, final in zip(temporary, (path, _about(path)), strict=True):
+        commit(place, final)
+
+
+@contextlib.contextmanager
+def _all_cores() -> Iterator[None]:
+    """Lets a tokenizer use every core this process may use, unless it is told otherwise from outside.
+
+    Afterwards it keeps to one: a process that forks behind its threads, as a loader of batches does, would be warned of at length.
+    """
+    if "TOKENIZERS_PARALLELISM" in os.environ:
+        yield
+        return
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
