@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from distill.errors import DataError
+from distill.errors import DataError, StageConflictError
 from distill.recipe.experiment import Recipe
 from distill.recipe.traces import Traces
 from distill.run.files import digest_file
@@ -19,6 +21,7 @@ from distill.stages.import_traces import completion_of
 
 
 def write(path: Path, source: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in source))
     return path
 
@@ -101,7 +104,7 @@ def test_a_trace_of_a_heldout_prompt_never_gets_in(tmp_path: Path, split: tuple[
 
 
 def completed(row: dict[str, Any], **keys: Any) -> tuple[str, str | None]:
-    return completion_of(Traces(source="t.jsonl", **keys), row, 2)
+    return completion_of(Traces(source="t.jsonl", **keys), row, "t.jsonl:2")
 
 
 def test_the_reasoning_of_a_column_goes_between_the_tags() -> None:
@@ -144,9 +147,83 @@ def test_dropped_traces_say_why_and_none_left_is_an_error(tmp_path: Path, split:
 
 
 def test_an_absent_column_is_named(tmp_path: Path, split: tuple[list[str], list[str]]) -> None:
-    with pytest.raises(
-        DataError, match=r"traces\.jsonl: row 1: there is no column 'completion', only 'problem', 'completions'. Did you mean"
-    ):
+    with pytest.raises(DataError, match=r"traces\.jsonl:1: there is no column 'completion', only 'problem', 'completions'. Did you mean"):
         brought(tmp_path, [{"problem": split[0][0], "completions": "7"}])
-    with pytest.raises(DataError, match="row 1: completion must be text or a number, got list"):
+    with pytest.raises(DataError, match=r"traces\.jsonl:1: completion must be text or a number, got list"):
         brought(tmp_path, [{"problem": split[0][0], "completion": ["7"]}])
+
+
+@pytest.mark.parametrize("batch", [1, 4, 512])
+def test_samples_are_counted_across_batches_and_stay_apart(
+    tmp_path: Path, split: tuple[list[str], list[str]], batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill.stages.import_traces._ROWS", batch)
+    train, heldout = split
+    texts = [train[0], "unheard of", heldout[0], train[1], train[0], " ", "unheard of", heldout[0], train[0], " ", train[1]]
+    _, kept, dropped = brought(tmp_path, [{"problem": text, "completion": str(place)} for place, text in enumerate(texts)])
+    assert [(row["completion"], row["sample_index"]) for row in kept] == [("0", 0), ("3", 0), ("4", 1), ("8", 2), ("10", 1)]
+    assert [row["reason"] for row in dropped] == [
+        "no_such_prompt",
+        "in_heldout",
+        "empty_prompt",
+        "no_such_prompt",
+        "in_heldout",
+        "empty_prompt",
+    ]
+    names = [(row["prompt_id"], row["sample_index"]) for row in kept + dropped]
+    assert len(set(names)) == len(names)
+
+
+def test_references_come_back_whatever_they_are(tmp_path: Path) -> None:
+    answers = ["", "5", None, "\u0663\u0664 \U0001f600", "long " * 20_000, "x"]
+    write(tmp_path / "prompts.jsonl", [{"question": f"{index}?", "answer": answer} for index, answer in enumerate(answers * 3)])
+    questions = [f"{index}?" for index in range(3 * len(answers))]
+    prompts.run(recipe(tmp_path))
+    _, kept, _ = brought(tmp_path, [{"problem": question, "completion": question} for question in reversed(questions)])
+    assert len(kept) == 13
+    for row in kept:
+        answer = answers[questions.index(row["completion"]) % len(answers)]
+        assert row["reference"] == ((answer or "").strip() or None)
+
+
+def test_a_finished_import_knows_its_source_again(tmp_path: Path, split: tuple[list[str], list[str]]) -> None:
+    first, _, _ = brought(tmp_path, [{"problem": split[0][0], "completion": "7"}])
+    source = tmp_path / "traces.jsonl"
+    assert first.facts["sources"][0]["sha256"] == first.settings["source_sha256"] == digest_file(source)
+    os.utime(source, (1, 1))
+    assert import_traces.run(recipe(tmp_path)) == first
+    with pytest.raises(StageConflictError, match=r"source_sha256: its content has changed"):
+        brought(tmp_path, [{"problem": split[0][0], "completion": "8"}])
+
+
+def test_memory_does_not_hold_the_traces(tmp_path: Path) -> None:
+    """Peak over 6,000 prompts and traces against that over 1,500: a row more may take 64 bytes, not its text."""
+
+    def peak(count: int) -> int:
+        run_dir = tmp_path / str(count)
+        run_dir.mkdir()
+        write(run_dir / "prompts.jsonl", [{"question": f"{index}?", "answer": "y" * 500} for index in range(count)])
+        write(run_dir / "traces.jsonl", [{"problem": f"{index}?", "completion": "x" * 2000} for index in range(count)])
+        prompts.run(recipe(run_dir))
+        tracemalloc.start()
+        import_traces.run(recipe(run_dir))
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(100)  # imports and the like
+    assert peak(6000) - peak(1500) < 4500 * 64 + 100_000
+
+
+def test_an_answer_is_found_inside_a_conversation(tmp_path: Path, split: tuple[list[str], list[str]], shared: Path) -> None:
+    talk = [{"role": "user", "content": f"Q: {split[0][0]}"}, {"role": "assistant", "content": "It is 7."}]
+    asked = recipe(tmp_path, columns={"messages": "talk.turns"}, completion="talk.turns.-1.content")
+    asked = asked.model_copy(update={"prompts": asked.prompts.model_copy(update={"template": "{prompt}"})})
+    write(tmp_path / "traces.jsonl", [{"talk": {"turns": talk}}])
+    import_traces.run(asked)
+    assert [row["completion"] for row in read_rows(tmp_path / "run" / "traces", "traces")] == ["It is 7."]
+    asked = recipe(tmp_path / "half", source=str(shared / "cases" / "surrogate.jsonl"), columns={"prompt": "question"})
+    write(tmp_path / "half" / "prompts.jsonl", [{"question": f"{index}?", "answer": 1} for index in range(9)])
+    prompts.run(asked)
+    with pytest.raises(DataError, match=r"surrogate\.jsonl:1: question holds half of a surrogate pair"):
+        import_traces.run(asked)

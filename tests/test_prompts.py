@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,11 @@ import pytest
 
 from distill.errors import DataError, StageConflictError
 from distill.recipe.experiment import Recipe
+from distill.run.files import digest_file
 from distill.run.manifest import MANIFEST, Manifest
 from distill.run.schema import prompt_id
 from distill.run.tables import read_rows
-from distill.stages.prompts import run
+from distill.stages.prompts import run, split, survey
 
 COUNT = 60
 
@@ -141,7 +145,7 @@ def test_a_second_run_does_nothing_and_an_edited_source_is_refused(tmp_path: Pat
     assert run(recipe(tmp_path / "run", source)) == first
     assert (tmp_path / "run" / "prompts" / MANIFEST).stat().st_mtime_ns == written
     write(source, rows()[1:])
-    with pytest.raises(StageConflictError, match=r"settings\.source_sha256 is '[0-9a-f]{64}' there and '[0-9a-f]{64}' here"):
+    with pytest.raises(StageConflictError, match=r"source_sha256: its content has changed"):
         run(recipe(tmp_path / "run", source))
 
 
@@ -155,3 +159,105 @@ def test_a_corrected_source_needs_no_redo(tmp_path: Path) -> None:
             run(recipe(tmp_path / "run", source))
     write(source, rows())
     assert run(recipe(tmp_path / "run", source)).rows_kept == COUNT
+
+
+def test_the_manifest_says_what_was_read_and_knows_it_again(tmp_path: Path) -> None:
+    source, other = write(tmp_path / "p.jsonl", rows()), write(tmp_path / "q.jsonl", rows(20))
+    asked = recipe(tmp_path / "run", source, heldout_source=str(other))
+    first = run(asked)
+    assert first.settings["source_sha256"] == digest_file(source)
+    assert first.settings["heldout_source_sha256"] == digest_file(other)
+    assert [record["path"] for record in first.facts["sources"]] == [str(source), str(other)]
+    assert [record["sha256"] for record in first.facts["sources"]] == [digest_file(source), digest_file(other)]
+    os.utime(other, (1, 1))  # copied to another machine, say
+    assert run(asked) == first
+    write(other, rows(21))
+    with pytest.raises(StageConflictError, match=r"heldout_source_sha256: its content has changed"):
+        run(asked)
+
+
+def test_a_folder_of_shards_is_refused_when_one_changed_or_came(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write(folder / "a.jsonl", rows(20)), write(folder / "b.jsonl", rows()[20:])
+    asked = recipe(tmp_path / "run", folder)
+    assert run(asked).rows_kept == COUNT
+    assert run(asked).rows_kept == COUNT
+    write(folder / "c.jsonl", [])
+    with pytest.raises(StageConflictError, match=r"source_sha256: its content has changed"):
+        run(asked)
+
+
+def test_a_failed_or_killed_attempt_leaves_no_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.run.tables.ROWS_PER_SHARD", 5)
+    monkeypatch.setattr("distill.stages.prompts._ROWS", 7)
+    source = write(tmp_path / "p.jsonl", [*rows(), {"question": "half \ud83d", "answer": 1}])
+    with pytest.raises(DataError, match=r"p\.jsonl:61: question holds half of a surrogate pair"):
+        run(recipe(tmp_path / "run", source))
+    folder = tmp_path / "run" / "prompts"
+    assert not list(folder.glob("*.parquet*"))
+    (folder / "train-00099.parquet").write_bytes(b"of an attempt that was killed")
+    write(source, rows())
+    run(recipe(tmp_path / "run", source))
+    assert [path.name for path in sorted(folder.glob("train*"))] == [f"train-{number:05d}.parquet" for number in range(10)]
+    assert sorted(path.name for path in folder.iterdir() if not path.name.startswith(("train", "heldout", "."))) == [
+        "dropped-00000.parquet",
+        "manifest.json",
+    ]
+
+
+@pytest.mark.parametrize("batch", [1, 7, 512])
+def test_duplicates_are_found_across_batches_as_their_definition_says(tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.stages.prompts._ROWS", batch)
+    draw = random.Random(0)
+    source = [{"question": draw.choice(["", *"abcdefghijklmnop"]), "answer": draw.choice([1, 2, 3, None])} for _ in range(100)]
+    first: dict[str, Any] = {}
+    expected = []
+    for row in source:
+        if not row["question"]:
+            expected.append("empty_prompt")
+        elif row["question"] in first:
+            expected.append("duplicate" if first[row["question"]] == row["answer"] else "duplicate_other_reference")
+        else:
+            first[row["question"]] = row["answer"]
+    _, tables = made(tmp_path, source, heldout_size=3)
+    assert [row["reason"] for row in tables["dropped"]] == expected
+    kept = {row["messages"][0]["content"]: row["reference"] for row in tables["train"] + tables["heldout"]}
+    assert kept == {question: None if answer is None else str(answer) for question, answer in first.items()}
+
+
+def test_a_survey_says_what_the_stage_does(tmp_path: Path) -> None:
+    source = [*rows(), {"question": "What is 3+1?", "answer": 4}, {"question": "unknown", "answer": None}]
+    manifest, tables = made(tmp_path, source, max_prompts=30)
+    section = recipe(tmp_path / "run", tmp_path / "run.jsonl", max_prompts=30).prompts
+    found = survey(section, 0, 12)
+    assert (found.train, found.heldout, found.drops) == (30, 10, manifest.drops)
+    assert found.sample == tables["train"][:12]
+    assert found.with_reference == sum(row["reference"] is not None for row in tables["train"])
+    assert found.ids.tolist() == [int(row["prompt_id"], 16) for row in tables["train"]]
+    assert survey(section, 0, 1000).sample == tables["train"]
+    assert split(section, 0)[0] == tables["train"] and split(section, 0)[1] == tables["heldout"]
+
+
+def test_memory_does_not_hold_the_rows(tmp_path: Path) -> None:
+    """Peak over 8,000 rows of 1 kB against that over 2,000: a row more may take 64 bytes, not its text."""
+
+    def peak(count: int) -> int:
+        source = write(tmp_path / f"{count}.jsonl", [{"question": f"{index} " + "x" * 1000, "answer": index} for index in range(count)])
+        tracemalloc.start()
+        run(recipe(tmp_path / str(count), source))
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(100)  # imports and the like
+    assert peak(8000) - peak(2000) < 6000 * 64 + 100_000
+
+
+def test_names_go_inside_and_half_a_pair_is_named(tmp_path: Path, shared: Path) -> None:
+    nested = [{"data": {"turns": [{"text": row["question"]}]}, "reward.model": {"truth": row["answer"]}} for row in rows()]
+    columns = {"prompt": "data.turns.-1.text", "reference": "reward.model.truth"}
+    _, tables = made(tmp_path, nested, columns=columns)
+    assert tables["train"] == [row | {"source": str(tmp_path / "run.jsonl")} for row in made(tmp_path, rows(), "flat")[1]["train"]]
+    with pytest.raises(DataError, match=r"surrogate\.jsonl:1: question holds half of a surrogate pair"):
+        run(recipe(tmp_path / "half", shared / "cases" / "surrogate.jsonl", heldout_size=0))

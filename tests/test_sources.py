@@ -1,10 +1,13 @@
-"""Rows from files of every kind, mapped to prompts; whatever can't be read says where and why."""
+"""Rows from files of every kind, from folders and the Hub, streamed; whatever can't be read says where and why."""
 
 from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import json
+import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,10 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distill.data.sources import PromptMapping, read_source, source_digest
+from distill.data.files import DataFile
+from distill.data.sources import Source, brought_traces, heldout_problems, problems, read_source
 from distill.errors import DataError
-from distill.recipe.prompts import Columns, Prompts
-from distill.run.schema import prompt_id
+from distill.recipe.prompts import Prompts
+from distill.recipe.traces import Traces
+from distill.run.files import digest_file
+from distill.run.folder import StageFolder
 
 ROWS = [{"question": "What is 1+1?", "answer": "2"}, {"question": 'He said: "a, b"\nand c {x}', "answer": "007"}]
 
@@ -55,16 +61,70 @@ KINDS: dict[str, tuple[str, Callable[[Path, list[dict[str, Any]]], None]]] = {
 }
 
 
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as file:
+        file.write(data)
+    return bytes(sink.getvalue())
+
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstd}
+
+
+@pytest.mark.parametrize("packed", PACKERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_file_gives_the_same_rows(kind: str, tmp_path: Path) -> None:
+def test_every_kind_of_file_gives_the_same_rows_and_its_digest_on_the_way(kind: str, packed: str, tmp_path: Path) -> None:
     name, write = KINDS[kind]
     path = tmp_path / name
     write(path, ROWS)
-    assert read_source(str(path)) == ROWS
-    if kind != "parquet":
-        packed = path.with_name(name + ".gz")
-        packed.write_bytes(gzip.compress(path.read_bytes()))
-        assert read_source(str(packed)) == ROWS
+    if packed:
+        plain, path = path.read_bytes(), path.with_name(name + packed)
+        path.write_bytes(PACKERS[packed](plain))
+    if packed and kind == "parquet":
+        with pytest.raises(DataError, match="its kind is not known by its name"):
+            read_source(str(path))
+        return
+    file = DataFile(path, "given")
+    passed: list[int] = []
+    assert [row for _, row in file.rows(on_bytes=passed.append)] == ROWS
+    state = path.stat()
+    assert sum(passed) == state.st_size  # each byte once: the digest needs no pass of its own
+    assert file.record() == {"path": "given", "size": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": digest_file(path)}
+    assert all(where.startswith(str(path)) for where, _ in file.rows())
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.jsonl.zst", "rows.csv", "rows.parquet"])
+def test_a_row_comes_before_the_file_was_read(name: str, tmp_path: Path) -> None:
+    """Memory does not follow the number of rows: what is read ahead of a row is bounded."""
+    path = tmp_path / name
+    rows = [{"a": random.Random(index).randbytes(3000).hex()} for index in range(2000)]
+    if name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=100)
+    else:
+        (comma_separated if ".csv" in name else jsonl)(path, rows)
+        path.write_bytes(PACKERS["".join(path.suffixes[1:])](path.read_bytes()))
+    passed: list[int] = []
+    stream = DataFile(path, name).rows(["a"], passed.append)
+    assert next(stream)[1] == rows[0]
+    assert sum(passed) < 2_100_000 < path.stat().st_size
+    assert sum(1 for _ in stream) == 1999 and sum(passed) == path.stat().st_size
+
+
+def test_of_parquet_only_the_named_columns_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    parquet(path, [{"a": {"x": 1, "y": 2}, "b": "long", "c.d": 3}])
+    assert [row for _, row in DataFile(path, "").rows(["a.x", "c.d"])] == [{"a": {"x": 1, "y": 2}, "c.d": 3}]
+    assert [row.keys() for _, row in DataFile(path, "").rows(["a.x", "absent"])] == [{"a", "b", "c.d"}]  # so that the error shows all
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    jsonl(path, ROWS)
+    stream = DataFile(path, "").rows()
+    next(stream)
+    jsonl(path, ROWS + ROWS)
+    with pytest.raises(DataError, match=r"rows\.jsonl: was changed while it was read"):
+        list(stream)
 
 
 def test_blank_lines_are_no_rows_and_long_fields_are_read(tmp_path: Path) -> None:
@@ -81,7 +141,8 @@ BROKEN = {
     "header alone": ("rows.csv", b"a,b\n", "holds no rows"),
     "torn line": ("rows.jsonl", GOOD + b"\n" + b'{"a": \n' + GOOD, r"rows\.jsonl:3: not valid JSON"),
     "not an object": ("rows.jsonl", GOOD + b"[1]\n", r"rows\.jsonl:2: holds list, not an object"),
-    "not UTF-8": ("rows.jsonl", GOOD + b'{"a": "\xff"}\n', "not UTF-8 text .*0xff"),
+    "not UTF-8": ("rows.jsonl", GOOD + b'{"a": "\xff"}\n', r"rows\.jsonl:2: is not UTF-8 text .*0xff"),
+    "a table that is not UTF-8": ("rows.csv", b"a\n\xff\n", "not UTF-8 text .*0xff"),
     "json lines named json": ("rows.json", GOOD + GOOD, r"not valid JSON.*\.jsonl"),
     "two lists": ("rows.json", b'{"a": [], "b": []}', "one such list"),
     "list of numbers": ("rows.json", b"[1, 2]", "list of objects"),
@@ -91,8 +152,11 @@ BROKEN = {
     "open quote": ("rows.csv", b'a,b\n0,0\n1,"2\n3,4\n', r"rows\.csv:3: not valid CSV"),
     "two columns of a name": ("rows.csv", b"a,a\n1,2\n", "two columns have the same name"),
     "not parquet": ("rows.parquet", b"PAR1 not really", "can't be read as parquet"),
-    "not gzip": ("rows.jsonl.gz", GOOD, "can't be read: Not a gzipped file"),
+    "not gzip": ("rows.jsonl.gz", GOOD, "can't be read"),
+    "not zstd": ("rows.jsonl.zst", GOOD, "can't be read"),
     "torn gzip": ("rows.jsonl.gz", gzip.compress(GOOD * 1000)[:-20], "can't be read"),
+    "torn zstd": ("rows.jsonl.zst", zstd(GOOD * 1000)[:-5], "can't be read"),
+    "packed nothing": ("rows.jsonl.gz", b"", "can't be read: it is empty"),
     "unknown kind": ("rows.txt", GOOD, r"its kind is not known by its name. Use \.jsonl"),
 }
 
@@ -107,127 +171,114 @@ def test_a_file_that_cannot_be_read_says_where_and_why(case: str, tmp_path: Path
     assert name in str(caught.value)
 
 
+def test_a_folder_and_a_glob_are_their_files_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    jsonl(folder / "b.jsonl", [{"a": 2}])
+    parquet(folder / "a.parquet", [{"a": 1}])
+    (folder / "c.jsonl").write_text("")  # a shard that got no rows
+    (folder / "d.csv.gz").write_bytes(gzip.compress(b"a\n3\n"))
+    for aside in ("README.md", "LICENSE", ".gitattributes", "_SUCCESS"):
+        (folder / aside).write_text("no data")
+    assert read_source(str(folder)) == [{"a": 1}, {"a": 2}, {"a": "3"}]
+    assert read_source(str(folder / "*.jsonl")) == [{"a": 2}]
+    assert read_source(str(tmp_path / "**" / "[ab].*")) == [{"a": 1}, {"a": 2}]
+    source = Source(str(folder))
+    list(source.rows())
+    digests = [digest_file(folder / name) for name in ("a.parquet", "b.jsonl", "c.jsonl", "d.csv.gz")]
+    assert source.sha256 == hashlib.sha256(" ".join(digests).encode()).hexdigest()
+    assert [record["path"] for record in source.records()][:2] == [f"{folder}/a.parquet", f"{folder}/b.jsonl"]
+    (folder / "b.jsonl").write_text('{"a": 2}\n\n{"a"\n')
+    with pytest.raises(DataError, match=r"shards/b\.jsonl:3: not valid JSON"):
+        read_source(str(folder))
+
+
+def test_a_folder_that_is_not_data_alone_says_what_else_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no data, nothing"):
+        Source(str(tmp_path))
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "data").mkdir()
+    with pytest.raises(DataError, match=r"holds no data, only 'data/', 'notes\.txt'"):
+        Source(str(tmp_path))
+    jsonl(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"no data beside 1 that are: 'data/', 'notes\.txt'\. .*with a glob"):
+        Source(str(tmp_path))
+    with pytest.raises(DataError, match=r"\*\.csv: holds no data, nothing"):
+        Source(str(tmp_path / "*.csv"))
+    with pytest.raises(DataError, match=r"no data beside 1 that are: 'notes\.txt'"):
+        Source(str(tmp_path / "*s.*"))
+
+
 def test_other_names_that_hold_nothing_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"is a folder\. Name one file in it"):
-        read_source(str(tmp_path))
     with pytest.raises(DataError, match="nothing of that name is embedded"):
         read_source("embedded:algebra")
     with pytest.raises(DataError, match=r"is no file here, and can't be loaded from the Hub \(subset 'main', split 'test'\)"):
         read_source("no-such-owner/no-such-data", "main", "test")
 
 
-def test_the_digest_follows_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    jsonl(path, ROWS)
-    before = source_digest(str(path))
-    assert before == source_digest(str(path)) and before is not None and len(before) == 64
-    jsonl(path, ROWS[:1])
-    assert source_digest(str(path)) != before
-    assert source_digest("owner/data") is None
-
-
-def prompt_row(row: dict[str, Any], columns: Columns | None = None, **prompts: Any) -> tuple[dict[str, Any], str | None]:
-    section = Prompts(source="x.jsonl", **prompts)
-    return PromptMapping(section, columns or section.columns, "x.jsonl").prompt_row(row, 3)
-
-
-def test_a_prompt_is_the_system_prompt_and_the_template_around_the_text() -> None:
-    row, reason = prompt_row(
-        {"question": "Solve {x} and {prompt}.", "answer": " 5 "}, system_prompt="Be {brief}.", template="Q {a}: {prompt} {{}}"
-    )
-    assert reason is None
-    assert row["messages"] == [
-        {"role": "system", "content": "Be {brief}."},
-        {"role": "user", "content": "Q {a}: Solve {x} and {prompt}. {{}}"},
-    ]
-    assert (row["reference"], row["source"], row["tags"]) == ("5", "x.jsonl", [])
-    assert row["prompt_id"] == prompt_id(row["messages"])
-    assert row["prompt_id"] != prompt_row({"question": "Solve {x} and {prompt}.", "answer": "5"})[0]["prompt_id"]
-
-
-@pytest.mark.parametrize(
-    ("value", "reference"),
-    [
-        (42.0, "42"),
-        (42, "42"),
-        (4.25, "4.25"),
-        (-3.0, "-3"),
-        ("42.0", "42.0"),
-        (" 7 ", "7"),
-        ("", None),
-        (None, None),
-        (float("nan"), None),
-    ],
-)
-def test_a_reference_becomes_text(value: Any, reference: str | None) -> None:
-    assert prompt_row({"question": "?", "answer": value})[0]["reference"] == reference
-
-
-def test_the_last_match_of_the_answer_pattern_is_the_reference() -> None:
-    row, reason = prompt_row({"question": "?", "answer": "a #### 1\nb #### 2,000 \n"}, answer_pattern=r"####\s*(.+)")
-    assert (row["reference"], reason) == ("2,000", None)
-    assert prompt_row({"question": "?", "answer": "no mark"}, answer_pattern=r"####\s*(.+)")[1] == "no_answer_match"
-    assert prompt_row({"question": "?", "answer": "#### "}, answer_pattern=r"####(.*)")[1] == "no_answer_match"
-    assert prompt_row({"question": "?", "answer": None}, answer_pattern=r"####\s*(.+)")[1] is None  # unknown, not unmatched
-
-
-@pytest.mark.parametrize("value", ["", "  \n", None])
-def test_an_empty_prompt_is_a_reason(value: str | None) -> None:
-    assert prompt_row({"question": value, "answer": "1"})[1] == "empty_prompt"
-
-
-def test_an_absent_column_is_named_with_the_nearest() -> None:
-    with pytest.raises(
-        DataError, match=r"x\.jsonl: row 3: there is no column 'question', only 'questions', 'answer'. Did you mean 'questions'"
+def test_keys_for_the_hub_are_refused_with_files(tmp_path: Path) -> None:
+    path = str(tmp_path / "rows.jsonl")
+    jsonl(Path(path), ROWS)
+    for section, message in (
+        (
+            {"source": path, "subset": "main"},
+            r"prompts\.subset: is for data sets of the Hub, .*rows\.jsonl is read from files, got 'main'",
+        ),
+        ({"source": path, "split": "test"}, r"prompts\.split: .*got 'test'"),
+        ({"source": path, "heldout_source": path, "heldout_split": "train"}, r"prompts\.heldout_split: .*got 'train'"),
+        ({"source": path, "heldout_source": path, "subset": "main"}, r"prompts\.subset: .*got 'main'"),
     ):
-        prompt_row({"questions": "?", "answer": "1"})
-    with pytest.raises(DataError, match=r"there is no column 'answer', only 'question'\."):
-        prompt_row({"question": "?"})
+        with pytest.raises(DataError, match=message):
+            problems(Prompts(**section)), heldout_problems(Prompts(**section))
+    for key in ("subset", "split"):
+        with pytest.raises(DataError, match=rf"traces\.{key}: .*got 'other'\. Leave it out"):
+            brought_traces(Traces(source=path, **{key: "other"}))
+    problems(Prompts(source="owner/data", subset="main", split="test", heldout_source=path))
+    problems(Prompts(source=path, subset="main", heldout_source="owner/data", heldout_split="dev"))
 
 
-@pytest.mark.parametrize(("column", "value"), [("question", ["a"]), ("question", {"text": "a"}), ("answer", [1, 2]), ("answer", b"5")])
-def test_a_value_of_another_type_is_named_with_its_row(column: str, value: Any) -> None:
-    with pytest.raises(DataError, match=rf"x\.jsonl: row 3: {column} must be text or a number, got {type(value).__name__}"):
-        prompt_row({"question": "?", "answer": "1", column: value})
+def test_a_data_set_of_the_hub_is_streamed_from_what_was_downloaded(tmp_path: Path) -> None:
+    """As an earlier download leaves it, read offline, with the columns that are asked for."""
+    code = """
+import sys
+from pathlib import Path
+from datasets import Dataset, DatasetInfo, SplitDict, SplitInfo
+from datasets.arrow_writer import ArrowWriter
+from distill.data.sources import Source
+
+folder = Path(sys.argv[1], "owner___data", "default", "0.0.0", "abc")
+folder.mkdir(parents=True)
+rows = Dataset.from_list([{"question": f"{n}?", "answer": {"value": n}, "long": "x"} for n in range(3)])
+writer = ArrowWriter(path=str(folder / "data-train.arrow"), features=rows.features)
+for row in rows:
+    writer.write(row)
+writer.finalize()
+splits = SplitDict({"train": SplitInfo("train", num_examples=3, dataset_name="data")}, dataset_name="data")
+names = {"builder_name": "data", "dataset_name": "data", "config_name": "default", "version": "0.0.0"}
+DatasetInfo(features=rows.features, splits=splits, **names).write_to_directory(str(folder))
+source = Source("owner/data")
+print(list(source.rows(["question", "answer.value"])), source.sha256, source.records())
+"""
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, env=environment)
+    rows = [(f"owner/data: row {number + 1}", {"question": f"{number}?", "answer": {"value": number}}) for number in range(3)]
+    assert result.stdout.splitlines()[-1] == f"{rows} None []"
 
 
-def test_tags_are_carried() -> None:
-    columns = Columns(prompt="question", tags="level")
-    for value, tags in (("easy", ["easy"]), (["a", "b"], ["a", "b"]), (None, []), ([], [])):
-        assert prompt_row({"question": "?", "level": value}, columns)[0]["tags"] == tags
-    with pytest.raises(DataError, match="row 3: level must be a string or a list of strings, got 5"):
-        prompt_row({"question": "?", "level": 5}, columns)
-
-
-TALK = [
-    {"role": "user", "content": "Hello"},
-    {"role": "assistant", "content": "Hi"},
-    {"role": "user", "content": "And 2+2?"},
-    {"role": "assistant", "content": "4"},
-]
-
-
-def test_a_conversation_ends_with_its_last_question() -> None:
-    columns = Columns(messages="turns")
-    row, reason = prompt_row({"turns": TALK}, columns, system_prompt="S", template="Think. {prompt}")
-    assert reason is None
-    assert row["messages"] == [
-        {"role": "system", "content": "S"},
-        {"role": "user", "content": "Hello"},
-        {"role": "assistant", "content": "Hi"},
-        {"role": "user", "content": "Think. And 2+2?"},
-    ]
-    own = [{"role": "system", "content": "mine"}, *TALK]
-    assert prompt_row({"turns": own}, columns)[0]["messages"][0] == {"role": "system", "content": "mine"}
-    assert prompt_row({"turns": TALK[1:2]}, columns)[1] == "empty_prompt"
-    with pytest.raises(DataError, match=r"row 3: turns has a system turn of its own, and prompts\.system_prompt is set"):
-        prompt_row({"turns": own}, columns, system_prompt="S")
-
-
-@pytest.mark.parametrize("turns", ["text", [{"from": "human", "value": "x"}], [{"role": "user", "content": [{"type": "text"}]}], None])
-def test_what_is_no_conversation_is_an_error(turns: Any) -> None:
-    with pytest.raises(DataError, match="row 3: turns must be a list of"):
-        prompt_row({"turns": turns}, Columns(messages="turns"))
+def test_a_digest_is_recalled_where_the_file_is_the_same(tmp_path: Path) -> None:
+    path, finished = tmp_path / "rows.jsonl", tmp_path / "stage"
+    jsonl(path, ROWS)
+    assert Source(str(path)).recall(finished) is None  # nothing to compare with, so it need not be read now
+    source = Source(str(path))
+    list(source.rows())
+    with StageFolder(finished, "x", {}) as out:
+        out.finish(facts={"sources": source.records()})
+    assert Source(str(path)).recall(finished) == source.sha256 == digest_file(path)
+    state = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"2", b"3"))
+    assert Source(str(path)).recall(finished) == digest_file(path) != source.sha256
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert Source(str(path)).recall(finished) == source.sha256  # not read again: size and time say that it is the same
 
 
 def test_reading_a_file_imports_no_torch(tmp_path: Path) -> None:

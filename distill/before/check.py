@@ -256,20 +256,22 @@ def _curated(curated: Path, rows: list[Row]) -> str:
 
 
 def _brought(recipe: Recipe, prompts: list[Row], rows: list[Row]) -> str:
-    from distill.data.sources import PromptMapping, read_source
+    from distill.data.mapping import PromptMapping
+    from distill.data.sources import brought_traces
     from distill.stages.import_traces import completion_of
 
     traces = recipe.traces
     assert traces is not None
     known = {row["prompt_id"] for row in prompts}
     mapping = PromptMapping(recipe.prompts, traces.columns, traces.source)
-    source = read_source(traces.source, traces.subset, traces.split)
-    for number, raw in enumerate(source, start=1):
-        messages = mapping.messages(raw, number) or []
-        completion, reason = completion_of(traces, raw, number)
+    count = 0
+    for where, raw in brought_traces(traces).rows():
+        count += 1
+        messages = mapping.messages(raw, where) or []
+        completion, reason = completion_of(traces, raw, where)
         if reason is None and prompt_id(messages) in known:
             rows.append({"messages": messages, "completion": completion})
-    return f"{len(rows):,} of {len(source):,} belong to a training prompt"
+    return f"{len(rows):,} of {count:,} belong to a training prompt"
 
 
 def _made_up(prompt: Row) -> Row:

@@ -37,7 +37,7 @@ from distill.run.folder import StageFolder, delete_stage
 from distill.run.log import Clock, progress, say
 from distill.run.schema import TRACE
 from distill.stages import run_dir
-from distill.stages.prompts import split
+from distill.stages.prompts import survey
 from distill.targets.codec import Targets
 from distill.targets.spec import ChosenToken, TopK
 
@@ -74,7 +74,7 @@ def run(recipe: Recipe, num_prompts: int, *, redo: bool = False) -> None:
         delete_stage(run_dir(recipe) / _FOLDER)
     with StageFolder(run_dir(recipe) / _FOLDER, _FOLDER, settings) as out:
         if out.manifest is None:
-            _measure(recipe, recipe.teacher, sampling, split(recipe.prompts, recipe.seed)[0][:num_prompts], out)
+            _measure(recipe, recipe.teacher, sampling, survey(recipe.prompts, recipe.seed, num_prompts).sample, out)
         found = json.loads((out.path / _FINDINGS).read_text(encoding="utf-8"))
     _print(found)
     say(f"\nkept in {out.path / _FINDINGS}")

@@ -1,244 +1,194 @@
-"""Reads rows from files or the Hub, and maps them to prompts. Imports no torch.
-
-A value that can't be used is an error that names the file and the row; what is merely empty is dropped and counted.
-"""
+"""Where rows come from: a file, a folder or a glob of files, an embedded set, or the Hub; streamed. Imports no torch."""
 
 from __future__ import annotations
 
-import csv
-import difflib
-import gzip
-import io
-import json
-import re
-import sys
-import zlib
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
-
-import pyarrow.parquet as pq
+from typing import Any
 
 from distill import embedded
+from distill.data.files import KINDS, PACKED, DataFile, Placed, Row, kind_of
+from distill.data.names import top_levels
 from distill.errors import DataError
-from distill.recipe.prompts import Columns, Prompts
-from distill.run.files import digest_file
-from distill.run.schema import Message, prompt_id
+from distill.recipe.prompts import Prompts
+from distill.recipe.traces import Traces
+from distill.run.folder import EARLIER
+from distill.run.log import progress
+from distill.run.manifest import MANIFEST, read_manifest
 
-Row = dict[str, Any]
-_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-csv.field_size_limit(sys.maxsize)  # a long trace is over the 128 KiB that the module allows for a field
+_NO_DATA = ("README", "LICENSE", "LICENCE")  # what lies beside data without being any, with names in `.md`, `.` and `_`
+_EXAMPLES = 3  # names shown in an error
 
 
-def read_source(name: str, subset: str | None = None, split: str = "train") -> list[Row]:
-    """All rows of a file, of an embedded set, or of a split of a Hub data set.
+class Source:
+    """Rows, read one at a time as often as asked.
 
     Args:
-        name: Path of a jsonl, json, csv or parquet file (the first three also as `.gz`), `embedded:arithmetic`, or a Hub id.
+        name: Path of a jsonl, json, csv or parquet file (the first three also as `.gz` or `.zst`), a folder or a glob of such
+            files, `embedded:arithmetic`, or a Hub id.
         subset: Configuration of a Hub data set.
         split: Split of a Hub data set.
 
     Raises:
-        DataError: it is absent, empty, or can't be read; names the line.
-    """
-    path = Path(embedded.resolve(name)).expanduser()
-    if path.is_file():
-        rows = list(_read_file(path))
-    elif path.is_dir():
-        raise DataError(f"{name}: is a folder. Name one file in it.")
-    elif path.suffix in (*_SUFFIXES, ".gz") or path.is_absolute() or name.startswith((".", "~")):
-        raise DataError(f"{name}: there is no such file. Paths are relative to the folder the command is run in ({Path.cwd()}).")
-    else:
-        rows = _read_hub(name, subset, split)
-    if not rows:
-        raise DataError(f"{name}: holds no rows.")
-    return rows
-
-
-def source_digest(name: str) -> str | None:
-    """SHA-256 of a local source; null for one on the Hub."""
-    path = Path(embedded.resolve(name)).expanduser()
-    return digest_file(path) if path.is_file() else None
-
-
-def _read_file(path: Path) -> Iterator[Row]:
-    packed = path.suffix == ".gz"
-    kind = path.with_suffix("").suffix if packed else path.suffix
-    if kind not in _SUFFIXES or (packed and kind == ".parquet"):
-        raise DataError(f"{path}: its kind is not known by its name. Use {', '.join(_SUFFIXES)}; the first three also with .gz.")
-    if kind == ".parquet":
-        try:
-            yield from pq.read_table(path).to_pylist()
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: can't be read as parquet: {error}.") from None
-        return
-    reader = {".jsonl": _read_json_lines, ".json": _read_json, ".csv": _read_csv}[kind]
-    try:
-        with gzip.open(path) if packed else path.open("rb") as data:
-            # A byte-order mark, which spreadsheets write, is no part of the first column's name.
-            yield from reader(path, io.TextIOWrapper(data, encoding="utf-8-sig", newline=""))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text ({error.reason} {error.object[error.start]:#04x}). Convert it first.") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: can't be read: {error}.") from None
-
-
-def _read_json_lines(path: Path, file: IO[str]) -> Iterator[Row]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: not valid JSON: {error}. Correct or remove the line.") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: holds {type(row).__name__}, not an object with columns. Correct or remove the line.")
-        yield row
-
-
-def _read_json(path: Path, file: IO[str]) -> Iterator[Row]:
-    try:
-        content = json.load(file)
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON: {error}. One object a line belongs into a .jsonl file.") from None
-    lists = [value for value in content.values() if isinstance(value, list)] if isinstance(content, dict) else [content]
-    if len(lists) != 1 or not isinstance(lists[0], list) or not all(isinstance(row, dict) for row in lists[0]):
-        raise DataError(f"{path}: must hold a list of objects, or an object with one such list.")
-    yield from lists[0]
-
-
-def _read_csv(path: Path, file: IO[str]) -> Iterator[Row]:
-    reader = csv.DictReader(file, strict=True)
-    try:
-        names = reader.fieldnames or []
-        if len(set(names)) < len(names):
-            raise DataError(f"{path}:1: two columns have the same name, got {names!r:.200}. Rename one.")
-        for row in reader:
-            if None in row or None in row.values():  # how the module marks too many and too few fields
-                raise DataError(f"{path}:{reader.line_num}: has not as many fields as there are columns ({len(names)}). Correct the line.")
-            yield row
-    except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num + 1}: not valid CSV: {error}. Correct the row that begins there.") from None
-
-
-def _read_hub(name: str, subset: str | None, split: str) -> list[Row]:
-    from datasets import load_dataset
-
-    try:
-        return list(load_dataset(name, subset, split=split))
-    except Exception as error:  # the library raises many kinds, of which the message alone tells
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"{name}: is no file here, and can't be loaded from the Hub (subset {subset!r}, split {split!r}): {reason}"
-        ) from None
-
-
-class PromptMapping:
-    """Turns rows of a source into conversations, as the recipe's `prompts` section says.
-
-    Args:
-        prompts: System prompt and template.
-        columns: Column names of this source.
-        name: Of the source, for errors.
+        DataError: there are no such files, or some are no data.
     """
 
-    def __init__(self, prompts: Prompts, columns: Columns, name: str) -> None:
-        self._prompts = prompts
-        self._columns = columns
-        self._name = name
+    def __init__(self, name: str, subset: str | None = None, split: str = "train") -> None:
+        self.name = name
+        self._subset, self._split = subset, split
+        self._files = _files(name)
 
-    def messages(self, row: Row, number: int) -> list[Message] | None:
-        """The conversation of a row, or null where its prompt is empty.
+    @property
+    def is_local(self) -> bool:
+        """Whether it is files, and not a data set of the Hub."""
+        return self._files is not None
+
+    def rows(self, columns: Sequence[str] | None = None, description: str = "read") -> Iterator[Placed]:
+        """All rows with their places, in the order of the files' names.
 
         Args:
-            row: Of the source.
-            number: Of the row, from 1, for errors.
+            columns: Names that will be looked up; where others can be left unread, they are. None reads all.
+            description: Of the bar that shows how far the reading is.
+
+        Raises:
+            DataError: there are none, or one can't be read; names its line.
         """
-        if self._columns.messages is not None:
-            return self._from_messages(row, number)
-        assert self._columns.prompt is not None  # the recipe was validated
-        text = text_in(row, self._columns.prompt, self._name, number)
-        return [*self._system(), self._user(text)] if text else None
+        place = None
+        for place in self._hub_rows(columns) if self._files is None else self._file_rows(self._files, columns, description):
+            yield place
+        if place is None:
+            raise DataError(f"{self.name}: holds no rows.")
 
-    def prompt_row(self, row: Row, number: int) -> tuple[Row, str | None]:
-        """A PROMPT row, and the reason to drop it or null."""
-        messages = self.messages(row, number)
-        reference = text_in(row, self._columns.reference, self._name, number) if self._columns.reference else None
-        mapped: Row = {
-            "prompt_id": prompt_id(messages or []),
-            "messages": messages or [],
-            "reference": reference.strip() if reference else None,
-            "source": self._name,
-            "tags": self._tags(row, number),
-        }
-        if messages is None:
-            return mapped, "empty_prompt"
-        if reference is not None and self._prompts.answer_pattern is not None:
-            matches = [match.strip() for match in re.findall(self._prompts.answer_pattern, reference)]
-            if not matches or not matches[-1]:
-                return mapped, "no_answer_match"
-            mapped["reference"] = matches[-1]
-        return mapped, None
+    def recall(self, finished: Path) -> str | None:
+        """SHA-256 of the files as they are now, if a finished stage is there to compare them with; else null, as for the Hub.
 
-    def _system(self) -> list[Message]:
-        return [{"role": "system", "content": self._prompts.system_prompt}] if self._prompts.system_prompt is not None else []
-
-    def _user(self, text: str) -> Message:
-        return {"role": "user", "content": self._prompts.template.replace("{prompt}", text)}
-
-    def _tags(self, row: Row, number: int) -> list[str]:
-        if self._columns.tags is None:
-            return []
-        value = column(row, self._columns.tags, self._name, number)
-        tags = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(isinstance(tag, str) for tag in tags):
-            raise DataError(f"{self._name}: row {number}: {self._columns.tags} must be a string or a list of strings, got {value!r:.80}.")
-        return tags
-
-    def _from_messages(self, row: Row, number: int) -> list[Message] | None:
-        """Turns up to the last of the user's; what an assistant answered to it is no part of the prompt."""
-        where = f"{self._name}: row {number}: {self._columns.messages}"
-        turns = column(row, self._columns.messages or "", self._name, number)
-        if not isinstance(turns, list) or not all(_is_turn(turn) for turn in turns):
-            raise DataError(f"{where} must be a list of {{role, content}} with text in both, got {turns!r:.80}.")
-        users = [place for place, turn in enumerate(turns) if turn["role"] == "user"]
-        if not users or not turns[users[-1]]["content"].strip():
+        A file whose size and time of the last change are what the stage recorded is not read again.
+        """
+        # A stage that began to grow, and was killed, has its manifest aside.
+        there = [folder for folder in (finished, finished / EARLIER) if (folder / MANIFEST).exists()]
+        if self._files is None or not there:
             return None
-        before: list[Message] = [{"role": turn["role"], "content": turn["content"]} for turn in turns[: users[-1]]]
-        has_system = bool(before) and before[0]["role"] == "system"
-        if has_system and self._prompts.system_prompt is not None:
-            raise DataError(f"{where} has a system turn of its own, and prompts.system_prompt is set. Leave one of them out.")
-        return [*self._system(), *before, self._user(turns[users[-1]]["content"])]
+        for file in self._files:
+            file.recognise(read_manifest(there[0]).facts.get("sources", []))
+        return self.sha256
+
+    @property
+    def sha256(self) -> str | None:
+        """SHA-256 of the file, or of the digests of several; null for the Hub. Reads whatever was not read before."""
+        if self._files is None:
+            return None
+        digests = [file.sha256 for file in self._files]
+        return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+    def records(self) -> list[dict[str, Any]]:
+        """What a manifest says of the files: path as given, size, time of the last change, digest."""
+        return [file.record() for file in self._files or []]
+
+    def _file_rows(self, files: list[DataFile], columns: Sequence[str] | None, description: str) -> Iterator[Placed]:
+        with progress(sum(file.size for file in files), "B", description, passing=True) as bar:
+            for file in files:
+                yield from file.rows(columns, bar.update)
+
+    def _hub_rows(self, columns: Sequence[str] | None) -> Iterator[Placed]:
+        try:
+            rows = self._opened_on_hub()
+            known = rows.column_names
+            names = top_levels(columns, known) if columns is not None and known else None
+            rows = rows.select_columns(names) if names else rows
+            yield from ((f"{self.name}: row {number}", dict(row)) for number, row in enumerate(rows, start=1))
+        except Exception as error:  # the library raises many kinds, of which the message alone tells
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise DataError(
+                f"{self.name}: is no file here, and can't be loaded from the Hub (subset {self._subset!r}, split {self._split!r}): {reason}"
+            ) from None
+
+    def _opened_on_hub(self) -> Any:
+        from datasets import load_dataset
+
+        try:
+            return load_dataset(self.name, self._subset, split=self._split, streaming=True)
+        except Exception:  # no network: what an earlier download left is read from a memory-mapped file
+            return load_dataset(self.name, self._subset, split=self._split)
 
 
-def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+def read_source(name: str, subset: str | None = None, split: str = "train") -> list[Row]:
+    """All rows of a source that is known to be short."""
+    return [row for _, row in Source(name, subset, split).rows()]
 
 
-def column(row: Row, name: str, source: str, number: int) -> Any:
-    """A row's value in a column.
+def problems(prompts: Prompts) -> Source:
+    """Where a recipe's prompts come from.
 
     Raises:
-        DataError: there is no such column; names those there are, and the nearest.
+        DataError: there are no such files, or a key for the Hub is given with a file.
     """
-    if name not in row:
-        close = difflib.get_close_matches(name, row, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else "Name the right one in the recipe."
-        raise DataError(f"{source}: row {number}: there is no column {name!r}, only {', '.join(map(repr, row))}. {hint}")
-    return row[name]
+    source = Source(prompts.source, prompts.subset, prompts.split)
+    if prompts.heldout_source is None or Source(prompts.heldout_source).is_local:  # else the subset is that of the other
+        _refuse_hub_key(source, prompts, "prompts", "subset")
+    return _refuse_hub_key(source, prompts, "prompts", "split")
 
 
-def text_in(row: Row, name: str, source: str, number: int) -> str | None:
-    """A row's text in a column; null where it is empty. Numbers become text, whole ones without `.0`.
+def heldout_problems(prompts: Prompts) -> Source | None:
+    """Where a recipe's held-out prompts come from; null where they are split off the others.
 
     Raises:
-        DataError: there is no such column, or it holds something else.
+        DataError: there are no such files, or a key for the Hub is given with a file.
     """
-    value = column(row, name, source, number)
-    if value is None or value != value:  # not a number is how pandas writes an absent value
+    if prompts.heldout_source is None:
         return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, str | int | float):
-        raise DataError(f"{source}: row {number}: {name} must be text or a number, got {type(value).__name__}: {value!r:.80}.")
-    return str(value) if str(value).strip() else None
+    source = Source(prompts.heldout_source, prompts.subset, prompts.heldout_split)
+    return _refuse_hub_key(source, prompts, "prompts", "heldout_split")
+
+
+def brought_traces(traces: Traces) -> Source:
+    """Where a recipe's traces come from.
+
+    Raises:
+        DataError: there are no such files, or a key for the Hub is given with a file.
+    """
+    source = _refuse_hub_key(Source(traces.source, traces.subset, traces.split), traces, "traces", "subset")
+    return _refuse_hub_key(source, traces, "traces", "split")
+
+
+def _refuse_hub_key(source: Source, section: Prompts | Traces, name: str, key: str) -> Source:
+    """A key that chooses a part of a Hub data set would be ignored with a file, which has no parts."""
+    value, default = getattr(section, key), type(section).model_fields[key].default
+    if source.is_local and value != default:
+        raise DataError(f"{name}.{key}: is for data sets of the Hub, and {source.name} is read from files, got {value!r}. Leave it out.")
+    return source
+
+
+def _files(name: str) -> list[DataFile] | None:
+    """The files of a source, sorted; null for a data set of the Hub."""
+    path = Path(embedded.resolve(name)).expanduser()
+    if path.is_file():
+        return [DataFile(path, name)]
+    if path.is_dir():
+        return _checked(name, sorted(path.iterdir()), "Move them away, or name the data with a glob, e.g. 'folder/*.jsonl'.")
+    if any(sign in name for sign in "*?["):
+        found = sorted(each for each in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if not each.is_dir())
+        return _checked(name, found, "Write the glob so that it matches the data alone.")
+    if path.suffix in (*KINDS, *PACKED) or path.is_absolute() or name.startswith((".", "~")):
+        raise DataError(f"{name}: there is no such file. Paths are relative to the folder the command is run in ({Path.cwd()}).")
+    return None
+
+
+def _checked(name: str, found: list[Path], advice: str) -> list[DataFile]:
+    """The data among some files. What is certainly none is passed over; what may be is an error, lest rows go missing unseen."""
+    data = [path for path in found if path.is_file() and kind_of(path) and not path.name.startswith((".", "_"))]
+    aside = [path for path in found if path.name.startswith((".", "_", *_NO_DATA)) or path.suffix == ".md"]
+    others = [path.name + "/" * path.is_dir() for path in found if path not in {*data, *aside}]
+    if not data:
+        holds = f"only {_shown([path.name + '/' * path.is_dir() for path in found])}" if found else "nothing"
+        kinds = ", ".join(KINDS)
+        raise DataError(f"{name}: holds no data, {holds}. Name a file, a folder or a glob of files of a kind that is read ({kinds}).")
+    if others:
+        raise DataError(f"{name}: holds files that are no data beside {len(data):,} that are: {_shown(others)}. {advice}")
+    # Under the name that the recipe gives, so that a run that was moved knows its files again.
+    return [DataFile(path, str(Path(name) / path.name) if Path(name).expanduser().is_dir() else str(path)) for path in data]
+
+
+def _shown(names: list[str]) -> str:
+    more = f" and {len(names) - _EXAMPLES:,} more" if len(names) > _EXAMPLES else ""
+    return ", ".join(map(repr, names[:_EXAMPLES])) + more

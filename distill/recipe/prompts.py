@@ -45,13 +45,14 @@ class Prompts(Section):
     """Where the problems come from, and how they are put to a model."""
 
     source: PathOrName
-    """File (jsonl, json, csv, parquet), Hub data set id, or `embedded:arithmetic`."""
+    """File (jsonl, json, csv, parquet; the first three also as .gz or .zst), folder or glob of such files, Hub data set id, or
+    `embedded:arithmetic`."""
     subset: str | None = None
-    """Configuration of a Hub data set, e.g. `main`."""
+    """Configuration of a Hub data set, e.g. `main`; not for files."""
     split: str = "train"
-    """Split of a Hub data set."""
+    """Split of a Hub data set; not for files."""
     columns: Columns = Columns(prompt="question", reference="answer")
-    """Column names of the source."""
+    """Column names of the source; dots go inside (`reward_model.ground_truth`), integers count (`messages.-1.content`)."""
     answer_pattern: str | None = None
     """Regular expression whose one group is the final answer inside the reference; its last match counts."""
     system_prompt: str | None = None
@@ -65,7 +66,7 @@ class Prompts(Section):
     heldout_source: PathOrName | None = None
     """Take the held-out prompts from this source instead of splitting them off; prompts in both are not trained on."""
     heldout_split: str = "test"
-    """Split of `heldout_source` on the Hub."""
+    """Split of `heldout_source` on the Hub; not for files."""
 
     _pattern = field_validator("answer_pattern")(_check_pattern)
 

@@ -16,15 +16,15 @@ class Traces(Section):
     """Finished traces from elsewhere, instead of generating them."""
 
     source: PathOrName
-    """File (jsonl, json, csv, parquet) or Hub data set id."""
+    """File (jsonl, json, csv, parquet; the first three also as .gz or .zst), folder or glob of such files, or Hub data set id."""
     subset: str | None = None
-    """Configuration of a Hub data set."""
+    """Configuration of a Hub data set; not for files."""
     split: str = "train"
-    """Split of a Hub data set."""
+    """Split of a Hub data set; not for files."""
     columns: Columns = Columns(prompt="question")
     """Column names of the prompt; a trace belongs to the prompt whose text is the same."""
     completion: str = "completion"
-    """Column with the answer (the reasoning inside it, or in a column of its own)."""
+    """Column with the answer (the reasoning inside it, or in a column of its own), by a name as in `prompts.columns`."""
     reasoning: str | None = None
     """Column with the reasoning, where it is apart; it is put between `<think>` and `</think>`."""
     answer_separator: str | None = None

@@ -44,7 +44,7 @@ class StageFolder:
     Args:
         path: The folder; made if absent.
         stage: Name of the stage.
-        settings: Everything that decides the rows, as JSON values.
+        settings: Everything that decides the rows, as JSON values; a digest that is known only after reading may be set until `finish`.
         inputs: Folders of the stages read, which must be complete.
         growth: Which changes only add to what is there.
         made_with: The whole recipe, for the record.
@@ -165,6 +165,22 @@ class StageFolder:
     def journal(self) -> Journal:
         """Batches already finished by a killed run, and the place to add more."""
         return Journal(self.path / JOURNAL)
+
+    @contextmanager
+    def in_one_go(self) -> Iterator[None]:
+        """Tables made inside are all made or none: pieces that a killed or a failed attempt left are removed, before and after."""
+        try:
+            self._remove_pieces()
+            yield
+        except BaseException:
+            for writer in self._writers.values():
+                writer.stop()
+            self._remove_pieces()
+            raise
+
+    def _remove_pieces(self) -> None:
+        for piece in self.path.glob("*.parquet*"):
+            piece.unlink()
 
     def table(self, name: str, schema: pa.Schema) -> TableWriter:
         """A table of the result, to be given its rows one by one; `finish` ends it."""

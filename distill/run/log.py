@@ -34,9 +34,13 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def progress(total: int, unit: str, description: str, done: int = 0) -> tqdm[Any]:
-    """A bar with rate and time left, on stderr; `done` is what an earlier run had finished."""
-    return tqdm(total=total, initial=done, unit=f" {unit}", desc=description, dynamic_ncols=True, smoothing=0.1)
+def progress(total: int, unit: str, description: str, done: int = 0, *, passing: bool = False) -> tqdm[Any]:
+    """A bar with rate and time left, on stderr; `done` is what an earlier run had finished.
+
+    One that is `passing` counts in thousands and millions, and is seen only where the work takes seconds, until it ends.
+    """
+    more = {"unit_scale": True, "leave": False, "delay": 2.0} if passing else {}
+    return tqdm(total=total, initial=done, unit=f" {unit}", desc=description, dynamic_ncols=True, smoothing=0.1, **more)
 
 
 class Clock:

@@ -5,7 +5,8 @@ Of a table of any length no more than a piece of rows and, while a shard is writ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from distill.run.manifest import Shard, read_manifest
 
 ROWS_PER_SHARD = 4096
 _ROWS_PER_PIECE = 512  # of a row group
+_LONG = {"prompt_id", "messages", "completion"}  # hardly two values are equal, so a dictionary of them costs time and saves nothing
 _BYTES_PER_SHARD = 64 * 2**20  # in Arrow's memory: traces of 32,000 tokens make shorter shards
 
 
 class TableWriter:
     """A table that is written as its rows come; a shard appears under its name when it is whole and on disk.
+
+    Compression and writing go on in a thread of their own, one piece at most behind the rows; the bytes do not depend on it.
 
     Args:
         folder: Of the stage.
@@ -34,15 +38,22 @@ class TableWriter:
     def __init__(self, folder: Path, name: str, schema: pa.Schema, before: Sequence[Shard] = ()) -> None:
         self._folder, self._name, self._schema = folder, name, schema
         self._columns = set(schema.names)
+        self._dictionaries = [leaf for field in schema if field.name not in _LONG for leaf in _leaves(field)]
         self._shards = list(before)
+        self._num_shards = len(before)  # and those given to the thread
         self._rows: list[dict[str, Any]] = []
+        self._pieces: list[pa.RecordBatch] = []
+        self._num_waiting = 0  # rows in those pieces
         self._file: pq.ParquetWriter | None = None
-        self._num_rows = self._num_bytes = 0
+        self._num_rows = self._num_bytes = 0  # of the shard that is open
+        self._num_before = sum(shard.rows for shard in before)  # rows of the shards that are not
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"write-{name}")
+        self._job: Future[None] | None = None
 
     @property
     def num_rows(self) -> int:
         """Rows given so far, those of the shards before among them."""
-        return sum(shard.rows for shard in self._shards) + self._num_rows + len(self._rows)
+        return self._num_before + self._num_rows + self._num_waiting + len(self._rows)
 
     def append(self, row: dict[str, Any]) -> None:
         """Adds a row; a missing key becomes null.
@@ -53,55 +64,114 @@ class TableWriter:
         if not row.keys() <= self._columns:
             raise KeyError(f"{self._path.name}: row has columns that the schema lacks: {sorted(row.keys() - self._columns)}")
         self._rows.append(row)
-        if len(self._rows) >= min(_ROWS_PER_PIECE, ROWS_PER_SHARD - self._num_rows):
-            self._write_piece()
+        if len(self._rows) >= self._room:
+            self._convert()
 
     def extend(self, rows: Iterable[dict[str, Any]]) -> None:
         """Adds rows."""
         for row in rows:
             self.append(row)
 
+    def add(self, piece: pa.RecordBatch) -> None:
+        """Adds rows that are Arrow's already, with the columns of the schema."""
+        self._convert()
+        self._take(piece)
+
     def end_shard(self) -> None:
         """Puts the rows that are not on disk yet there, as a shard of their own."""
-        self._write_piece()
-        if self._file is None:
-            return
-        self._file.close()
-        self._file = None
-        commit(self._temporary, self._path)
-        self._shards.append(Shard(file=self._path.name, rows=self._num_rows, sha256=digest_file(self._path)))
-        self._num_rows = self._num_bytes = 0
+        self._convert()
+        if self._num_waiting:
+            self._write()
+        self._end()
+        self._wait()
 
     def close(self) -> list[Shard]:
         """Ends the table and returns its shards; an empty one keeps a shard with its schema."""
-        if not self._shards:
+        if not self._num_shards:
             self._open()
         self.end_shard()
+        self.stop()
         return self._shards
+
+    def stop(self) -> None:
+        """Ends the thread after what it is doing; of a table that was not closed nothing more is written."""
+        self._thread.shutdown()
 
     @property
     def _path(self) -> Path:
-        return self._folder / f"{self._name}-{len(self._shards):05d}.parquet"
+        return self._folder / f"{self._name}-{self._num_shards:05d}.parquet"
 
     @property
     def _temporary(self) -> Path:
         return self._path.with_name(self._path.name + ".tmp")
 
+    @property
+    def _room(self) -> int:
+        """Rows that complete a piece."""
+        return min(_ROWS_PER_PIECE, ROWS_PER_SHARD - self._num_rows) - self._num_waiting
+
     def _open(self) -> pq.ParquetWriter:
         if self._file is None:
-            self._file = pq.ParquetWriter(self._temporary, self._schema, compression="zstd")
+            self._file = pq.ParquetWriter(self._temporary, self._schema, compression="zstd", use_dictionary=self._dictionaries)
         return self._file
 
-    def _write_piece(self) -> None:
-        if not self._rows:
-            return
-        piece = pa.Table.from_pylist(self._rows, schema=self._schema)
-        self._open().write_table(piece)
-        self._num_rows += len(self._rows)
+    def _convert(self) -> None:
+        rows, self._rows = self._rows, []
+        if rows:
+            self._take(pa.RecordBatch.from_pylist(rows, schema=self._schema))
+
+    def _take(self, piece: pa.RecordBatch) -> None:
+        while len(piece):
+            part, piece = piece[: self._room], piece[self._room :]
+            self._pieces.append(part)
+            self._num_waiting += len(part)
+            if self._room == 0:
+                self._write()
+
+    def _write(self) -> None:
+        piece = pa.Table.from_batches(self._pieces, schema=self._schema).combine_chunks()
+        self._pieces, self._num_waiting = [], 0
+        self._num_rows += len(piece)
         self._num_bytes += piece.nbytes
-        self._rows = []
+        self._in_thread(self._open().write_table, piece)
         if self._num_rows >= ROWS_PER_SHARD or self._num_bytes >= _BYTES_PER_SHARD:
-            self.end_shard()
+            self._end()
+
+    def _end(self) -> None:
+        if self._file is None:
+            return
+        self._in_thread(self._finish, self._file, self._temporary, self._path, self._num_rows)
+        self._num_before += self._num_rows
+        self._num_rows = self._num_bytes = 0
+        self._num_shards += 1
+        self._file = None
+
+    def _finish(self, file: pq.ParquetWriter, temporary: Path, path: Path, num_rows: int) -> None:
+        file.close()
+        commit(temporary, path)
+        self._shards.append(Shard(file=path.name, rows=num_rows, sha256=digest_file(path)))
+
+    def _in_thread(self, job: Callable[..., None], *arguments: Any) -> None:
+        self._wait()
+        self._job = self._thread.submit(job, *arguments)
+
+    def _wait(self) -> None:
+        """Until the last job of the thread is done; an error of its comes out here."""
+        job, self._job = self._job, None
+        if job is not None:
+            job.result()
+
+
+def _leaves(field: pa.Field, path: str = "") -> Iterator[str]:
+    """The columns that Parquet makes of a field, by their paths."""
+    path = f"{path}{field.name}"
+    if pa.types.is_list(field.type):
+        yield from _leaves(pa.field("element", field.type.value_type), f"{path}.list.")
+    elif pa.types.is_struct(field.type):
+        for child in field.type:
+            yield from _leaves(child, f"{path}.")
+    else:
+        yield path
 
 
 def read_rows(folder: Path, table: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:

@@ -1,13 +1,28 @@
 """Stage `generate` for traces from elsewhere: maps them onto the run's prompts. Reads prompts/, writes traces/.
 
-A trace for a held-out prompt is dropped: training on it would make the evaluation worthless.
+A trace for a held-out prompt is dropped: training on it would make the evaluation worthless. Traces pass through some hundred at
+a time; of each prompt its identity, its number of traces and the place of its reference in a file are in memory, 28 bytes.
 """
 
 from __future__ import annotations
 
+import os
+import tempfile
+from array import array
 from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any
 
-from distill.data.sources import PromptMapping, Row, read_source, source_digest, text_in
+import numpy as np
+
+from distill.data.files import Placed, Row
+from distill.data.identities import Identities, as_numbers
+from distill.data.mapping import PromptMapping
+from distill.data.names import text_at
+from distill.data.sources import Source, brought_traces
 from distill.errors import DataError
 from distill.recipe.experiment import Recipe
 from distill.recipe.traces import Traces
@@ -15,74 +30,155 @@ from distill.run.folder import StageFolder
 from distill.run.log import Clock
 from distill.run.manifest import Manifest
 from distill.run.schema import DROPPED_TRACE, THINK_CLOSE, THINK_OPEN, TRACE, prompt_id
-from distill.run.tables import read_rows
+from distill.run.tables import iter_pieces
 from distill.stages import folder
+
+_ROWS = 512  # matched to their prompts at once
 
 
 def run(recipe: Recipe) -> Manifest:
     """Writes the tables `traces` and `dropped`."""
-    traces = recipe.traces
+    traces, path = recipe.traces, folder(recipe, "generate")
     assert traces is not None  # the recipe was validated
-    settings = {"traces": traces.identity(), "source_sha256": source_digest(traces.source)}
-    with StageFolder(folder(recipe, "generate"), "generate", settings, [folder(recipe, "prompts")]) as out:
-        return out.manifest or _import(recipe, traces, out)
+    source = brought_traces(traces)
+    settings = {"traces": traces.identity(), "source_sha256": source.recall(path)}
+    with StageFolder(path, "generate", settings, [folder(recipe, "prompts")]) as out:
+        return out.manifest or _import(recipe, traces, source, out)
 
 
-def _import(recipe: Recipe, traces: Traces, out: StageFolder) -> Manifest:
+def _import(recipe: Recipe, traces: Traces, source: Source, out: StageFolder) -> Manifest:
     from distill.data.licences import licence_of
 
     clock = Clock()
-    prompts = {row["prompt_id"]: row for row in read_rows(folder(recipe, "prompts"), "train")}
-    heldout = {row["prompt_id"] for row in read_rows(folder(recipe, "prompts"), "heldout")}
-    mapping = PromptMapping(recipe.prompts, traces.columns, traces.source)
-    source = read_source(traces.source, traces.subset, traces.split)
-    seen: Counter[str] = Counter()
-    kept: list[Row] = []
-    dropped: list[Row] = []
-    for number, raw in enumerate(source, start=1):
-        messages = mapping.messages(raw, number) or []
-        identity = prompt_id(messages)
-        completion, reason = completion_of(traces, raw, number)
-        if identity in heldout:  # before any other reason, so that the count says how much was kept out
-            reason = "in_heldout"
-        elif identity not in prompts:
-            reason = "no_such_prompt" if messages else "empty_prompt"
-        row = {
-            "prompt_id": identity,
-            "sample_index": seen[identity],
-            "author": "teacher",
-            "messages": messages,
-            "reference": prompts[identity]["reference"] if identity in prompts else None,
-            "completion": completion,
-        }
-        seen[identity] += 1
-        if reason:
-            dropped.append({**row, "reason": reason})
-        else:
-            kept.append(row)
-    drops = dict(Counter(row["reason"] for row in dropped))
-    if not kept:
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(drops.items()))
-        raise DataError(
-            f"{traces.source}: none of {len(source):,} traces can be used: {counts}. Their prompts must be the same text as "
-            "training prompts of this run: check traces.columns, and the keys of traces that say where reasoning and answer are."
-        )
-    out.write_table("traces", kept, TRACE)
-    out.write_table("dropped", dropped, DROPPED_TRACE)
+    drops: Counter[str] = Counter()
+    rows_in = 0
+    with out.in_one_go(), _Prompts(folder(recipe, "prompts"), out.path) as prompts:
+        kept, dropped = out.table("traces", TRACE), out.table("dropped", DROPPED_TRACE)
+        for row, reason in _matched(recipe, traces, source, prompts):
+            rows_in += 1
+            if reason is None:
+                kept.append(row)
+            else:
+                drops[reason] += 1
+                dropped.append(row | {"reason": reason})
+        if not kept.num_rows:
+            counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(drops.items()))
+            raise DataError(
+                f"{traces.source}: none of {rows_in:,} traces can be used: {counts}. Their prompts must be the same text as "
+                "training prompts of this run: check traces.columns, and the keys of traces that say where reasoning and answer are."
+            )
+    out.settings["source_sha256"] = source.sha256
     author = {"model": traces.author_model, "revision": None, "parameters": None}
-    facts = clock.facts(author=author, licence=licence_of(traces.author_model, traces.licence))
-    return out.finish(rows_in=len(source), rows_kept=len(kept), drops=drops, facts=facts)
+    licence = licence_of(traces.author_model, traces.licence)
+    facts = clock.facts(author=author, licence=licence, sources=source.records())
+    return out.finish(rows_in=rows_in, rows_kept=kept.num_rows, drops=dict(drops), facts=facts)
 
 
-def completion_of(traces: Traces, row: Row, number: int) -> tuple[str, str | None]:
+def _matched(recipe: Recipe, traces: Traces, source: Source, prompts: _Prompts) -> Iterator[tuple[Row, str | None]]:
+    """TRACE rows in their order, each with the reason to drop it or null."""
+    mapping = PromptMapping(recipe.prompts, traces.columns, traces.source)
+    columns = [*mapping.columns, traces.completion, *([traces.reasoning] if traces.reasoning is not None else [])]
+    rows = source.rows(columns, "traces")
+    number = 0
+    while batch := list(islice(rows, _ROWS)):
+        talks = [mapping.messages(raw, where) or [] for where, raw in batch]
+        ids = [prompt_id(messages) for messages in talks]
+        for placed, messages, identity, place in zip(batch, talks, ids, prompts.places(ids), strict=True):
+            yield _trace(traces, placed, messages, identity, place, prompts, number)
+            number += 1
+
+
+def _trace(
+    traces: Traces, placed: Placed, messages: list[dict[str, str]], identity: str, place: int, prompts: _Prompts, number: int
+) -> tuple[Row, str | None]:
+    where, raw = placed
+    completion, reason = completion_of(traces, raw, where)
+    if prompts.is_heldout(place):  # before any other reason, so that the count says how much was kept out
+        reason = "in_heldout"
+    elif place < 0:
+        reason = "no_such_prompt" if messages else "empty_prompt"
+    row = {
+        "prompt_id": identity,
+        # Of a prompt that nobody knows the number of traces is not counted; the trace's own is as good to tell them apart.
+        "sample_index": prompts.count(place) if place >= 0 else number,
+        "author": "teacher",
+        "messages": messages,
+        "reference": prompts.reference(place) if place >= 0 else None,
+        "completion": completion,
+    }
+    return row, reason
+
+
+class _Prompts:
+    """The run's prompts, those to train on before the held-out ones: which there are, what their references are.
+
+    Use as a context manager.
+
+    Args:
+        prompts: Folder of the stage.
+        place: Where a file without a name may be made.
+    """
+
+    def __init__(self, prompts: Path, place: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=place)  # noqa: SIM115 (closed by __exit__)
+        self._ends = array("q", [0])
+        self._without = bytearray()
+        ids = array("Q")
+        for table in ("train", "heldout"):
+            for piece in iter_pieces(prompts, table, ["prompt_id", "reference"]):
+                ids.extend(as_numbers(piece.column("prompt_id").to_pylist()).tolist())
+                self._add_references(piece.column("reference").to_pylist() if table == "train" else [])
+            if table == "train":
+                self._num_train = len(ids)
+        self._file.flush()
+        self._identities = Identities(np.frombuffer(ids, dtype=np.uint64))
+        self._seen = np.zeros(len(ids), dtype=np.int32)
+
+    def __enter__(self) -> _Prompts:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def _add_references(self, references: list[str | None]) -> None:
+        for reference in references:
+            written = (reference or "").encode()
+            self._file.write(written)
+            self._ends.append(self._ends[-1] + len(written))
+            self._without.append(reference is None)
+
+    def places(self, ids: list[str]) -> list[int]:
+        """For each id the place of its prompt, -1 where there is none."""
+        found: list[int] = self._identities.places(as_numbers(ids)).tolist()
+        return found
+
+    def is_heldout(self, place: int) -> bool:
+        """Whether a prompt is held out."""
+        return place >= self._num_train
+
+    def count(self, place: int) -> int:
+        """How many traces of the prompt came before this one."""
+        seen = int(self._seen[place])
+        self._seen[place] = seen + 1
+        return seen
+
+    def reference(self, place: int) -> str | None:
+        """The reference of a training prompt; null where it has none, or is held out."""
+        if self.is_heldout(place) or self._without[place]:
+            return None
+        start, end = self._ends[place : place + 2]
+        return os.pread(self._file.fileno(), end - start, start).decode()
+
+
+def completion_of(traces: Traces, row: dict[str, Any], where: str) -> tuple[str, str | None]:
     """The whole answer of a brought trace, reasoning between think tags, and the reason to drop it or null.
 
     Args:
         traces: Where reasoning and answer are.
         row: Of the source.
-        number: Of the row, from 1, for errors.
+        where: It stands, for errors.
     """
-    text = (text_in(row, traces.completion, traces.source, number) or "").strip()
+    text = (text_at(row, traces.completion, where) or "").strip()
     if not text:
         return "", "empty_completion"
     if traces.answer_separator is not None:
@@ -93,7 +189,7 @@ def completion_of(traces: Traces, row: Row, number: int) -> tuple[str, str | Non
             return text, "empty_answer"
         answer = answer.strip() if "\\boxed" in answer else f"\\boxed{{{answer.strip()}}}"
     elif traces.reasoning is not None:
-        reasoning, answer = text_in(row, traces.reasoning, traces.source, number) or "", text
+        reasoning, answer = text_at(row, traces.reasoning, where) or "", text
         if THINK_OPEN in text or THINK_CLOSE in text:
             return text, "reasoning_in_completion"
     else:

@@ -1,11 +1,25 @@
-"""Stage `prompts`: reads the problems and splits held-out ones off. Writes prompts/."""
+"""Stage `prompts`: reads the problems and splits held-out ones off. Writes prompts/.
+
+The sources are read once. Of each row a few bytes stay in memory: its identity, what its reference is, and its fate, which is
+known only when all were seen; the rows themselves wait in a file.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+import tempfile
+from array import array
+from collections.abc import Iterator
+from typing import IO, NamedTuple
 
-from distill.data.sources import PromptMapping, Row, read_source, source_digest
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from distill.data.files import Row
+from distill.data.identities import Identities, Ids, as_numbers
+from distill.data.mapping import PromptMapping
+from distill.data.sources import Source, heldout_problems, problems
 from distill.errors import DataError
 from distill.recipe.experiment import Recipe
 from distill.recipe.prompts import Prompts
@@ -15,85 +29,235 @@ from distill.run.manifest import Manifest
 from distill.run.schema import DROPPED_PROMPT, PROMPT
 from distill.stages import folder
 
+_TRAIN, _HELDOUT = 0, 1  # fates; those from 2 on are reasons to drop a row
+_REASONS = ["empty_prompt", "no_answer_match", "duplicate", "duplicate_other_reference", "in_heldout_source", "not_drawn"]
+_CODES = {reason: code for code, reason in enumerate(_REASONS, start=2)}
+_ROWS = 512  # that wait together
+
+
+class Survey(NamedTuple):
+    """What a recipe's prompts come to, without their being written."""
+
+    train: int
+    """Prompts to train on."""
+    heldout: int
+    drops: dict[str, int]
+    """Reason and number of the other rows."""
+    with_reference: int
+    """Training prompts that have a reference."""
+    ids: Ids
+    """Identities of the training prompts, as numbers."""
+    sample: list[Row]
+    """PROMPT rows of the first training prompts."""
+
 
 def run(recipe: Recipe) -> Manifest:
     """Writes the tables `train`, `heldout` and `dropped`."""
-    prompts = recipe.prompts
+    prompts, path = recipe.prompts, folder(recipe, "prompts")
+    source, heldout_source = problems(prompts), heldout_problems(prompts)
     settings = {
         "prompts": prompts.identity(),
         "seed": recipe.seed,
-        "source_sha256": source_digest(prompts.source),
-        "heldout_source_sha256": source_digest(prompts.heldout_source) if prompts.heldout_source else None,
+        "source_sha256": source.recall(path),
+        "heldout_source_sha256": heldout_source.recall(path) if heldout_source else None,
     }
-    with StageFolder(folder(recipe, "prompts"), "prompts", settings) as out:
+    with StageFolder(path, "prompts", settings) as out:
         if out.manifest:
             return out.manifest
         clock = Clock()
-        train, heldout, dropped, rows_in = split(prompts, recipe.seed)
-        out.write_table("train", train, PROMPT)
-        out.write_table("heldout", heldout, PROMPT)
-        out.write_table("dropped", dropped, DROPPED_PROMPT)
+        with out.in_one_go(), tempfile.TemporaryFile(dir=path) as waiting:
+            index = _read(prompts, source, heldout_source, waiting)
+            fates = index.fates(prompts, recipe.seed)
+            _write(out, waiting, fates)
+        out.settings["source_sha256"] = source.sha256
+        out.settings["heldout_source_sha256"] = heldout_source.sha256 if heldout_source else None
+        counts = np.bincount(fates, minlength=2)
         return out.finish(
-            rows_in=rows_in,
-            rows_kept=len(train) + len(heldout),
-            drops=dict(Counter(row["reason"] for row in dropped)),
-            facts=clock.facts(train=len(train), heldout=len(heldout)),
+            rows_in=len(fates),
+            rows_kept=int(counts[_TRAIN] + counts[_HELDOUT]),
+            drops=_drops(fates),
+            facts=clock.facts(
+                train=int(counts[_TRAIN]),
+                heldout=int(counts[_HELDOUT]),
+                sources=source.records() + (heldout_source.records() if heldout_source else []),
+            ),
         )
 
 
-def split(prompts: Prompts, seed: int) -> tuple[list[Row], list[Row], list[Row], int]:
-    """Prompt rows for training, held-out ones, dropped ones with their reason, and the number of rows read.
+def survey(prompts: Prompts, seed: int, sample: int) -> Survey:
+    """What the stage would do, and the first training prompts it would write; in memory are these and a few bytes a row.
 
-    Which prompts are held out depends on their content and the seed alone, not on their order in the file.
+    Args:
+        prompts: The recipe's section.
+        seed: The recipe's.
+        sample: Number of training prompts wanted.
 
     Raises:
-        DataError: there are fewer prompts than asked for, or none is left to train on.
+        DataError: a source can't be read, or there are fewer prompts than asked for, or none is left to train on.
     """
-    rows, dropped, rows_in = _distinct(prompts, prompts.source, prompts.subset, prompts.split)
-    if prompts.heldout_source is not None:
-        others, dropped_others, others_in = _distinct(prompts, prompts.heldout_source, prompts.subset, prompts.heldout_split)
-        heldout, not_drawn = _draw(others, prompts.heldout_size, f"heldout/{seed}", prompts.heldout_source)
-        kept_out = {row["prompt_id"] for row in others}
-        dropped += [*dropped_others, *_because("not_drawn", not_drawn)]
-        dropped += _because("in_heldout_source", [row for row in rows if row["prompt_id"] in kept_out])
-        rows = [row for row in rows if row["prompt_id"] not in kept_out]
-        rows_in += others_in
-    else:
-        heldout, rows = _draw(rows, prompts.heldout_size, f"heldout/{seed}", prompts.source)
-    if prompts.max_prompts is not None and prompts.max_prompts < len(rows):
-        rows, not_drawn = _draw(rows, prompts.max_prompts, f"train/{seed}", prompts.source)
-        dropped += _because("not_drawn", not_drawn)
-    if not rows:
-        raise DataError(f"{prompts.source}: no prompt is left to train on. Lower prompts.heldout_size ({prompts.heldout_size}).")
-    return rows, heldout, dropped, rows_in
+    source, heldout_source = problems(prompts), heldout_problems(prompts)
+    index = _read(prompts, source, heldout_source)
+    fates = index.fates(prompts, seed)
+    chosen = np.flatnonzero(fates == _TRAIN)
+    ids, references = index.ids[chosen], index.references[chosen]
+    mapping = PromptMapping(prompts, prompts.columns, source.name)
+    rows = source.rows(mapping.columns, "sample")
+    wanted = set(chosen[:sample].tolist())
+    last = max(wanted)
+    found = [mapping.prompt_row(row, where)[0] for number, (where, row) in zip(range(last + 1), rows) if number in wanted]
+    return Survey(
+        train=len(chosen),
+        heldout=int((fates == _HELDOUT).sum()),
+        drops=_drops(fates),
+        with_reference=int((references != _number_of(None)).sum()),
+        ids=ids,
+        sample=found,
+    )
 
 
-def _distinct(prompts: Prompts, name: str, subset: str | None, split_name: str) -> tuple[list[Row], list[Row], int]:
-    """Mapped rows of a source in their order, each prompt once; dropped ones; and the number read."""
-    mapping = PromptMapping(prompts, prompts.columns, name)
-    kept: dict[str, Row] = {}
-    dropped: list[Row] = []
-    source = read_source(name, subset, split_name)
-    for number, raw in enumerate(source, start=1):
-        row, reason = mapping.prompt_row(raw, number)
-        first = kept.get(row["prompt_id"])
-        if reason is None and first is not None:
-            reason = "duplicate" if first["reference"] == row["reference"] else "duplicate_other_reference"
-        if reason is None:
-            kept[row["prompt_id"]] = row
-        else:
-            dropped += _because(reason, [row])
-    return list(kept.values()), dropped, len(source)
+def split(prompts: Prompts, seed: int) -> tuple[list[Row], list[Row], list[Row], int]:
+    """Prompt rows for training, held-out ones, dropped ones with their reason, and the number of rows read; all in memory."""
+    with tempfile.TemporaryFile() as waiting:
+        fates = _read(prompts, problems(prompts), heldout_problems(prompts), waiting).fates(prompts, seed)
+        waiting.seek(0)
+        rows = [row for piece in pa.ipc.open_stream(waiting) for row in piece.to_pylist()]
+    train, heldout = ([rows[place] for place in np.flatnonzero(fates == fate)] for fate in (_TRAIN, _HELDOUT))
+    dropped = [{**rows[place], "reason": _REASONS[fates[place] - 2]} for place in np.flatnonzero(fates > _HELDOUT)]
+    return train, heldout, dropped, len(rows)
 
 
-def _draw(rows: list[Row], count: int, salt: str, name: str) -> tuple[list[Row], list[Row]]:
-    """`count` rows of the lowest hash, and the others, both in their order."""
-    if count > len(rows):
-        raise DataError(f"{name}: prompts.heldout_size asks for {count:,} prompts, but there are {len(rows):,}. Lower it.")
-    ranked = sorted((row["prompt_id"] for row in rows), key=lambda identity: hashlib.sha256(f"{salt}/{identity}".encode()).digest())
-    drawn = set(ranked[:count])
-    return [row for row in rows if row["prompt_id"] in drawn], [row for row in rows if row["prompt_id"] not in drawn]
+class _Index:
+    """What is kept of every row read: 17 bytes. Rows of the held-out source come behind the others."""
+
+    def __init__(self) -> None:
+        self._ids, self._references, self._codes = array("Q"), array("Q"), array("B")
+        self.num_main = 0
+        """Rows of the first source."""
+
+    def add(self, rows: list[Row], reasons: list[str | None]) -> None:
+        """Takes rows in, each with the reason to drop it or null."""
+        self._ids.extend(as_numbers([row["prompt_id"] for row in rows]).tolist())
+        self._references.extend(_number_of(row["reference"]) for row in rows)
+        self._codes.extend(_CODES[reason] if reason else _TRAIN for reason in reasons)
+
+    @property
+    def ids(self) -> Ids:
+        """Of all rows."""
+        return np.frombuffer(self._ids, dtype=np.uint64)
+
+    @property
+    def references(self) -> Ids:
+        """A number for each row's reference; equal references have equal ones."""
+        return np.frombuffer(self._references, dtype=np.uint64)
+
+    def fates(self, prompts: Prompts, seed: int) -> npt.NDArray[np.uint8]:
+        """What becomes of each row. Which prompts are held out depends on their content and the seed, not on their order.
+
+        Raises:
+            DataError: there are fewer prompts than asked for, or none is left to train on.
+        """
+        fates = np.frombuffer(self._codes, dtype=np.uint8).copy()
+        main, others = slice(0, self.num_main), slice(self.num_main, None)
+        self._drop_duplicates(fates, main)
+        heldout_from, name = main, prompts.source
+        if prompts.heldout_source is not None:
+            self._drop_duplicates(fates, others)
+            heldout_from, name = others, prompts.heldout_source
+            known = Identities(self.ids[others][fates[others] == _TRAIN]).places(self.ids[main])
+            fates[main][(known >= 0) & (fates[main] == _TRAIN)] = _CODES["in_heldout_source"]
+        drawn, rest = self._draw(fates, heldout_from, prompts.heldout_size, f"heldout/{seed}", name)
+        fates[drawn] = _HELDOUT
+        if prompts.heldout_source is not None:
+            fates[rest] = _CODES["not_drawn"]
+        if prompts.max_prompts is not None and prompts.max_prompts < (fates[main] == _TRAIN).sum():
+            _, rest = self._draw(fates, main, prompts.max_prompts, f"train/{seed}", prompts.source)
+            fates[rest] = _CODES["not_drawn"]
+        if not (fates == _TRAIN).any():
+            raise DataError(f"{prompts.source}: no prompt is left to train on. Lower prompts.heldout_size ({prompts.heldout_size}).")
+        return fates
+
+    def _drop_duplicates(self, fates: npt.NDArray[np.uint8], rows: slice) -> None:
+        """Of the rows of one prompt the first stays."""
+        places = np.flatnonzero(fates[rows] == _TRAIN) + (rows.start or 0)
+        order = places[np.argsort(self.ids[places], kind="stable")]
+        ids = self.ids[order]
+        again = np.flatnonzero(ids[1:] == ids[:-1]) + 1
+        first = np.searchsorted(ids, ids[again])
+        same = self.references[order[again]] == self.references[order[first]]
+        fates[order[again]] = np.where(same, _CODES["duplicate"], _CODES["duplicate_other_reference"])
+
+    def _draw(
+        self, fates: npt.NDArray[np.uint8], rows: slice, count: int, salt: str, name: str
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The places of `count` rows of the lowest hash, and of the others."""
+        places = np.flatnonzero(fates[rows] == _TRAIN) + (rows.start or 0)
+        if count > len(places):
+            raise DataError(f"{name}: prompts.heldout_size asks for {count:,} prompts, but there are {len(places):,}. Lower it.")
+        # Of the hash 64 bits: that two of a million rows share them happens once in 40 million runs.
+        ranks = np.fromiter((_rank(salt, int(number)) for number in self.ids[places]), np.uint64, len(places))
+        order = places[np.argsort(ranks, kind="stable")]
+        return order[:count], order[count:]
 
 
-def _because(reason: str, rows: list[Row]) -> list[Row]:
-    return [{**row, "reason": reason} for row in rows]
+def _rank(salt: str, number: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{salt}/{number:016x}".encode()).digest()[:8], "big")
+
+
+def _number_of(reference: str | None) -> int:
+    """64 bits that are equal for equal references, within this process."""
+    return hash(reference) % 2**64
+
+
+def _drops(fates: npt.NDArray[np.uint8]) -> dict[str, int]:
+    counts = np.bincount(fates, minlength=len(_REASONS) + 2)
+    return {reason: int(counts[code]) for reason, code in _CODES.items() if counts[code]}
+
+
+def _read(prompts: Prompts, source: Source, heldout_source: Source | None, waiting: IO[bytes] | None = None) -> _Index:
+    """The index of all rows; the rows themselves go into a file, if one is given."""
+    index = _Index()
+    writer = pa.ipc.new_stream(waiting, PROMPT, options=pa.ipc.IpcWriteOptions(compression="lz4")) if waiting else None
+    for each in (source, heldout_source) if heldout_source else (source,):
+        mapping = PromptMapping(prompts, prompts.columns, each.name)
+        rows: list[Row] = []
+        reasons: list[str | None] = []
+        for rows, reasons in _mapped(each, mapping):
+            index.add(rows, reasons)
+            if writer:
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=PROMPT))
+        if each is source:
+            index.num_main = len(index.ids)
+    if writer:
+        writer.close()
+    return index
+
+
+def _mapped(source: Source, mapping: PromptMapping) -> Iterator[tuple[list[Row], list[str | None]]]:
+    """Some hundred rows at a time, and for each the reason to drop it or null."""
+    rows: list[Row] = []
+    reasons: list[str | None] = []
+    for where, raw in source.rows(mapping.columns, "prompts"):
+        row, reason = mapping.prompt_row(raw, where)
+        rows.append(row)
+        reasons.append(reason)
+        if len(rows) == _ROWS:
+            yield rows, reasons
+            rows, reasons = [], []
+    if rows:
+        yield rows, reasons
+
+
+def _write(out: StageFolder, waiting: IO[bytes], fates: npt.NDArray[np.uint8]) -> None:
+    """The rows that wait, dealt out to the tables in their order."""
+    train, heldout, dropped = out.table("train", PROMPT), out.table("heldout", PROMPT), out.table("dropped", DROPPED_PROMPT)
+    reasons = pa.array([None, None, *_REASONS], pa.string())
+    waiting.seek(0)
+    place = 0
+    for piece in pa.ipc.open_stream(waiting):
+        fate = fates[place : place + len(piece)]
+        place += len(piece)
+        train.add(piece.filter(pa.array(fate == _TRAIN)))
+        heldout.add(piece.filter(pa.array(fate == _HELDOUT)))
+        gone = fate > _HELDOUT
+        columns = [*piece.filter(pa.array(gone)).columns, reasons.take(pa.array(fate[gone]))]
+        dropped.add(pa.RecordBatch.from_arrays(columns, schema=DROPPED_PROMPT))

@@ -1,0 +1,101 @@
+"""Values by name inside a row: `question`, `reward_model.ground_truth`, `messages.-1.content`. Knows nothing of files.
+
+A dot goes into an object, an integer counts into a list, from its end if negative. A key that has the dot in its own name wins.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from distill.errors import DataError
+
+
+def value_at(row: dict[str, Any], name: str, where: str) -> Any:
+    """A row's value under a name; null where something on the way is null.
+
+    Raises:
+        DataError: there is no such value; names what there is at the level where the way ends, and the nearest.
+    """
+    if name in row:
+        return row[name]
+    value: Any = row
+    way, rest = "", name
+    while rest and value is not None:
+        key, rest_after = _step(value, rest)
+        if key is None:
+            raise DataError(f"{where}: {_absent(value, way, rest)}")
+        value = value[key]
+        way, rest = f"{way}.{key}" if way else str(key), rest_after
+    return value
+
+
+def text_at(row: dict[str, Any], name: str, where: str) -> str | None:
+    """A row's text under a name; null where it is empty. Numbers become text, whole ones without `.0`.
+
+    Raises:
+        DataError: there is no such value, or it is something else, or half a character.
+    """
+    value = row[name] if name in row else value_at(row, name, where)
+    if isinstance(value, str):
+        return whole_text(value, name, where) if value and not value.isspace() else None
+    if value is None or value != value:  # not a number is how pandas writes an absent value
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int | float):
+        raise DataError(f"{where}: {name} must be text or a number, got {type(value).__name__}: {value!r:.80}.")
+    return str(value)
+
+
+def whole_text(text: str, name: str, where: str) -> str:
+    r"""The text, if it can be written as UTF-8: JSON can hold `\ud83d` alone, half of a surrogate pair.
+
+    Raises:
+        DataError: it can't.
+    """
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise DataError(
+            f"{where}: {name} holds half of a surrogate pair ({half!a} at character {error.start + 1:,}), which is no text. "
+            "Correct or remove the row."
+        ) from None
+    return text
+
+
+def top_levels(names: Iterable[str], columns: Sequence[str]) -> list[str] | None:
+    """The columns in which some names lie; null, for all columns, where one lies in none: the error about it shows them."""
+    found = [next((head for head, _ in _splits(name) if head in columns), None) for name in names]
+    return None if None in found else list(dict.fromkeys(head for head in found if head is not None))
+
+
+def _splits(name: str) -> Iterator[tuple[str, str]]:
+    """A name's heads and what is left behind them, the longest head first."""
+    parts = name.split(".")
+    for place in range(len(parts), 0, -1):
+        yield ".".join(parts[:place]), ".".join(parts[place:])
+
+
+def _step(value: Any, rest: str) -> tuple[str | int | None, str]:
+    """The key or place to go on with inside a value, null where there is none, and what is left of the name behind it."""
+    if isinstance(value, dict):
+        return next(((head, tail) for head, tail in _splits(rest) if head in value), (None, rest))
+    head, _, tail = rest.partition(".")
+    if isinstance(value, list) and head.removeprefix("-").isdecimal() and -len(value) <= int(head) < len(value):
+        return int(head), tail
+    return None, rest
+
+
+def _absent(value: Any, way: str, rest: str) -> str:
+    inside = f" in {way!r}" if way else ""
+    if isinstance(value, dict):
+        head = rest if not way and "." not in rest else rest.partition(".")[0]
+        close = difflib.get_close_matches(head, value, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else "Name the right one in the recipe."
+        return f"there is no column {head!r}{inside}, only {', '.join(map(repr, value))}. {hint}"
+    if isinstance(value, list):
+        return f"there is no place {rest.partition('.')[0]!r}{inside}, which has {len(value)} entries. Count from 0, or back from -1."
+    return f"there is nothing{inside} to look for {rest!r} in: it is {type(value).__name__} {value!r:.80}. Shorten the name in the recipe."
