@@ -11,6 +11,7 @@ import pytest
 from test_train import traces
 from transformers import AutoTokenizer
 
+from distill.engines import reading
 from distill.engines.batching import one_ahead
 from distill.errors import DataError
 from distill.models.chat import IGNORE, ChatFormat, chat_format
@@ -24,7 +25,7 @@ from distill.trainers import encoded
 from distill.trainers.rows import TraceTable, TrainingRows, training_rows
 from distill.trainers.targets import StoredTargets, TargetSource
 
-TINY = {"_BYTES_AT_ONCE": 2000, "_BYTES_PER_BATCH": 6000}
+TINY = [(reading, "_BYTES_AT_ONCE", 2000), (encoded, "_BYTES_PER_BATCH", 6000)]
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +33,10 @@ def chat(tiny_model_dir: Path) -> ChatFormat:
     return chat_format(AutoTokenizer.from_pretrained(tiny_model_dir))
 
 
-@pytest.fixture(params=[{}, TINY], ids=["one batch", "many batches"])
+@pytest.fixture(params=[[], TINY], ids=["one batch", "many batches"])
 def batches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in request.param.items():
-        monkeypatch.setattr(encoded, name, value)
+    for module, name, value in request.param:
+        monkeypatch.setattr(module, name, value)
 
 
 def written(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -124,8 +125,8 @@ def test_rows_are_made_once_and_kept_for_one_training(chat: ChatFormat, tmp_path
 
 def test_what_was_cut_off_is_made_again(chat: ChatFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = [TraceTable(written(tmp_path / "traces", traces(30)), "traces")]
-    for name, value in TINY.items():
-        monkeypatch.setattr(encoded, name, value)
+    for module, name, value in TINY:
+        monkeypatch.setattr(module, name, value)
     plain, calls = encoded._batch, []
 
     def killed(*arguments: Any) -> Any:

@@ -22,6 +22,7 @@ from test_train import traces as plain_traces
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.cli import main
+from distill.engines import parts, reading
 from distill.engines.scored import MIN_CARRIED
 from distill.engines.scoring import TeacherScorer, score_rows
 from distill.errors import IntegrityError
@@ -331,6 +332,51 @@ def test_a_killed_run_ends_with_the_same_bytes(recipe: Callable[..., Path]) -> N
         assert left.facts[name] == right.facts[name]
 
 
+def test_a_restart_aligns_only_what_is_missing(recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut off in the third window of eight traces, of which one in the first and one in the third are too long."""
+    monkeypatch.setattr(reading, "WINDOW_ROWS", 8)
+    rows = traces(30)
+    for index in (3, 20):
+        rows[index]["completion"] *= 20
+    undisturbed, path = (recipe(name, rows=rows, batch_size=2) for name in ("calm", "cut"))
+    score(undisturbed)
+    aligned: list[str] = []
+    plain_align, plain_store, stored = reading.align, parts._store, []
+
+    def align_and_tell(trace: dict[str, Any], *others: Any) -> AlignedRow:
+        aligned.append(key_of(trace))
+        return plain_align(trace, *others)
+
+    def store(*arguments: Any) -> None:
+        stored.append(arguments)
+        if len(stored) == 10:
+            raise KeyboardInterrupt
+        plain_store(*arguments)
+
+    monkeypatch.setattr(reading, "align", align_and_tell)
+    monkeypatch.setattr(parts, "_store", store)
+    assert distill("score", path).returncode != 0
+    monkeypatch.setattr(parts, "_store", plain_store)
+    aligned.clear()
+    said = score(path, "--score.verify_rows", "0")
+    assert aligned == [key_of(row) for row in rows[16:]]
+    assert "28 traces kept · 2 dropped (2 too_long)" in said
+    assert contents(folder_of(path)) == contents(folder_of(undisturbed))
+    left, right = (read_manifest(folder_of(run)).facts for run in (path, undisturbed))
+    for name in ("tokens", "positions", "captured_mass", "aligned_share", "profiled_positions"):
+        assert left[name] == right[name]
+
+
+def test_windows_and_parts_hold_every_trace_once(recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, path = recipe("at-once", rows=traces(30)), recipe("in-windows", rows=traces(30))
+    score(whole)
+    monkeypatch.setattr(reading, "WINDOW_CHARS", 200)
+    monkeypatch.setattr(reading, "_BYTES_AT_ONCE", 1000)
+    for part in ("2/2", "1/2"):
+        score(path, "--shard", part)
+    same_targets(rows_of(path), rows_of(whole))
+
+
 def test_shards_equal_one_process(recipe: Callable[..., Path]) -> None:
     whole, path = recipe("one"), recipe("shards")
     score(whole)
@@ -390,6 +436,7 @@ def test_other_tokenizers_have_a_limit(recipe: Callable[..., Path], other_model_
     path = recipe("other", teacher=other_model_dir, min_aligned=0.99)
     result = distill("score", path)
     assert result.returncode == 1 and "score.min_aligned: only 9" in result.stderr and "cross_tokenizer" in result.stderr
+    assert "in 24 traces from all over" in result.stderr and not contents(folder_of(path))  # before the teacher has read any
     said = score(path, "--score.min_aligned", "0.5")
     assert "other tokenizers: 9" in said
     facts = read_manifest(folder_of(path)).facts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -49,10 +49,6 @@ class Statistics:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         if other.profiled:
             self.profile = (np.array(self.profile or [0.0] * len(other.profile)) + other.profile).tolist()
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain values, for a journal."""
-        return asdict(self)
 
     @property
     def aligned_share(self) -> float:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from distill.models.chat import IGNORE, ChatFormat
-from distill.run.schema import THINK_OPEN
+from distill.run.schema import THINK_OPEN, trace_key
 
 NONE = -1
 """In place of an id or an index: there is no counterpart."""
@@ -169,7 +169,7 @@ def align(trace: dict[str, Any], teacher: ChatFormat, student: ChatFormat, vocab
     positions = np.where(places >= 0, places + len(prompt), NONE).astype(np.int32)
     needed = int(positions.max(initial=NONE)) + 1
     return AlignedRow(
-        f"{trace['prompt_id']}/{trace['sample_index']}",
+        trace_key(trace),
         np.array(input_ids, np.int32),
         np.array(labels, np.int32),
         np.array([*prompt, *completion][:needed], np.int32),

@@ -13,31 +13,23 @@ from distill.errors import IntegrityError
 
 
 class Journal:
-    """Append-only record of finished batches: a batch is on disk whole, or will be done again.
+    """Append-only record of finished batches: a batch is on disk whole, or will be done again. Nothing of it is held in memory.
 
     A line torn by a kill can only be the last one; it is cut off. Any other damage is an error.
+
+    Args:
+        path: Of the file; it need not be there.
+
+    Raises:
+        IntegrityError: a line was altered.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.batches: list[list[dict[str, Any]]] = []
-        if path.exists():
-            self._read()
-
-    def _read(self) -> None:
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-        for number, line in enumerate(whole.splitlines(), start=1):
-            digest, _, body = line.partition(b" ")
-            if hashlib.sha256(body).hexdigest()[:16].encode() != digest:
-                raise IntegrityError(
-                    f"{self.path}:{number}: this line was altered after it was written. "
-                    "Delete the line to have its batch made again, or add --redo to start the stage over."
-                )
-            self.batches.append(json.loads(body))
+        whole = sum(len(line) for line in self._lines())
+        if path.exists() and whole < path.stat().st_size:
+            with path.open("r+b") as file:
+                file.truncate(whole)
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Adds one batch and returns when it is on disk."""
@@ -47,9 +39,24 @@ class Journal:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        self.batches.append(rows)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """All rows of all batches, in the order of writing."""
-        for batch in self.batches:
-            yield from batch
+        for line in self._lines():
+            yield from json.loads(line.partition(b" ")[2])
+
+    def _lines(self) -> Iterator[bytes]:
+        """Whole lines, each as it was written."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                digest, _, body = line.partition(b" ")
+                if not line.endswith(b"\n"):
+                    return
+                if hashlib.sha256(body[:-1]).hexdigest()[:16].encode() != digest:
+                    raise IntegrityError(
+                        f"{self.path}:{number}: this line was altered after it was written. "
+                        "Delete the line to have its batch made again, or add --redo to start the stage over."
+                    )
+                yield line

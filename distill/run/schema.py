@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import pyarrow as pa
 
@@ -85,3 +86,8 @@ def prompt_id(messages: list[Message]) -> str:
     """Stable id of a prompt: the first 16 hex digits of the SHA-256 of its messages."""
     plain = [{"role": message["role"], "content": message["content"]} for message in messages]
     return hashlib.sha256(json.dumps(plain, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def trace_key(trace: dict[str, Any]) -> str:
+    """Name of a trace in its run: whose answer to which prompt it is."""
+    return f"{trace['prompt_id']}/{trace['sample_index']}"

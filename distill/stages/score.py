@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from distill.errors import DataError, IntegrityError, RecipeError, StageConflictError
 from distill.models.processes import Processes
@@ -24,16 +24,17 @@ from distill.recipe.learning import Score
 from distill.recipe.models import ModelSpec
 from distill.run.folder import StageFolder
 from distill.run.journal import Journal
-from distill.run.log import Clock, is_main_process, ledger, nothing_to_do, progress, say
+from distill.run.log import Clock, is_main_process, ledger, nothing_to_do, say
 from distill.run.manifest import MANIFEST, Manifest, read_manifest
-from distill.run.tables import iter_rows
+from distill.run.schema import trace_key
+from distill.run.tables import iter_pieces, iter_rows
 from distill.stages import folder
 
 if TYPE_CHECKING:
-    from distill.engines.scored import ScoredRow, Statistics
+    from distill.engines.reading import Reader
     from distill.engines.scoring import TeacherScorer
-    from distill.models.vocabulary import AlignedRow, VocabularyMap
-    from distill.targets.files import TargetReader, TargetWriter
+    from distill.models.vocabulary import VocabularyMap
+    from distill.targets.files import TargetReader
     from distill.targets.spec import TargetHeader
 
 # Settings that judge the result, and decide no row of it; and what is asked for.
@@ -41,6 +42,7 @@ _LIMITS = {
     "min_aligned": "of the student's tokens are tokens of the teacher too",
     "min_carried_mass": "of the teacher's probability lies on tokens that the student has",
 }
+_SAMPLE = 512  # traces by which min_aligned is judged before anything is spent
 _PART = re.compile(r"(?:targets|journal)-\d{5}-of-(\d{5})\.")
 
 
@@ -221,90 +223,74 @@ class _Work:
             traces_digest=read_manifest(self.source.folder).digest,
         )
 
-    def aligned(self, index: int = 0, step: int = 1, keys: set[str] | None = None) -> Iterator[AlignedRow | tuple[str, str]]:
-        """Every `step`-th trace from `index`, aligned and cut as training cuts it; or its key and why it is left out.
+    @cached_property
+    def reader(self) -> Reader:
+        """How traces are put to the teacher."""
+        from distill.engines.reading import Reader
 
-        Args:
-            index: Of the first trace.
-            step: From one to the next.
-            keys: Only these traces.
-        """
-        from distill.models.vocabulary import align
+        return Reader(*self.chats, self.vocabulary, self.recipe.train)
 
-        train = self.recipe.train
-        for trace in iter_rows(self.source.folder, self.source.table, index, step):
-            key = f"{trace['prompt_id']}/{trace['sample_index']}"
-            if keys is not None and key not in keys:
-                continue
-            row = align(trace, *self.chats, self.vocabulary)
-            if train.overlong == "drop" and len(row.input_ids) > train.max_length:
-                yield key, "too_long"
-                continue
-            row = row.cut(train.max_length)
-            yield row if len(row.positions) else (key, "no_supervised_token")
+    @property
+    def total(self) -> int:
+        """Number of all traces."""
+        return read_manifest(self.source.folder).rows(self.source.table)
+
+    def traces(self, first: int = 0, step: int = 1) -> Iterator[dict[str, Any]]:
+        """Every `step`-th trace from `first`, in their order."""
+        from distill.engines.reading import COLUMNS, lists_of
+
+        for traces in lists_of(iter_pieces(self.source.folder, self.source.table, COLUMNS), first, step):
+            yield from traces
+
+    def keys(self) -> Iterator[str]:
+        """Of all traces."""
+        return map(trace_key, iter_rows(self.source.folder, self.source.table, columns=["prompt_id", "sample_index"]))
 
 
 def _score_part(work: _Work, index: int) -> None:
     """Writes a part, or what is missing of it, and gives it its name."""
-    from distill.engines.batching import by_length
+    from distill.engines.parts import first_twice, score_part
     from distill.targets.files import TargetWriter
 
-    found = list(work.aligned(index, work.parts))
-    skipped = [row for row in found if isinstance(row, tuple)]
-    rows = [row for row in found if not isinstance(row, tuple)]
-    _refuse_twice(work, [row[0] if isinstance(row, tuple) else row.key for row in found])
-    if work.parts == 1 and rows:  # before anything is spent
-        there = [position >= 0 for row in rows for position in row.positions.tolist()]
-        _refuse_below(work, sum(there) / len(there), "min_aligned", work.score.min_aligned)
-    journal = Journal(work.journal(index))
-    if not journal.batches:
-        journal.append([{"key": key, "skipped": reason} for key, reason in skipped])
-    pending: Future[None] | None = None
-    tokens = 0
-    with TargetWriter(work.shard(index), work.header) as writer, ThreadPoolExecutor(1) as disk, contextlib.ExitStack() as stack:
-        bar = stack.enter_context(progress(len(rows), "traces", "score", done=len(writer))) if is_main_process() else None
-        # The same batches after a restart, so that its bytes are the same too.
-        batches = by_length(rows, lambda row: len(row.teacher_ids), work.score.batch_size)
-        for scored in work.scorer.read([batch for batch in batches if any(row.key not in writer for row in batch)]):
-            if pending is not None:
-                pending.result()
-            pending = disk.submit(_store, scored, journal, writer)  # while the next batch is read
-            tokens += sum(row.statistics.tokens for row in scored)
-            if bar is not None:
-                bar.update(len(scored))
-                bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
-        if pending is not None:
-            pending.result()
-        writer.close()
+    twice = first_twice(work.keys(), work.keys())
+    if twice is not None:
+        raise DataError(f"{work.source.folder}: trace {twice} is there twice. Give every sample of a prompt its own sample_index.")
+    _refuse_a_sample(work)
+    total = len(range(index, work.total, work.parts))
+    with TargetWriter(work.shard(index), work.header) as writer:
+        traces, journal = work.traces(index, work.parts), Journal(work.journal(index))
+        score_part(traces, total, work.reader, work.scorer, journal, writer, work.score.batch_size)
 
 
-def _store(scored: list[ScoredRow], journal: Journal, writer: TargetWriter) -> None:
-    """Puts a batch on disk: first what it gave, so that no row of a shard is without it."""
-    journal.append([{"key": row.key, **row.statistics.to_json()} for row in scored])
-    for row in scored:
-        if row.key not in writer:
-            writer.append(row.key, row.targets)
+def _refuse_a_sample(work: _Work) -> None:
+    """Judges by some traces from all over the table, before anything is spent, what `_complete` judges by all of them."""
+    from distill.models.vocabulary import AlignedRow
 
-
-def _refuse_twice(work: _Work, keys: list[str]) -> None:
-    twice = [key for key, count in Counter(keys).items() if count > 1]
-    if twice:
-        raise DataError(f"{work.source.folder}: trace {twice[0]} is there twice. Give every sample of a prompt its own sample_index.")
+    if work.vocabulary.identical:
+        return
+    rows = [work.reader.row(trace) for trace in work.traces(step=-(-work.total // _SAMPLE))]
+    there = [bool(position >= 0) for row in rows if isinstance(row, AlignedRow) for position in row.positions]
+    if there:
+        _refuse_below(work, sum(there) / len(there), "min_aligned", work.score.min_aligned, f" in {len(rows):,} traces from all over")
 
 
 def _complete(work: _Work, out: StageFolder, clock: Clock) -> Manifest:
     """Checks the parts together, compares a sample with the live teacher, and writes the manifest."""
     from distill.data.licences import licence_of
+    from distill.engines.parts import gathered
     from distill.models.loading import pick_device
-    from distill.targets.files import TargetReader
+    from distill.targets.files import TargetReader, key_hash
 
-    total = read_manifest(work.source.folder).rows(work.source.table)
-    statistics, drops, keys = _gathered(work)
-    if not keys:
+    total = work.total
+    statistics, drops, hashes = gathered([work.journal(index) for index in range(work.parts)])
+    if not len(hashes):
         raise DataError(f"train.max_length: none of {total:,} traces fits into {work.recipe.train.max_length:,} tokens. Raise it.")
     shards = [work.shard(index) for index in range(work.parts)]
     reader = TargetReader(shards)
-    if sorted(reader.key(row) for row in range(len(reader))) != sorted(keys) or len(keys) + sum(drops.values()) != total:
+    found = np.sort(
+        np.fromiter((key_hash(reader.key(row)) for row in range(len(reader))), np.uint64)
+    )  # reads them all, and their checksums
+    if not np.array_equal(found, hashes) or len(hashes) + sum(drops.values()) != total:
         raise IntegrityError(f"{out.path}: its shards and journals don't hold the {total:,} traces of {work.source.folder}. Add --redo.")
     _refuse_below(work, statistics.aligned_share, "min_aligned", work.score.min_aligned)
     _refuse_below(work, statistics.carried_mass, "min_carried_mass", work.score.min_carried_mass)
@@ -322,33 +308,17 @@ def _complete(work: _Work, out: StageFolder, clock: Clock) -> Manifest:
         **measured,
         **reader.header.model_dump(exclude={"target", "teacher_model", "teacher_revision"}),
     )
-    manifest = out.finish(rows_in=total, rows_kept=len(keys), drops=drops, files=shards, facts=facts)
+    manifest = out.finish(rows_in=total, rows_kept=len(hashes), drops=drops, files=shards, facts=facts)
     for index in range(work.parts):
         work.journal(index).unlink()
     return manifest
 
 
-def _gathered(work: _Work) -> tuple[Statistics, dict[str, int], list[str]]:
-    """What all rows gave together, the reasons of those left out, and the keys of the others."""
-    from distill.engines.scored import Statistics
-
-    by_key: dict[str, dict[str, Any]] = {}
-    for index in range(work.parts):
-        # A batch that was cut off by a kill is there twice; the later one counts.
-        by_key |= {entry["key"]: entry for entry in Journal(work.journal(index)).rows()}
-    total = Statistics()
-    reasons = [entry.pop("skipped") for entry in by_key.values() if "skipped" in entry]
-    keys = [key for key, entry in by_key.items() if len(entry) > 1]
-    for key in keys:
-        total.add(Statistics(**{name: value for name, value in by_key[key].items() if name != "key"}))
-    return total, dict(Counter(reasons)), keys
-
-
-def _refuse_below(work: _Work, share: float, name: str, limit: float) -> None:
+def _refuse_below(work: _Work, share: float, name: str, limit: float, where: str = "") -> None:
     if not work.vocabulary.identical and share < limit:
         raise DataError(
-            f"score.{name}: only {share:.1%} {_LIMITS[name]}, asked for {limit:.1%}. Use train.method cross_tokenizer, or a teacher with "
-            "the student's tokenizer; or lower the limit (what is scored stays), and learn the rest without targets."
+            f"score.{name}: only {share:.1%} {_LIMITS[name]}{where}, asked for {limit:.1%}. Use train.method cross_tokenizer, or a teacher "
+            "with the student's tokenizer; or lower the limit (what is scored stays), and learn the rest without targets."
         )
 
 
@@ -358,8 +328,7 @@ def _verify(work: _Work, reader: TargetReader) -> dict[str, Any] | None:
     Raises:
         IntegrityError: they differ by more than rounding.
     """
-    import numpy as np
-
+    from distill.models.vocabulary import AlignedRow
     from distill.targets.compare import Verification
 
     count = min(work.score.verify_rows, len(reader))
@@ -368,8 +337,10 @@ def _verify(work: _Work, reader: TargetReader) -> dict[str, Any] | None:
     chosen = np.random.default_rng(work.recipe.seed).choice(len(reader), count, replace=False)
     keys = {reader.key(int(row)) for row in chosen}
     verification = Verification(work.score.target, work.scorer.exact)
-    for row in work.aligned(keys=keys):
-        if not isinstance(row, tuple):
+    for trace in work.traces():
+        if trace_key(trace) in keys:
+            row = work.reader.row(trace)
+            assert isinstance(row, AlignedRow)  # it was scored
             [fresh] = work.scorer.score([row])
             verification.add(reader[reader.find(row.key)], fresh.targets)
     if not verification.holds:

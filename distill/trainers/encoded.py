@@ -20,21 +20,20 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from distill.engines.batching import one_ahead
+from distill.engines.reading import COLUMNS, lists_of
 from distill.models.chat import IGNORE, ChatFormat
 from distill.recipe.learning import Train
 from distill.run.files import commit
 from distill.run.log import progress
 from distill.run.manifest import read_manifest
+from distill.run.schema import trace_key
 from distill.run.tables import iter_pieces
 from distill.trainers.targets import NO_TARGET, StoredTargets
 
-_BYTES_AT_ONCE = 4 * 2**20  # of traces that are tokenised together: enough for many cores
 _BYTES_PER_BATCH = 32 * 2**20  # of tokens that are written together: fewer and larger ones are mapped faster
 _TOKENS = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
 _PLACES = pa.field("target_index", pa.list_(pa.int64()))
 _ABOUT = pa.schema([("length", pa.int32()), ("supervised", pa.int32()), ("prompt_id", pa.string())])
-_IDS = ["prompt_ids", "completion_ids"]
-_COLUMNS = ["prompt_id", "sample_index", "author", "messages", "completion", *_IDS, "finish_reason"]
 
 
 class EncodedTraces:
@@ -112,18 +111,9 @@ def _batches(
     """Tokens of some hundred rows, and what is asked of them; the next are tokenised while these are written."""
     bar = progress(read_manifest(folder).rows(table), "traces", "tokenise")
     with bar, _all_cores():
-        for traces, rows in one_ahead((traces, chat.trace_rows(traces)) for traces in _read(folder, table)):
+        for traces, rows in one_ahead((traces, chat.trace_rows(traces)) for traces in lists_of(iter_pieces(folder, table, COLUMNS))):
             yield _batch(traces, rows, train, stored, source)
             bar.update(len(rows))
-
-
-def _read(folder: Path, table: str) -> Iterator[list[dict[str, Any]]]:
-    for piece in iter_pieces(folder, table, _COLUMNS):
-        if "student" not in piece["author"].unique().to_pylist():
-            piece = piece.drop_columns(_IDS)  # nobody asks which ids a teacher wrote
-        step = max(1, len(piece) * _BYTES_AT_ONCE // max(piece.nbytes, 1))
-        for start in range(0, len(piece), step):
-            yield piece.slice(start, step).to_pylist()
 
 
 def _batch(
@@ -142,7 +132,7 @@ def _batch(
         if stored is not None:
             index = np.full(len(labels), NO_TARGET, np.int64)
             if len(places):
-                index[places] = stored.indices(source, f"{trace['prompt_id']}/{trace['sample_index']}", len(places))
+                index[places] = stored.indices(source, trace_key(trace), len(places))
             found["target_index"].append(index)
     tokens = pa.RecordBatch.from_pydict({name: _lists(values) for name, values in found.items()})
     return tokens, pa.RecordBatch.from_pydict(about, schema=_ABOUT)

@@ -1,0 +1,129 @@
+"""A part of a scoring: its rows go into a shard, what they gave into a journal beside it, and all journals together into one sum."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.engines.reading import Reader, batches_of
+from distill.engines.scored import ScoredRow, Statistics
+from distill.engines.scoring import TeacherScorer
+from distill.models.vocabulary import AlignedRow
+from distill.run.journal import Journal
+from distill.run.log import is_main_process, progress
+from distill.targets.files import TargetWriter, key_hash
+
+Hashes = NDArray[np.uint64]
+
+
+def score_part(
+    traces: Iterable[dict[str, Any]], total: int, reader: Reader, scorer: TeacherScorer, journal: Journal, writer: TargetWriter, size: int
+) -> None:
+    """Writes what is missing of a part, and closes its shard.
+
+    Args:
+        traces: All of the part, in their order.
+        total: How many.
+        reader: Aligns them.
+        scorer: The teacher.
+        journal: What the rows gave, and which were left out.
+        writer: The shard.
+        size: Of a batch.
+    """
+    left_out = {entry["key"] for entry in journal.rows() if "skipped" in entry}
+
+    def known(key: str) -> bool:
+        return key in writer or key in left_out
+
+    with ThreadPoolExecutor(1) as disk, contextlib.ExitStack() as stack:
+        bar = None
+        if is_main_process():
+            bar = stack.enter_context(progress(total, "traces", "score", done=len(writer) + len(left_out)))
+        pending: Future[None] = disk.submit(lambda: None)
+
+        def batches() -> Iterator[list[AlignedRow]]:
+            nonlocal pending
+            for window in reader.windows(traces, known):
+                new = [{"key": row.key, "skipped": row.reason} for row in window.left_out if row.key not in left_out]
+                if new:
+                    pending.result()
+                    pending = disk.submit(journal.append, new)
+                    if bar is not None:
+                        bar.update(len(new))
+                yield from batches_of(window, size, known)
+
+        dealt, tokens = batches(), 0
+        first = list(itertools.islice(dealt, 1))  # its window is aligned before the teacher's time is taken
+        for scored in scorer.read(itertools.chain(first, dealt)):
+            pending.result()
+            tokens += sum(row.statistics.tokens for row in scored)
+            if bar is not None:
+                bar.update(sum(row.key not in writer for row in scored))
+                bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
+            pending = disk.submit(_store, scored, journal, writer)  # while the next batch is read
+        pending.result()
+        writer.close()
+
+
+def _store(scored: list[ScoredRow], journal: Journal, writer: TargetWriter) -> None:
+    """Puts a batch on disk: first what it gave, so that no row of a shard is without it."""
+    journal.append([{"key": row.key, **asdict(row.statistics)} for row in scored])
+    for row in scored:
+        if row.key not in writer:
+            writer.append(row.key, row.targets)
+
+
+class Gathered(NamedTuple):
+    """What all parts gave together."""
+
+    statistics: Statistics
+    drops: dict[str, int]
+    """Reason and number of the traces that were left out."""
+    hashes: Hashes
+    """(rows,) `key_hash` of the others, rising."""
+
+
+def gathered(journals: list[Path]) -> Gathered:
+    """What the rows of all parts gave; twice read, so that 17 bytes of a row are in memory.
+
+    A batch that was cut off by a kill is there twice; the later one counts.
+    """
+
+    def entries() -> Iterator[dict[str, Any]]:
+        return (entry for journal in journals for entry in Journal(journal).rows())
+
+    hashes = np.array(array("Q", (key_hash(entry["key"]) for entry in entries())), np.uint64)
+    _, from_behind = np.unique(hashes[::-1], return_index=True)
+    counts = np.zeros(len(hashes), np.bool_)
+    counts[len(hashes) - 1 - from_behind] = True
+    total, drops, scored = Statistics(), Counter[str](), np.zeros(len(hashes), np.bool_)
+    for place, entry in enumerate(entries()):
+        if counts[place] and "skipped" in entry:
+            drops[entry["skipped"]] += 1
+        elif counts[place]:
+            scored[place] = True
+            total.add(Statistics(**{name: value for name, value in entry.items() if name != "key"}))
+    return Gathered(total, dict(drops), np.sort(hashes[scored]))
+
+
+def first_twice(keys: Iterable[str], again: Iterable[str]) -> str | None:
+    """A key that is there twice, or null; 8 bytes of a key are in memory.
+
+    Args:
+        keys: All of them.
+        again: The same once more.
+    """
+    hashes, counts = np.unique(np.array(array("Q", map(key_hash, keys)), np.uint64), return_counts=True)
+    suspects = set(hashes[counts > 1].tolist())
+    found = Counter(key for key in again if key_hash(key) in suspects) if suspects else Counter[str]()
+    return next((key for key, count in found.items() if count > 1), None)
