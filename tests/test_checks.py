@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,46 @@ def test_an_endless_check_is_killed_and_its_neighbours_are_judged() -> None:
             (False, "wrong_answer"),
         ]
         assert math.judge(pairs[:1]) == verdicts[:1]  # the pool goes on
+
+
+def test_a_slow_answer_holds_nothing_up_and_the_source_is_read_only_so_far_ahead() -> None:
+    """One of two workers is busy until the last answer is in; meanwhile the other judges 600, and few are on the way."""
+    taken, ahead, order = 0, [], []
+
+    def pairs() -> Iterator[tuple[int, Pair]]:
+        nonlocal taken
+        for number in range(601):
+            taken += 1
+            yield number, ((ENDLESS if number == 3 else f"\\boxed{{{number}}}"), str(number))
+
+    with MathJudge(timeout_s=4, workers=2) as math:
+        for number, verdict in math.stream(pairs()):
+            order.append(number)
+            ahead.append(taken - len(order))
+            assert (verdict.passed, verdict.reason) == ((None, "checker_timed_out") if number == 3 else (True, "right"))
+    assert sorted(order) == list(range(601)) and order.index(3) > 500
+    assert max(ahead) <= 4 * 32  # for each worker what it has been given, and what will be next
+
+
+def test_a_stream_that_is_left_leaves_no_answer_to_the_next() -> None:
+    with MathJudge(timeout_s=30, workers=1) as math:
+        stream = math.stream((number, (f"\\boxed{{{number}}}", "0")) for number in range(100))
+        assert next(stream) == (0, Verdict("math", True, "right"))
+        stream.close()
+        assert math.judge([("1", "2")]) == [Verdict("math", False, "wrong_answer")]
+
+
+def test_a_checker_that_cannot_start_is_an_error() -> None:
+    """A worker that dies before it has begun, as when no memory is left: no endless row of new ones."""
+    code = """
+import multiprocessing.spawn, sys
+from distill.checks.math import MathJudge
+multiprocessing.spawn.set_executable("/bin/false")
+with MathJudge(1, 1) as math:
+    math.judge([("1", "1")])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "math check: its process can't start, got exit code 1." in result.stderr
 
 
 # Judges an endless answer and one more in a process of its own, which says so once its worker has computed for 0.05 s.
