@@ -2,8 +2,8 @@ r"""Answers judged a second by the math check, against the loop it had before: b
 
     python scripts/bench_checks.py                        # a quarter of an hour on two cores, nearly all of it slow answers
 
-Answers are like those to GSM8K (reasoning, then a box with a number) and, but for the first mix, one in four is a boxed expression.
-Among them, evenly, stand slow ones: half need one to three seconds (a golden power, a binomial of high degree), half run for ever and are killed
+Answers are like those to GSM8K (reasoning, then a box with a number); but for the first mix, one in four is an expression. Among
+them, evenly, stand slow ones: half need one to three seconds (a golden power, a binomial of high degree), half run for ever and are killed
 at the limit (a power tower, the factorial of ten million). Both loops judge the same answers with the same number of
 processes, which are started and warm before the clock runs. `cores` is processor time of all processes over wall time.
 The old loop stands on pebble.
@@ -134,9 +134,8 @@ def main() -> None:
     timeout_s, workers = arguments.timeout_s, arguments.workers
     print(f"{datetime.now(UTC):%Y-%m-%d}, {len(os.sched_getaffinity(0))} CPU cores, Python {platform.python_version()}; ", end="")
     print(f"{arguments.count:,} answers a mix, {workers} processes, limit {timeout_s:g} s\n")
-    print(
-        "| expressions | slow answers | killed at the limit | batches of 64, answers/s | cores | stream, answers/s | cores | stream / batches |"
-    )
+    print("| expressions | slow answers | killed at the limit | batches of 64, answers/s | cores ", end="")
+    print("| stream, answers/s | cores | stream / batches |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for expression_every, slow_every in ((None, None), (4, None), (4, 1000), (4, 200)):
         pairs = list(answers(arguments.count, expression_every, slow_every))
@@ -146,11 +145,8 @@ def main() -> None:
             print(f"  the verdicts differ: {Counter(zip(old, new, strict=True))}")
         expressions, slow = (arguments.count // every if every else 0 for every in (expression_every, slow_every))
         killed = sum(reason == "checker_timed_out" for reason in new)
-        print(
-            f"| {expressions:,} | {slow} | {killed} | {len(pairs) / old_s:,.0f} | {old_cores:.2f} | {len(pairs) / new_s:,.0f} | {new_cores:.2f} ",
-            end="",
-        )
-        print(f"| {old_s / new_s:.2f} |", flush=True)
+        print(f"| {expressions:,} | {slow} | {killed} | {len(pairs) / old_s:,.0f} | {old_cores:.2f} ", end="")
+        print(f"| {len(pairs) / new_s:,.0f} | {new_cores:.2f} | {old_s / new_s:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
