@@ -58,10 +58,21 @@ def main() -> None:
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        app()
+        app(args=_with_stage_to_redo(sys.argv[1:]))
     except DistillError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _with_stage_to_redo(words: list[str]) -> list[str]:
+    """Makes `--redo` without a stage, which `run` takes for all of them, an option with a value as the parser knows it."""
+    if "run" not in words or "--redo" not in words:
+        return words
+    from distill.stages import FOLDERS
+
+    place = words.index("--redo")
+    named = words[place + 1 : place + 2]
+    return words if named and named[0] in FOLDERS else [*words[:place], "--redo=all", *words[place + 1 :]]
 
 
 def _show_version(asked: bool) -> None:
@@ -78,11 +89,30 @@ def _root(
 
 
 @app.command("run", context_settings=_OVERRIDES, epilog=_EPILOG)
-def run_all(context: typer.Context, recipe: RecipePath) -> None:
-    """All stages of a recipe, resuming what was begun and skipping what is done."""
-    from distill.pipeline import run_pipeline
+def run_all(
+    context: typer.Context,
+    recipe: RecipePath,
+    redo: Annotated[str, typer.Option("--redo", metavar="[STAGE]", help="Delete a stage and all after it first; alone: all.")] = "",
+    first: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Start with this stage.")] = None,
+    last: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, kept and made anew, and why; do nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask before --redo deletes what cost something.")] = False,
+) -> None:
+    """All stages of a recipe: goes on with what was begun, skips what is done, adds to it where more is asked for."""
+    from distill.before import outlook
+    from distill.pipeline import delete_from, run_pipeline
 
-    run_pipeline(_load(recipe, context))
+    loaded = _load(recipe, context)
+    if dry_run:
+        if not outlook.dry_run(loaded, first, last, redo):
+            raise typer.Exit(1)
+        return
+    if redo:
+        if not outlook.agree_to_redo(loaded, redo, yes=yes):
+            raise typer.Exit(1)
+        delete_from(loaded, redo)
+    outlook.refuse_what_cannot_end(loaded, first, last)
+    run_pipeline(loaded, first, last)
 
 
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)

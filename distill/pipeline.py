@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
+from typing import Any
 
-from distill.models.processes import Processes
+from distill.errors import RecipeError
 from distill.recipe.experiment import Recipe
-from distill.recipe.reading import recipe_text
-from distill.run.files import write_text
 from distill.run.folder import delete_stage
 from distill.run.log import is_main_process, ledger, nothing_to_do, say
-from distill.run.manifest import MANIFEST, Manifest
-from distill.stages import ROUND_STAGES, folder, run_dir, stages_of
+from distill.run.manifest import MANIFEST, Manifest, read_manifest
+from distill.stages import ROUND_STAGES, Step, folder, steps_of
 
 _UNITS = {
     "prompts": "prompts",
@@ -34,22 +34,19 @@ def run_stage(name: str, recipe: Recipe, *, number: int = 0, redo: bool = False)
         redo: Delete what an earlier run made of this stage.
     """
     target = folder(recipe, name, number)
-    if is_main_process():
-        if redo:
-            delete_stage(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_text(run_dir(recipe) / "recipe.yaml", recipe_text(recipe))
-    if redo:
-        Processes().wait()  # else another process could find the old manifest, and take the stage for done
-    module = importlib.import_module(f"distill.stages.{_module(name, recipe)}")
-    done_before = (target / MANIFEST).exists()
-    manifest: Manifest = module.run(recipe, number) if name in ROUND_STAGES else module.run(recipe)
-    say(nothing_to_do(manifest, target) if done_before else ledger(manifest, unit=_UNITS.get(name, "rows")))
+    if redo and is_main_process():
+        delete_stage(target)
+    done_before = (target / MANIFEST).exists() and read_manifest(target).digest
+    manifest: Manifest = call(Step(name, number), recipe, "run")
+    say(nothing_to_do(manifest, target) if manifest.digest == done_before else ledger(manifest, unit=_UNITS.get(name, "rows")))
     return manifest
 
 
-def _module(name: str, recipe: Recipe) -> str:
-    return "import_traces" if name == "generate" and recipe.traces is not None else name
+def call(step: Step, recipe: Recipe, what: str) -> Any:
+    """Calls `run` or `plan` of a step's stage."""
+    name = "import_traces" if step.stage == "generate" and recipe.traces is not None else step.stage
+    function = getattr(importlib.import_module(f"distill.stages.{name}"), what)
+    return function(recipe, step.number) if step.stage in ROUND_STAGES else function(recipe)
 
 
 def run_score_shard(recipe: Recipe, shard: str, *, number: int = 0) -> None:
@@ -59,26 +56,68 @@ def run_score_shard(recipe: Recipe, shard: str, *, number: int = 0) -> None:
 
 def run_rounds(recipe: Recipe) -> None:
     """Runs the on-policy rounds that are still to do, until the last one or a stop condition of `rollouts`."""
-    for number in range(1, recipe.rounds + 1):
-        say(f"\nround {number} of {recipe.rounds}")
-        for name in ROUND_STAGES:
-            stop = run_stage(name, recipe, number=number).facts.get("stop")
-            if stop is not None:
-                say(f"\nthe rounds end here: {stop}")
-                if number < recipe.rounds and recipe.rollouts is not None and recipe.rollouts.schedule_over == "all_rounds":
-                    say("the learning rate has not come to the end of its schedule; see rollouts.schedule_over")
-                return
+    _run([step for step in steps_of(recipe) if step.number], recipe)
 
 
-def run_pipeline(recipe: Recipe) -> None:
-    """Runs all stages and ends with the table of results and the path of the report."""
-    stages = stages_of(recipe)
-    measured_from = next(place for place, name in enumerate(stages) if name in ("evaluate", "report"))
-    for name in stages[:measured_from]:
-        run_stage(name, recipe)
-    run_rounds(recipe)
-    for name in stages[measured_from:]:
-        run_stage(name, recipe)
+def run_pipeline(recipe: Recipe, first: str | None = None, last: str | None = None) -> None:
+    """Runs all stages and ends with the table of results and the path of the report.
+
+    Args:
+        recipe: The recipe.
+        first: Start with this stage; what it reads must be there.
+        last: Stop after this stage.
+    """
+    steps = select(steps_of(recipe), first, last)
+    _run(steps, recipe)
     report = folder(recipe, "report")
-    say("\n" + (report / "summary.txt").read_text(encoding="utf-8"))
-    say(f"report: {report / 'report.html'}")
+    if any(step.stage == "report" for step in steps):
+        say("\n" + (report / "summary.txt").read_text(encoding="utf-8"))
+        say(f"report: {report / 'report.html'}")
+
+
+def select(steps: Sequence[Step], first: str | None, last: str | None, option: str = "--from") -> list[Step]:
+    """The steps from the first of one stage to the last of another.
+
+    Raises:
+        RecipeError: the recipe has no such stage, or they are in the other order.
+    """
+    names = [step.stage for step in steps]
+    for given, name in ((option, first), ("--until", last)):
+        if name is not None and name not in names:
+            raise RecipeError(f"{given}: this recipe has no stage {name!r}, only {', '.join(dict.fromkeys(names))}.")
+    start = names.index(first) if first is not None else 0
+    end = len(names) - names[::-1].index(last) if last is not None else len(names)
+    if start >= end:
+        raise RecipeError(f"--from {first} comes after --until {last}. The order is {', '.join(dict.fromkeys(names))}.")
+    return list(steps[start:end])
+
+
+def _run(steps: Sequence[Step], recipe: Recipe) -> None:
+    stopped = False
+    for place, step in enumerate(steps):
+        if step.number and stopped:
+            continue
+        if step.number and (place == 0 or steps[place - 1].number != step.number):
+            say(f"\nround {step.number} of {recipe.rounds}")
+        stop = run_stage(step.stage, recipe, number=step.number).facts.get("stop")
+        if step.number and stop is not None:
+            stopped = True
+            say(f"\nthe rounds end here: {stop}")
+            if step.number < recipe.rounds and recipe.rollouts is not None and recipe.rollouts.schedule_over == "all_rounds":
+                say("the learning rate has not come to the end of its schedule; see rollouts.schedule_over")
+
+
+def delete_from(recipe: Recipe, stage: str) -> None:
+    """Deletes a stage and all that follows from it, the last first; `all` deletes every stage."""
+    for step in reversed(made_from(recipe, stage)):
+        delete_stage(folder(recipe, *step))
+
+
+def made_from(recipe: Recipe, stage: str) -> list[Step]:
+    """The steps of which something is there, from a stage on; `all` takes every stage.
+
+    Raises:
+        RecipeError: the recipe has no such stage.
+    """
+    steps = steps_of(recipe) if stage == "all" else select(steps_of(recipe), stage, None, option="--redo")
+    return [step for step in steps if folder(recipe, *step).exists()]

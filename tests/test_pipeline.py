@@ -106,7 +106,7 @@ def test_other_settings_are_refused_and_redo_makes_them(finished: tuple[Path, Pa
     redone = distill("curate", *changed, "--redo")
     assert redone.returncode == 0 and read_manifest(tmp_path / "copy" / "curated").rows_kept == 48
     stale = distill("train", *changed)
-    assert stale.returncode == 1 and "inputs.curated" in stale.stderr
+    assert stale.returncode == 1 and "curated/ has changed since" in stale.stderr
 
 
 @pytest.mark.slow

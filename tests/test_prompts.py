@@ -145,7 +145,7 @@ def test_a_second_run_does_nothing_and_an_edited_source_is_refused(tmp_path: Pat
     assert run(recipe(tmp_path / "run", source)) == first
     assert (tmp_path / "run" / "prompts" / MANIFEST).stat().st_mtime_ns == written
     write(source, rows()[1:])
-    with pytest.raises(StageConflictError, match=r"source_sha256: its content has changed"):
+    with pytest.raises(StageConflictError, match="source_sha256: its content has changed"):
         run(recipe(tmp_path / "run", source))
 
 

@@ -59,18 +59,18 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
-    speed_only: ClassVar[frozenset[str]] = frozenset()
-    """Fields that change how fast rows are made, not which."""
+    decides_no_row: ClassVar[frozenset[str]] = frozenset()
+    """Fields that say how fast rows are made, how long is waited, what is shown; never which rows. They lock no folder."""
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide which rows a stage makes, as plain JSON values."""
-        return self.model_dump(mode="json", exclude=set(self.speed_only))
+        return self.model_dump(mode="json", exclude=set(self.decides_no_row))
 
 
 class Sampling(Section):
     """How tokens are drawn."""
 
-    speed_only = frozenset({"batch_size"})
+    decides_no_row = frozenset({"batch_size"})
 
     samples_per_prompt: PositiveInt = 1
     """Traces for each prompt."""

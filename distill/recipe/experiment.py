@@ -1,7 +1,7 @@
 """The recipe: one strict, typed description of an experiment. Knows nothing of torch.
 
-The docstring under a field is its only documentation; `distill keys` prints it. A field that changes how fast rows
-are made but not which rows are made is named in `speed_only`, and so does not make an existing folder another experiment.
+The docstring under a field is its only documentation; `distill keys` prints it. A field that says how fast rows are
+made, or what is shown, but not which rows they are, is named in `decides_no_row`: it never makes a folder another experiment.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from distill.recipe.base import OutputPath, Section
-from distill.recipe.learning import DEEPSPEED_HAS_NO_PARTS, LOSS_OF_SFT, Distillation, Rollouts, Score, Train
+from distill.recipe.learning import DEEPSPEED_HAS_NO_PARTS, FOLLOWS_EVALUATION, LOSS_OF_SFT, Distillation, Rollouts, Score, Train
 from distill.recipe.models import ModelSpec, Student
 from distill.recipe.prompts import Prompts
 from distill.recipe.results import Evaluate, Export, Report
@@ -130,7 +130,7 @@ class Recipe(Section):
             return
         arguments = self.train_in_rounds.trainer_args
         schedule, deepspeed = arguments.get("lr_scheduler_type"), arguments.get("deepspeed")
-        if schedule in ("reduce_lr_on_plateau", "greedy"):
+        if schedule in FOLLOWS_EVALUATION:
             raise ValueError(f"rollouts.schedule_over: {schedule} follows the evaluation, so it can't run over all rounds; set each_round")
         if isinstance(deepspeed, dict) and "scheduler" in deepspeed:
             raise ValueError(f"rollouts.schedule_over: {DEEPSPEED_HAS_NO_PARTS}")

@@ -19,6 +19,10 @@ LOSS_OF_SFT = frozenset({"loss_type", "label_smoothing_factor", "router_aux_loss
 """Fields of SFTConfig that nothing reads where the loss is the one on stored targets."""
 
 
+DEFAULT_EPOCHS = 2.0
+"""Passes over the traces where trainer_args has no num_train_epochs."""
+FOLLOWS_EVALUATION = ("reduce_lr_on_plateau", "greedy")
+"""Schedules of the learning rate that an evaluation decides."""
 DEEPSPEED_HAS_NO_PARTS = (
     "the scheduler of the DeepSpeed config can't run over all rounds. Leave it out of the config, so that "
     "trainer_args.lr_scheduler_type decides, or set each_round."
@@ -35,7 +39,7 @@ class SchedulePart(NamedTuple):
 class Score(Section):
     """The teacher reads finished traces, and what it thinks of every supervised token is stored."""
 
-    speed_only = frozenset({"batch_size", "verify_rows"})
+    decides_no_row = frozenset({"batch_size", "verify_rows"})
 
     target: Annotated[TopK | Sampled | ChosenToken, Field(discriminator="kind")] = TopK()
     """What is stored of a distribution: `{kind: top_k, k: 64}`, `{kind: sampled, draws: 50}` or `{kind: chosen_token}`."""
@@ -176,6 +180,17 @@ class Rollouts(Sampling):
         return round(self.first_max_new_tokens * growth)
 
 
+# Fields of TRL's configs that show, keep or hasten, and leave the weights alone.
+_SHOWS_AND_KEEPS = (
+    *("logging_", "log_", "report_to", "run_name", "project", "trackio_", "disable_tqdm", "num_completions_to_print"),
+    *("include_num_input_tokens_seen", "skip_memory_metrics", "push_to_hub", "hub_", "enable_jit_checkpoint", "ddp_timeout"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
+    *("dataset_num_proc", "torch_empty_cache_steps"),
+)
+_MEASURES = ("save_", "eval_", "per_device_eval_batch_size", "prediction_loss_only")
+"""These, too, unless the best checkpoint is taken, or the learning rate follows the evaluation."""
+
+
 class Train(Section):
     """The student learns."""
 
@@ -211,6 +226,13 @@ class Train(Section):
         if "method" not in info.data or "on_policy" not in info.data:  # they have errors of their own
             return value
         return check_trainer_args(value, config_class(info.data["method"], info.data["on_policy"]))
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the weights: without what only shows, keeps or hastens."""
+        given = self.trainer_args
+        measured = given.get("load_best_model_at_end") or given.get("lr_scheduler_type") in FOLLOWS_EVALUATION
+        aside = _SHOWS_AND_KEEPS if measured else (*_SHOWS_AND_KEEPS, *_MEASURES)
+        return super().identity() | {"trainer_args": {name: value for name, value in given.items() if not name.startswith(aside)}}
 
     @property
     def is_live(self) -> bool:

@@ -12,7 +12,7 @@ from distill.recipe.base import PathOrName, PositiveInt, Section
 class ModelSpec(Section):
     """A model by name, with everything needed to load it and to speak to it."""
 
-    speed_only = frozenset({"attn_implementation"})
+    decides_no_row = frozenset({"attn_implementation"})
 
     model: PathOrName
     """Hub id, local folder, or `embedded:teacher` / `embedded:student` (the tiny pair shipped with the kit)."""

@@ -14,6 +14,8 @@ ModelRole = Literal["base", "student", "teacher"]
 class Evaluate(Sampling):
     """Base, student and teacher answer the held-out prompts."""
 
+    decides_no_row = frozenset({"batch_size", "check_timeout_s"})
+
     models: list[ModelRole] = Field(default_factory=lambda: list(get_args(ModelRole)))
     """Who is measured; base is the student before training."""
     temperature: Annotated[float, Field(ge=0)] = 0.0

@@ -48,7 +48,7 @@ class Generate(Sampling):
 class Curate(Section):
     """Which traces are good enough to learn from."""
 
-    speed_only = frozenset({"workers"})
+    decides_no_row = frozenset({"workers", "check_timeout_s"})
 
     checks: list[CheckName] = Field(default_factory=lambda: list(get_args(CheckName)))
     """Every one must pass. finish: ended by itself; think: reasoning, then an answer; math: the answer is right."""

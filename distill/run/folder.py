@@ -27,7 +27,7 @@ from distill.errors import StageConflictError
 from distill.run.files import digest_file, write_text
 from distill.run.journal import Journal
 from distill.run.manifest import JOURNAL, LOCK, MANIFEST, PLAN, SCHEMA_VERSION, Manifest, read_manifest
-from distill.run.plan import NO_GROWTH, Growth, Relation, StagePlan, input_digests, relation
+from distill.run.plan import NO_GROWTH, Growth, StagePlan, input_digests, relation
 from distill.run.tables import TableWriter
 
 EARLIER = "earlier"
@@ -139,13 +139,13 @@ class StageFolder:
     def _resume(self) -> None:
         found = relation(self._plan, shared=self._part is not None)
         if found.kind == "refused":
-            raise StageConflictError(refusal(self._plan, found))
+            raise StageConflictError(refusal(self._plan, found.changes))
         if found.kind == "complete":
             self.manifest = read_manifest(self.path)
             return
         if found.kind in ("new", "grows"):
             plan = {"schema_version": SCHEMA_VERSION, "stage": self.stage, "settings": self.settings, "inputs": self._inputs}
-            write_text(self.path / PLAN, json.dumps(plan, indent=2))
+            write_text(self.path / PLAN, json.dumps(plan | {"made_with": self._plan.made_with}, indent=2))
         if (self.path / MANIFEST).exists():  # it grows; or was killed while what is there was put aside
             self._put_aside()
 
@@ -236,12 +236,12 @@ class StageFolder:
         return [before.digest, *before.grew_from]
 
 
-def refusal(plan: StagePlan, found: Relation) -> str:
+def refusal(plan: StagePlan, changes: Sequence[str]) -> str:
     """Why a plan is refused, and what to do, for people."""
     state = "is under way with other settings or inputs" if (plan.path / PLAN).exists() else "was made with other settings or inputs"
-    more = f"; and {len(found.changes) - 5} more" if len(found.changes) > 5 else ""
+    more = f"; and {len(changes) - 5} more" if len(changes) > 5 else ""
     return (
-        f"{plan.path}: {state}: {'; '.join(found.changes[:5])}{more}. Keep to what is there, give another run_dir, or make it anew with "
+        f"{plan.path}: {state}: {'; '.join(changes[:5])}{more}. Keep to what is there, give another run_dir, or make it anew with "
         "--redo, and all that follows from it with `distill run --redo "
         f"{plan.stage}`."
     )

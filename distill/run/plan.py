@@ -29,8 +29,8 @@ class Growth:
     """Dotted settings that may rise, and what null stands for there."""
     free: frozenset[str] = frozenset()
     """Dotted settings that may change in any way, because the stage looks itself whether rows are only added."""
-    inputs: bool = True
-    """Whether inputs that have grown make the stage grow."""
+    inputs: Literal["follow", "ignore"] = "follow"
+    """What follows from inputs that have grown: the stage grows, too, or it stays as it is."""
     other_inputs: bool = False
     """Whether inputs may be others altogether: what was made from them is made anew."""
     anything: bool = False
@@ -65,12 +65,13 @@ class Relation(NamedTuple):
     """What differs, as clauses with key and values; of `grows` what is added, of `refused` what stands in the way."""
 
 
-def relation(plan: StagePlan, *, shared: bool = False) -> Relation:
+def relation(plan: StagePlan, *, shared: bool = False, inputs: bool = True) -> Relation:
     """How a plan stands to what is in its folder; all its inputs must be complete.
 
     Args:
         plan: What is asked.
         shared: Whether others may have begun a part of it, so that a plan alone counts.
+        inputs: Whether to look at what it reads; False judges by the settings alone.
 
     Raises:
         MissingStageError: an input is absent or unfinished.
@@ -82,11 +83,12 @@ def relation(plan: StagePlan, *, shared: bool = False) -> Relation:
     if (plan.path / PLAN).exists() and (made or shared):  # also beside a manifest: the folder has begun to grow
         found = read_json(plan.path / PLAN)
         changes = list(_differences(found.get("settings"), plan.settings))
-        clauses = [clause for _, clause in changes] + [text for _, text in _changed_inputs(found["inputs"], plan)]
+        clauses = [clause for _, clause in changes]
+        clauses += [clause for _, clause in _changed_inputs(found["inputs"], plan)] if inputs else []
         return Relation("refused", clauses) if clauses else Relation("begun")
     if (plan.path / MANIFEST).exists():
         manifest = read_manifest(plan.path)
-        return _to_finished(plan, manifest.settings, manifest.inputs)
+        return _to_finished(plan, manifest.settings, manifest.inputs if inputs else {})
     return Relation("new")
 
 
@@ -98,8 +100,9 @@ def _to_finished(plan: StagePlan, settings: dict[str, Any], inputs: dict[str, st
         allowed = plan.growth.anything or key in plan.growth.free or _rises(plan.growth.rising, key, there, here)
         (added if allowed else refused).append(clause)
     for grown, clause in _changed_inputs(inputs, plan):
-        allowed = plan.growth.anything or plan.growth.other_inputs or (grown and plan.growth.inputs)
-        (added if allowed else refused).append(clause)
+        if grown and plan.growth.inputs == "ignore":
+            continue
+        (added if grown or plan.growth.other_inputs or plan.growth.anything else refused).append(clause)
     if refused:
         return Relation("refused", refused)
     return Relation("grows", added) if added else Relation("complete")

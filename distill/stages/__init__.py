@@ -5,11 +5,21 @@ A run's stages stand side by side in its folder. An on-policy round repeats some
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock
 
 from distill.errors import DataError
 from distill.recipe.experiment import Recipe
-from distill.run.manifest import MANIFEST, read_manifest
+from distill.recipe.reading import recipe_text
+from distill.reporting.made import MadeStep, made_recipe
+from distill.run.files import read_json, write_text
+from distill.run.folder import StageFolder
+from distill.run.manifest import LOCK, MANIFEST, PLAN, read_manifest
+from distill.run.plan import NO_GROWTH, Growth, StagePlan
 
 FOLDERS = {
     "prompts": "prompts",
@@ -26,6 +36,9 @@ FOLDERS = {
 
 ROUND_STAGES = ("rollouts", "score", "train")
 """What an on-policy round consists of: the student writes, the teacher scores, the student trains."""
+
+_MEASURING = ("evaluate", "report", "export")
+"""Stages that stand behind the rounds."""
 
 ROUNDS = "rounds"
 
@@ -56,6 +69,74 @@ def stages_of(recipe: Recipe) -> list[str]:
         "export": recipe.export is not None,
     }
     return [name for name in FOLDERS if wanted[name]]
+
+
+class Step(NamedTuple):
+    """A stage of a run, or of one of its on-policy rounds."""
+
+    stage: str
+    number: int = 0
+    """Of the round, from 1; 0 outside the rounds."""
+
+    def __str__(self) -> str:
+        return f"round {self.number} {self.stage}" if self.number else self.stage
+
+
+def steps_of(recipe: Recipe) -> list[Step]:
+    """All that a recipe asks for, in order; the rounds stand before what measures their student."""
+    stages = stages_of(recipe)
+    rounds = [Step(name, number) for number in range(1, recipe.rounds + 1) for name in ROUND_STAGES]
+    before, behind = ([Step(name) for name in stages if (name in _MEASURING) == measures] for measures in (False, True))
+    return [*before, *rounds, *behind]
+
+
+def plan_of(recipe: Recipe, step: Step, settings: dict[str, Any], inputs: Sequence[Path] = (), growth: Growth = NO_GROWTH) -> StagePlan:
+    """What a step is asked to make, in its folder, with the recipe for the record."""
+    return StagePlan(folder(recipe, *step), step.stage, settings, inputs, growth, recipe.model_dump(mode="json"))
+
+
+@contextmanager
+def open_stage(recipe: Recipe, plan: StagePlan, part: str | None = None, hold: bool = True) -> Iterator[StageFolder]:
+    """A stage's folder, held by this process; once it is granted, the run's `recipe.yaml` says what its stages are made with.
+
+    Args:
+        recipe: The recipe.
+        plan: What the stage is asked to make.
+        part: Hold this part alone.
+        hold: False for the processes of a launch that work beside the one that holds it.
+
+    Raises:
+        StageConflictError: what is there was made with other settings, or another process holds it.
+        MissingStageError: an input is absent or unfinished.
+    """
+    out = StageFolder(*plan, part=part)
+    if not hold:
+        yield out
+        return
+    with out:
+        with FileLock(run_dir(recipe) / LOCK):
+            write_text(run_dir(recipe) / "recipe.yaml", recipe_text(as_made(recipe)))
+        yield out
+
+
+def as_made(recipe: Recipe) -> Recipe:
+    """The recipe as its run was made: where stages were given other settings than this command's, those."""
+    return made_recipe(recipe, made_steps(recipe))
+
+
+def made_steps(recipe: Recipe) -> list[MadeStep]:
+    """The steps of a run that are finished or under way, with the recipes they were made with; whatever this recipe asks for."""
+    numbers = sorted(int(place.name) for place in (run_dir(recipe) / ROUNDS).glob("[0-9]*"))
+    steps = [Step(name) for name in FOLDERS if name not in ("rollouts", *_MEASURING)]
+    steps += [Step(name, number) for number in numbers for name in ROUND_STAGES]
+    found = []
+    for step in [*steps, *map(Step, _MEASURING)]:
+        place = folder(recipe, *step)
+        if (place / PLAN).exists():
+            found.append(MadeStep(*step, read_json(place / PLAN).get("made_with", {})))
+        elif (place / MANIFEST).exists():
+            found.append(MadeStep(*step, read_manifest(place).made_with))
+    return found
 
 
 def last_round(recipe: Recipe) -> int:

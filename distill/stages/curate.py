@@ -17,18 +17,24 @@ from distill.run.folder import StageFolder
 from distill.run.journal import Journal
 from distill.run.log import Clock, progress
 from distill.run.manifest import Manifest, read_manifest
+from distill.run.plan import StagePlan
 from distill.run.schema import DROPPED_TRACE, TRACE, VERDICT
 from distill.run.tables import read_rows
-from distill.stages import folder
+from distill.stages import Step, folder, open_stage, plan_of
 
 Row = dict[str, Any]
 _BATCH = 64  # answers checked between two writes to the journal
 
 
+def plan(recipe: Recipe) -> StagePlan:
+    """What the stage is asked to make."""
+    return plan_of(recipe, Step("curate"), {"curate": recipe.curate.identity()}, [folder(recipe, "generate")])
+
+
 def run(recipe: Recipe) -> Manifest:
     """Writes the tables `curated`, `dropped` and `verdicts`; resumes after the last batch of answer checks."""
     traces = folder(recipe, "generate")
-    with StageFolder(folder(recipe, "curate"), "curate", {"curate": recipe.curate.identity()}, [traces]) as out:
+    with open_stage(recipe, plan(recipe)) as out:
         if out.manifest:
             return out.manifest
         clock = Clock()

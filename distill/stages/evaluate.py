@@ -18,25 +18,38 @@ from distill.recipe.results import Evaluate
 from distill.run.folder import StageFolder
 from distill.run.log import Clock, progress
 from distill.run.manifest import Manifest, check_files
+from distill.run.plan import StagePlan
 from distill.run.schema import ANSWER, SCORE, TRACE
 from distill.run.tables import read_rows
-from distill.stages import folder, student_folder
+from distill.stages import Step, folder, open_stage, plan_of, student_folder
 
 TASK = "heldout"
 
 
-def run(recipe: Recipe) -> Manifest:
-    """Writes the tables `traces`, `answers` and `scores`; resumes after the last finished batch."""
-    evaluate = recipe.evaluate
-    if evaluate is None:
-        raise DataError("evaluate: this recipe leaves the stage out (evaluate: null). Give it a section evaluate.")
+def plan(recipe: Recipe) -> StagePlan:
+    """What the stage is asked to make.
+
+    Raises:
+        DataError: the recipe leaves it out.
+    """
+    evaluate = _evaluate_of(recipe)
     specs = {"student": recipe.student.identity()}
     if recipe.teacher is not None and "teacher" in evaluate.models:
         specs["teacher"] = recipe.teacher.identity()
     inputs = [folder(recipe, "prompts"), *([student_folder(recipe)] if "student" in evaluate.models else [])]
-    settings = {**specs, "evaluate": evaluate.identity(), "seed": recipe.seed}
-    with StageFolder(folder(recipe, "evaluate"), "evaluate", settings, inputs) as out:
-        return out.manifest or _evaluate(recipe, evaluate, out)
+    return plan_of(recipe, Step("evaluate"), {**specs, "evaluate": evaluate.identity(), "seed": recipe.seed}, inputs)
+
+
+def run(recipe: Recipe) -> Manifest:
+    """Writes the tables `traces`, `answers` and `scores`; resumes after the last finished batch."""
+    with open_stage(recipe, plan(recipe)) as out:
+        return out.manifest or _evaluate(recipe, _evaluate_of(recipe), out)
+
+
+def _evaluate_of(recipe: Recipe) -> Evaluate:
+    if recipe.evaluate is None:
+        raise DataError("evaluate: this recipe leaves the stage out (evaluate: null). Give it a section evaluate.")
+    return recipe.evaluate
 
 
 def _evaluate(recipe: Recipe, evaluate: Evaluate, out: StageFolder) -> Manifest:

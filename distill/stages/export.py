@@ -28,8 +28,9 @@ from distill.run.files import write_text
 from distill.run.folder import StageFolder
 from distill.run.log import Clock, progress, say
 from distill.run.manifest import Manifest, check_files, read_manifest
+from distill.run.plan import Growth, StagePlan
 from distill.run.tables import read_rows
-from distill.stages import folder, folders_to_show, student_folder
+from distill.stages import Step, as_made, folder, folders_to_show, open_stage, plan_of, student_folder
 
 if TYPE_CHECKING:
     import torch
@@ -42,15 +43,29 @@ _ANSWER_TOKENS = 64  # of each parity prompt's answer that are compared
 _HEADROOM = 1.5  # times the weights: what merging and a forward pass take beside them
 
 
-def run(recipe: Recipe) -> Manifest:
-    """Writes the merged model, the adapter and the card, and the comparison into the manifest."""
-    export = recipe.export
-    if export is None:
-        raise DataError("export: this recipe leaves the stage out (export: null). Give it a section export.")
+def plan(recipe: Recipe) -> StagePlan:
+    """What the stage is asked to make; what was exported of another student, or in another form, is kept beside it.
+
+    Raises:
+        DataError: the recipe leaves it out.
+    """
+    export = _export_of(recipe)
     settings = {"export": export.identity(), "student": recipe.student.identity(), "name": model_name(recipe, export)}
     inputs = [student_folder(recipe), *([folder(recipe, "evaluate")] if recipe.evaluate is not None else [])]
-    with StageFolder(folder(recipe, "export"), "export", settings, inputs) as out:
-        return out.manifest or _export(recipe, export, out)
+    return plan_of(recipe, Step("export"), settings, inputs, Growth(anything=True, adds=False))
+
+
+def run(recipe: Recipe) -> Manifest:
+    """Writes the merged model, the adapter and the card, and the comparison into the manifest."""
+    with open_stage(recipe, plan(recipe)) as out:
+        made = as_made(recipe)
+        return out.manifest or _export(made, _export_of(made), out)
+
+
+def _export_of(recipe: Recipe) -> Export:
+    if recipe.export is None:
+        raise DataError("export: this recipe leaves the stage out (export: null). Give it a section export.")
+    return recipe.export
 
 
 def model_name(recipe: Recipe, export: Export) -> str:

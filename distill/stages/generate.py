@@ -10,17 +10,24 @@ from distill.recipe.traces import Generate
 from distill.run.folder import StageFolder
 from distill.run.log import Clock
 from distill.run.manifest import Manifest
+from distill.run.plan import StagePlan
 from distill.run.schema import TRACE
 from distill.run.tables import read_rows
-from distill.stages import folder
+from distill.stages import Step, folder, open_stage, plan_of
+
+
+def plan(recipe: Recipe) -> StagePlan:
+    """What the stage is asked to make."""
+    assert recipe.teacher is not None and recipe.generate is not None  # the recipe was validated
+    settings = {"teacher": recipe.teacher.identity(), "generate": recipe.generate.identity(), "seed": recipe.seed}
+    return plan_of(recipe, Step("generate"), settings, [folder(recipe, "prompts")])
 
 
 def run(recipe: Recipe) -> Manifest:
     """Writes the table `traces`, a row a prompt and sample; resumes after the last finished batch."""
     teacher, sampling = recipe.teacher, recipe.generate
     assert teacher is not None and sampling is not None  # the recipe was validated
-    settings = {"teacher": teacher.identity(), "generate": sampling.identity(), "seed": recipe.seed}
-    with StageFolder(folder(recipe, "generate"), "generate", settings, [folder(recipe, "prompts")]) as out:
+    with open_stage(recipe, plan(recipe)) as out:
         return out.manifest or _generate(recipe, teacher, sampling, out)
 
 

@@ -29,20 +29,28 @@ from distill.recipe.traces import Traces
 from distill.run.folder import StageFolder
 from distill.run.log import Clock
 from distill.run.manifest import Manifest
+from distill.run.plan import StagePlan
 from distill.run.schema import DROPPED_TRACE, THINK_CLOSE, THINK_OPEN, TRACE, prompt_id
 from distill.run.tables import iter_pieces
-from distill.stages import folder
+from distill.stages import Step, folder, open_stage, plan_of
 
 _ROWS = 512  # matched to their prompts at once
 
 
+def plan(recipe: Recipe) -> StagePlan:
+    """What the stage is asked to make."""
+    traces = recipe.traces
+    assert traces is not None  # the recipe was validated
+    digest = brought_traces(traces).recall(folder(recipe, "generate"))
+    return plan_of(recipe, Step("generate"), {"traces": traces.identity(), "source_sha256": digest}, [folder(recipe, "prompts")])
+
+
 def run(recipe: Recipe) -> Manifest:
     """Writes the tables `traces` and `dropped`."""
-    traces, path = recipe.traces, folder(recipe, "generate")
+    traces = recipe.traces
     assert traces is not None  # the recipe was validated
     source = brought_traces(traces)
-    settings = {"traces": traces.identity(), "source_sha256": source.recall(path)}
-    with StageFolder(path, "generate", settings, [folder(recipe, "prompts")]) as out:
+    with open_stage(recipe, plan(recipe)) as out:
         return out.manifest or _import(recipe, traces, source, out)
 
 

@@ -23,11 +23,11 @@ from distill.data.sources import Source, heldout_problems, problems
 from distill.errors import DataError
 from distill.recipe.experiment import Recipe
 from distill.recipe.prompts import Prompts
-from distill.run.folder import StageFolder
 from distill.run.log import Clock
 from distill.run.manifest import Manifest
+from distill.run.plan import StagePlan
 from distill.run.schema import DROPPED_PROMPT, PROMPT
-from distill.stages import folder
+from distill.stages import Step, folder, open_stage, plan_of
 
 _TRAIN, _HELDOUT = 0, 1  # fates; those from 2 on are reasons to drop a row
 _REASONS = ["empty_prompt", "no_answer_match", "duplicate", "duplicate_other_reference", "in_heldout_source", "not_drawn"]
@@ -51,8 +51,8 @@ class Survey(NamedTuple):
     """PROMPT rows of the first training prompts."""
 
 
-def run(recipe: Recipe) -> Manifest:
-    """Writes the tables `train`, `heldout` and `dropped`."""
+def plan(recipe: Recipe) -> StagePlan:
+    """What the stage is asked to make."""
     prompts, path = recipe.prompts, folder(recipe, "prompts")
     source, heldout_source = problems(prompts), heldout_problems(prompts)
     settings = {
@@ -61,11 +61,18 @@ def run(recipe: Recipe) -> Manifest:
         "source_sha256": source.recall(path),
         "heldout_source_sha256": heldout_source.recall(path) if heldout_source else None,
     }
-    with StageFolder(path, "prompts", settings) as out:
+    return plan_of(recipe, Step("prompts"), settings)
+
+
+def run(recipe: Recipe) -> Manifest:
+    """Writes the tables `train`, `heldout` and `dropped`."""
+    prompts = recipe.prompts
+    source, heldout_source = problems(prompts), heldout_problems(prompts)
+    with open_stage(recipe, plan(recipe)) as out:
         if out.manifest:
             return out.manifest
         clock = Clock()
-        with out.in_one_go(), tempfile.TemporaryFile(dir=path) as waiting:
+        with out.in_one_go(), tempfile.TemporaryFile(dir=out.path) as waiting:
             index = _read(prompts, source, heldout_source, waiting)
             fates = index.fates(prompts, recipe.seed)
             _write(out, waiting, fates)

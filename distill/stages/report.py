@@ -8,6 +8,7 @@ from typing import Any
 
 from distill.recipe.experiment import Recipe
 from distill.recipe.reading import recipe_text
+from distill.reporting.made import repeat_commands
 from distill.reporting.pages import render
 from distill.reporting.summary import RunSummary, duration_text, lineage, metrics, summarise
 from distill.reporting.tables import (
@@ -27,20 +28,26 @@ from distill.run.files import write_text
 from distill.run.folder import StageFolder
 from distill.run.log import Clock
 from distill.run.manifest import Manifest
+from distill.run.plan import Growth, StagePlan
 from distill.run.schema import THINK_CLOSE, THINK_OPEN
 from distill.run.tables import read_rows
-from distill.stages import folder, folders_to_show, last_round, student_folder
+from distill.stages import Step, as_made, folder, folders_to_show, last_round, made_steps, open_stage, plan_of, student_folder
 
 Row = dict[str, Any]
 _PASSED = {True: "passed", False: "failed", None: "not judged"}
 
 
-def run(recipe: Recipe) -> Manifest:
-    """Writes `report.html`, `report.md` and `summary.txt`."""
+def plan(recipe: Recipe) -> StagePlan:
+    """What the stage is asked to make; it takes seconds, so any change makes it anew."""
     stages, rounds = folders_to_show(recipe)
     inputs = [*stages.values(), *(place for places in rounds for place in places.values())]
-    with StageFolder(folder(recipe, "report"), "report", {"report": recipe.report.identity()}, inputs) as out:
-        return out.manifest or _report(recipe, out)
+    return plan_of(recipe, Step("report"), {"report": recipe.report.identity()}, inputs, Growth(anything=True))
+
+
+def run(recipe: Recipe) -> Manifest:
+    """Writes `report.html`, `report.md` and `summary.txt`."""
+    with open_stage(recipe, plan(recipe)) as out:
+        return out.manifest or _report(as_made(recipe), out)
 
 
 def _report(recipe: Recipe, out: StageFolder) -> Manifest:
@@ -74,6 +81,7 @@ def _page(recipe: Recipe, summary: RunSummary) -> dict[str, Any]:
         "examples": _examples(recipe, summary),
         "no_examples": "None asked for." if recipe.report.examples == 0 else "This method keeps no traces.",
         "recipe": recipe_text(recipe),
+        "repeat": repeat_commands(recipe, made_steps(recipe)),
     }
 
 

@@ -19,9 +19,31 @@ from distill.recipe.learning import Rollouts
 from distill.run.folder import StageFolder
 from distill.run.log import Clock
 from distill.run.manifest import Manifest, check_files
+from distill.run.plan import StagePlan
 from distill.run.schema import TRACE
 from distill.run.tables import read_rows
-from distill.stages import folder, previous_student
+from distill.stages import Step, folder, open_stage, plan_of, previous_student
+
+
+def plan(recipe: Recipe, number: int) -> StagePlan:
+    """What the stage is asked to make in a round.
+
+    Raises:
+        RecipeError: the recipe has no such round.
+    """
+    rollouts = _rollouts_of(recipe, number)
+    settings = {
+        "student": recipe.student.identity(),
+        "rollouts": {
+            **_sampling(recipe, number).identity(),
+            **{name: getattr(rollouts, name) for name in ("prompts_per_round", "stop_truncation_rate", "stop_mean_tokens")},
+        },
+        "seed": recipe.seed,
+        "round": number,
+    }
+    writer = previous_student(recipe, number)
+    inputs = [folder(recipe, "prompts"), *([] if writer is None else [writer])]
+    return plan_of(recipe, Step("rollouts", number), settings, inputs)
 
 
 def run(recipe: Recipe, number: int) -> Manifest:
@@ -34,22 +56,21 @@ def run(recipe: Recipe, number: int) -> Manifest:
     Raises:
         RecipeError: the recipe has no such round.
     """
-    rollouts = recipe.rollouts
-    if rollouts is None or not 1 <= number <= recipe.rounds:
+    with open_stage(recipe, plan(recipe, number)) as out:
+        if out.manifest:
+            return out.manifest
+        return _write(recipe, _rollouts_of(recipe, number), number, _sampling(recipe, number), previous_student(recipe, number), out)
+
+
+def _rollouts_of(recipe: Recipe, number: int) -> Rollouts:
+    if recipe.rollouts is None or not 1 <= number <= recipe.rounds:
         raise RecipeError(f"round {number}: the recipe has {recipe.rounds} rounds. Raise rounds, or give --round from 1 up to that.")
-    sampling = rollouts.plain(max_new_tokens=rollouts.horizon(number, recipe.rounds))
-    settings = {
-        "student": recipe.student.identity(),
-        "rollouts": sampling.identity(),
-        "prompts_per_round": rollouts.prompts_per_round,
-        "stop": {"truncation_rate": rollouts.stop_truncation_rate, "mean_tokens": rollouts.stop_mean_tokens},
-        "seed": recipe.seed,
-        "round": number,
-    }
-    writer = previous_student(recipe, number)
-    inputs = [folder(recipe, "prompts"), *([] if writer is None else [writer])]
-    with StageFolder(folder(recipe, "rollouts", number), "rollouts", settings, inputs) as out:
-        return out.manifest or _write(recipe, rollouts, number, sampling, writer, out)
+    return recipe.rollouts
+
+
+def _sampling(recipe: Recipe, number: int) -> Sampling:
+    rollouts = _rollouts_of(recipe, number)
+    return rollouts.plain(max_new_tokens=rollouts.horizon(number, recipe.rounds))
 
 
 def _write(recipe: Recipe, rollouts: Rollouts, number: int, sampling: Sampling, writer: Path | None, out: StageFolder) -> Manifest:

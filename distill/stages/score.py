@@ -26,9 +26,10 @@ from distill.run.folder import StageFolder
 from distill.run.journal import Journal
 from distill.run.log import Clock, is_main_process, ledger, nothing_to_do, say
 from distill.run.manifest import MANIFEST, Manifest, read_manifest
+from distill.run.plan import StagePlan
 from distill.run.schema import trace_key
 from distill.run.tables import iter_pieces, iter_rows
-from distill.stages import folder
+from distill.stages import Step, folder, open_stage, plan_of
 
 if TYPE_CHECKING:
     from distill.engines.reading import Reader
@@ -49,9 +50,8 @@ _PART = re.compile(r"(?:targets|journal)-\d{5}-of-(\d{5})\.")
 def run(recipe: Recipe, number: int = 0) -> Manifest:
     """Writes the shards of targets, in as many processes as were launched, and the manifest; round 0 is before the rounds."""
     clock = Clock()
-    out = _stage_folder(recipe, number)
     # Only the main process takes the lock; the others wait until it has looked at the folder.
-    with out if is_main_process() else contextlib.nullcontext():
+    with open_stage(recipe, plan(recipe, number), hold=is_main_process()) as out:
         if out.complete and "WORLD_SIZE" not in os.environ:
             return out.manifest or read_manifest(out.path)
         processes = Processes()
@@ -88,7 +88,7 @@ def run_shard(recipe: Recipe, shard: str, number: int = 0) -> None:
     processes = Processes()
     index = (int(match[1]) - 1) * processes.count + processes.rank
     work = _Work(recipe, number, int(match[2]) * processes.count)
-    with _stage_folder(recipe, number, work.name(index)) as out:
+    with open_stage(recipe, plan(recipe, number), work.name(index)) as out:
         if out.manifest:
             say(nothing_to_do(out.manifest, out.path))
             return
@@ -109,7 +109,12 @@ def run_shard(recipe: Recipe, shard: str, number: int = 0) -> None:
                     say(ledger(_complete(work, out, clock), unit="traces"))
 
 
-def _stage_folder(recipe: Recipe, number: int, part: str | None = None) -> StageFolder:
+def plan(recipe: Recipe, number: int = 0) -> StagePlan:
+    """What the stage is asked to make; round 0 is before the rounds.
+
+    Raises:
+        DataError: the recipe has no section score.
+    """
     teacher, score, student = recipe.teacher, recipe.score, recipe.student
     if teacher is None or score is None:
         raise DataError("score: this recipe has no section score. Add one, with train.method kd or with rounds.")
@@ -123,7 +128,7 @@ def _stage_folder(recipe: Recipe, number: int, part: str | None = None) -> Stage
         },
         "train": {"max_length": recipe.train.max_length, "overlong": recipe.train.overlong},
     }
-    return StageFolder(folder(recipe, "score", number), "score", settings, [_source(recipe, number).folder], part=part)
+    return plan_of(recipe, Step("score", number), settings, [_source(recipe, number).folder])
 
 
 class _Source(NamedTuple):
@@ -147,7 +152,7 @@ class _Work:
     """What the parts have in common; whatever takes long is made when first asked for."""
 
     def __init__(self, recipe: Recipe, number: int, parts: int) -> None:
-        assert recipe.teacher is not None and recipe.score is not None  # `_stage_folder` has looked
+        assert recipe.teacher is not None and recipe.score is not None  # `plan` has looked
         self.recipe = recipe
         self.teacher: ModelSpec = recipe.teacher
         self.score: Score = recipe.score

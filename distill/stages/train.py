@@ -6,7 +6,6 @@ checkpoint, and ends with the weights of an undisturbed one.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import warnings
@@ -17,12 +16,13 @@ from distill.errors import RecipeError
 from distill.losses.settings import likelihood
 from distill.models.processes import Processes
 from distill.recipe.experiment import Recipe
-from distill.recipe.learning import SchedulePart, Train
+from distill.recipe.learning import DEFAULT_EPOCHS, SchedulePart, Train
 from distill.run.files import write_text
 from distill.run.folder import StageFolder
 from distill.run.log import Clock, is_main_process, say
 from distill.run.manifest import MANIFEST, Manifest, check_files, read_manifest
-from distill.stages import folder, previous_student, run_dir
+from distill.run.plan import NO_LIMIT, Growth, StagePlan
+from distill.stages import Step, folder, open_stage, plan_of, previous_student, run_dir
 
 if TYPE_CHECKING:
     from distill.models.chat import ChatFormat
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from distill.trainers.targets import StoredTargets
 
 
-class _Plan(NamedTuple):
+class _Material(NamedTuple):
     """What one training is made of."""
 
     train: Train
@@ -49,38 +49,55 @@ class _Plan(NamedTuple):
         return [*(place for place, _ in self.tables), *self.targets, *([] if self.start is None else [self.start])]
 
 
-def run(recipe: Recipe, number: int = 0) -> Manifest:
-    """Trains and writes `adapter/` (or `model/`), `tokenizer/` and `metrics.jsonl`.
+def plan(recipe: Recipe, number: int = 0) -> StagePlan:
+    """What the stage is asked to make.
 
     Args:
         recipe: The recipe.
         number: Of the on-policy round, from 1; 0 is the training on traces before them.
     """
-    plan = _plan(recipe, number)
-    settings: dict[str, Any] = {"student": recipe.student.identity(), "train": plan.train.identity(), "seed": recipe.seed}
-    if plan.train.is_live:
+    material = _material(recipe, number)
+    settings: dict[str, Any] = {"student": recipe.student.identity(), "train": material.train.identity(), "seed": recipe.seed}
+    if material.train.is_live:
         assert recipe.teacher is not None  # the recipe was validated
         settings["teacher"] = recipe.teacher.identity()
     if number:
         assert recipe.rollouts is not None
         settings["rollouts"] = {name: getattr(recipe.rollouts, name) for name in ("teacher_share", "stop_kl")}
-        settings["schedule_part"] = plan.part._asdict()
-    target = folder(recipe, "train", number)
-    out = StageFolder(target, "train", settings, plan.inputs)
-    # Only the main process takes the lock; the others find the same files.
-    with out if is_main_process() else contextlib.nullcontext():
-        if (target / MANIFEST).exists():
-            return out.manifest or read_manifest(target)
-        return _train(recipe, plan, number, out)
+        settings["schedule_part"] = material.part._asdict()
+    return plan_of(recipe, Step("train", number), settings, material.inputs, _growth(material.train, number))
 
 
-def _plan(recipe: Recipe, number: int) -> _Plan:
+def _growth(train: Train, number: int) -> Growth:
+    """More epochs, or more traces, make the student anew, and the one before is kept; a round that is over stays as it is."""
+    rising = {"train.trainer_args.num_train_epochs": DEFAULT_EPOCHS, "train.trainer_args.max_steps": NO_LIMIT}
+    rising |= {"train.max_length": 0} if train.overlong == "drop" else {}
+    return Growth(rising, inputs="ignore" if number else "follow", adds=False)
+
+
+def run(recipe: Recipe, number: int = 0) -> Manifest:
+    """Trains and writes `adapter/` (or `model/`), `tokenizer/` and `metrics.jsonl`.
+
+    Args:
+        recipe: The recipe.
+        number: As in `plan`.
+    """
+    # Only the main process takes the lock; the others wait until it has looked at the folder, and find the same files.
+    with open_stage(recipe, plan(recipe, number), hold=is_main_process()) as out:
+        processes = Processes()
+        processes.wait()
+        if (out.path / MANIFEST).exists():
+            return out.manifest or read_manifest(out.path)
+        return _train(recipe, _material(recipe, number), number, out, processes)
+
+
+def _material(recipe: Recipe, number: int) -> _Material:
     curated, targets = (folder(recipe, "curate"), "curated"), folder(recipe, "score")
     if recipe.train.is_live:
-        return _Plan(recipe.train, [(folder(recipe, "prompts"), "train")], [], None)
+        return _Material(recipe.train, [(folder(recipe, "prompts"), "train")], [], None)
     if not number:
         scored = recipe.train.method == "kd" or recipe.follows_teacher
-        return _Plan(recipe.train, [curated], [targets] if scored else [], None)
+        return _Material(recipe.train, [curated], [targets] if scored else [], None)
     rollouts = recipe.rollouts
     if rollouts is None or number > recipe.rounds:
         raise RecipeError(f"round {number}: the recipe has {recipe.rounds} rounds. Give --round up to that.")
@@ -89,7 +106,7 @@ def _plan(recipe: Recipe, number: int) -> _Plan:
     part = SchedulePart(number, recipe.rounds) if rollouts.schedule_over == "all_rounds" else SchedulePart()
     if number > 1:
         _check_part_before(folder(recipe, "train", number - 1), part)
-    return _Plan(
+    return _Material(
         recipe.train_in_rounds,
         [own, curated] if shared else [own],
         [folder(recipe, "score", number), *([targets] if shared else [])],
@@ -109,39 +126,38 @@ def _check_part_before(student: Path, part: SchedulePart) -> None:
         )
 
 
-def _train(recipe: Recipe, plan: _Plan, number: int, out: StageFolder) -> Manifest:
+def _train(recipe: Recipe, material: _Material, number: int, out: StageFolder, processes: Processes) -> Manifest:
     # Imported here, so that a finished stage answers without loading torch.
     from distill.models.loading import free_memory, load_chat_format, num_parameters, pick_device
     from distill.trainers.arguments import precision_name, training_arguments
     from distill.trainers.callbacks import last_whole_checkpoint
 
     clock, device = Clock(), pick_device()
-    if plan.train.is_live:
+    if material.train.is_live:
         from distill.trainers.live import live_arguments
 
         arguments: Any = live_arguments(recipe, out.path / "checkpoints", device)
     else:
-        arguments = training_arguments(recipe, plan.train, out.path / "checkpoints", device)
-    processes = Processes()  # one reads, tokenises and writes for longer than the others would wait for it in the trainer's group
+        arguments = training_arguments(recipe, material.train, out.path / "checkpoints", device)
     chat = load_chat_format(recipe.student)
-    stored = _stored_targets(recipe, plan, chat)
-    with processes.first_alone():
-        rows = _rows(recipe, plan, number, chat, stored)
+    stored = _stored_targets(recipe, material, chat)
+    with processes.first_alone():  # it reads and tokenises for longer than the others would wait for it in the trainer's group
+        rows = _rows(recipe, material, number, chat, stored)
     checkpoint = last_whole_checkpoint(out.path / "checkpoints")
     if checkpoint:
         say(f"train     going on from step {checkpoint[1]}")
-    trainer = _make_trainer(recipe, plan, out.path, arguments, rows, chat, stored, checkpoint[1] if checkpoint else 0, processes)
+    trainer = _make_trainer(recipe, material, out.path, arguments, rows, chat, stored, checkpoint[1] if checkpoint else 0, processes)
     result = trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
     files = _save(recipe, out.path, trainer, processes)
     model: Any = trainer.model
     facts = clock.facts(
         device=str(device),
-        method=plan.train.method,
+        method=material.train.method,
         precision=precision_name(arguments),
         world_size=processes.count,
         steps=trainer.state.global_step,
         train_loss=result.training_loss,
-        tokens=trainer.state.num_input_tokens_seen if plan.train.is_live else round(rows.num_tokens * (trainer.state.epoch or 0)),
+        tokens=trainer.state.num_input_tokens_seen if material.train.is_live else round(rows.num_tokens * (trainer.state.epoch or 0)),
         parameters=num_parameters(model),
         trainable_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         peak_memory_gib=_peak_memory_gib(device.type),
@@ -163,15 +179,15 @@ def _train(recipe: Recipe, plan: _Plan, number: int, out: StageFolder) -> Manife
     return manifest
 
 
-def _stored_targets(recipe: Recipe, plan: _Plan, chat: ChatFormat) -> StoredTargets | None:
-    """The targets of a plan, after their digests and those of the student's tokenizer were compared."""
-    if not plan.targets:
+def _stored_targets(recipe: Recipe, material: _Material, chat: ChatFormat) -> StoredTargets | None:
+    """The targets of a material, after their digests and those of the student's tokenizer were compared."""
+    if not material.targets:
         return None
     assert recipe.score is not None  # the recipe was validated
     from distill.trainers.targets import StoredTargets, TargetSource
 
     sources = []
-    for place, (traces, table) in zip(plan.targets, plan.tables, strict=True):
+    for place, (traces, table) in zip(material.targets, material.tables, strict=True):
         shards = [place / name for name in sorted(check_files(place).files)]
         sources.append(TargetSource(shards, read_manifest(traces).digest, teacher_wrote=table == "curated"))
     stored = StoredTargets(sources)
@@ -184,24 +200,24 @@ def _cache(recipe: Recipe) -> Path:
     return run_dir(recipe) / "cache"
 
 
-def _rows(recipe: Recipe, plan: _Plan, number: int, chat: ChatFormat, stored: StoredTargets | None) -> TrainingRows:
+def _rows(recipe: Recipe, material: _Material, number: int, chat: ChatFormat, stored: StoredTargets | None) -> TrainingRows:
     from distill.trainers.rows import TraceTable, training_rows
 
-    if plan.train.is_live:
+    if material.train.is_live:
         from distill.trainers.live import live_rows
 
         return live_rows(recipe, folder(recipe, "prompts"), chat)
     share = recipe.rollouts.teacher_share if recipe.rollouts is not None else 0.0
     tables = [
         TraceTable(place, table, share / (1 - share) if index else None, recipe.seed + number)
-        for index, (place, table) in enumerate(plan.tables)
+        for index, (place, table) in enumerate(material.tables)
     ]
-    return training_rows(tables, chat, plan.train, _cache(recipe), recipe.seed, stored)
+    return training_rows(tables, chat, material.train, _cache(recipe), recipe.seed, stored)
 
 
 def _make_trainer(
     recipe: Recipe,
-    plan: _Plan,
+    material: _Material,
     target: Path,
     arguments: Any,
     rows: TrainingRows,
@@ -219,25 +235,25 @@ def _make_trainer(
 
     student = recipe.student
     common: dict[str, Any] = {
-        "model": _student_to_train(recipe, plan),
+        "model": _student_to_train(recipe, material),
         "args": arguments,
         "train_dataset": rows.dataset,
         "eval_dataset": rows.validation,
         "processing_class": chat.tokenizer,
-        "peft_config": lora_config(student.adapter) if student.adapter.type == "lora" and plan.start is None else None,
+        "peft_config": lora_config(student.adapter) if student.adapter.type == "lora" and material.start is None else None,
         "callbacks": [MetricsFile(target / "metrics.jsonl", start_step), ProgressBar(), StopOnNonFinite(), CheckpointMark(processes)],
     }
-    if plan.train.is_live:
+    if material.train.is_live:
         from distill.trainers.live import live_trainer
 
         trainer: Any = live_trainer(recipe, chat, common)
     elif stored is None:
         trainer = TraceTrainer(**common)
     else:
-        settings, follows = plan.train.kd, plan.train.method == "sft"
+        settings, follows = material.train.kd, material.train.method == "sft"
         objective = likelihood(stored.target.kind) if follows else settings.objective(stored.target)
         half_life = None if follows else settings.early_half_life
-        trainer = TraceTrainer(stored=stored, objective=objective, half_life=half_life, part=plan.part, **common)
+        trainer = TraceTrainer(stored=stored, objective=objective, half_life=half_life, part=material.part, **common)
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     trained: Any = trainer.model
     if student.adapter.type == "lora":
@@ -256,7 +272,7 @@ def _make_trainer(
     return trainer
 
 
-def _student_to_train(recipe: Recipe, plan: _Plan) -> Any:
+def _student_to_train(recipe: Recipe, material: _Material) -> Any:
     """The base student, or the one that goes on learning."""
     import torch
 
@@ -267,10 +283,10 @@ def _student_to_train(recipe: Recipe, plan: _Plan) -> Any:
     dtype = training_dtype(recipe, device)
     # The trainer moves plain weights to the device itself (or shards them); 4-bit ones must be loaded there.
     place = device if recipe.student.quantization == "nf4" else torch.device("cpu")
-    if plan.start is None:
+    if material.start is None:
         return load_model(recipe.student, place, dtype)
-    check_files(plan.start)
-    return load_trained(recipe.student, recipe.student.adapter, plan.start, place, merge=False, dtype=dtype, trainable=True)
+    check_files(material.start)
+    return load_trained(recipe.student, recipe.student.adapter, material.start, place, merge=False, dtype=dtype, trainable=True)
 
 
 def _stop(recipe: Recipe, number: int, metrics: Path) -> dict[str, str]:

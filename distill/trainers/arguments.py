@@ -23,7 +23,7 @@ from trl import SFTConfig
 from distill.errors import RecipeError
 from distill.models.loading import pick_dtype
 from distill.recipe.experiment import Recipe
-from distill.recipe.learning import Train
+from distill.recipe.learning import DEFAULT_EPOCHS, Train
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
@@ -95,7 +95,7 @@ def default_arguments(recipe: Recipe, device: torch.device) -> dict[str, Any]:
         "learning_rate": 2e-5 if recipe.student.adapter.type == "full" else 2e-4,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.03,
-        "num_train_epochs": 2.0,
+        "num_train_epochs": DEFAULT_EPOCHS,
         "per_device_train_batch_size": 16 if on_cpu else 1,
         "gradient_accumulation_steps": 1 if on_cpu else 16,
         "gradient_checkpointing": not on_cpu,

@@ -1,0 +1,144 @@
+"""What a run would do, and what `--redo` would delete: said before it is done."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from distill.errors import DistillError, MissingStageError, StageConflictError
+from distill.pipeline import call, made_from, select
+from distill.recipe.experiment import Recipe
+from distill.run.folder import refusal
+from distill.run.manifest import MANIFEST, PLAN, read_manifest
+from distill.run.plan import StagePlan, relation
+from distill.stages import Step, folder, run_dir, steps_of
+
+_COSTLY = ("generate", "score", "train", "rollouts", "evaluate")
+_STYLES = {"keep": "dim", "refuse": "bold red", "make anew": "yellow"}
+
+
+class Outlook(NamedTuple):
+    """What a run would do with a step."""
+
+    step: Step
+    action: str
+    """`keep`, `make`, `go on`, `grow`, `make anew` or `refuse`."""
+    why: str
+
+
+def outlook(recipe: Recipe, steps: Sequence[Step], deleted: Collection[Step] = ()) -> list[Outlook]:
+    """What a run would do, without doing any of it.
+
+    What a step does whose inputs are yet to be made can't be known but by its settings; then it says which of them it waits for.
+
+    Args:
+        recipe: The recipe.
+        steps: Of the run.
+        deleted: Steps whose folders are deleted first.
+    """
+    found: list[Outlook] = []
+    pending: dict[str, Outlook] = {}
+    for step in steps:
+        place = folder(recipe, *step)
+        try:
+            if step in deleted:
+                found.append(Outlook(step, "make anew", f"--redo deletes it ({_cost(recipe, step)})"))
+            else:
+                found.append(_look(step, call(step, recipe, "plan"), pending))
+        except MissingStageError:  # the rounds decide which student is measured
+            state = "make anew" if (place / MANIFEST).exists() else "go on" if (place / PLAN).exists() else "make"
+            found.append(Outlook(step, state, "follows from what comes before it"))
+        except DistillError as error:
+            found.append(Outlook(step, "refuse", str(error)))
+        if found[-1].action not in ("keep", "refuse"):
+            pending[str(place)] = found[-1]
+    return found
+
+
+def _look(step: Step, plan: StagePlan, pending: dict[str, Outlook]) -> Outlook:
+    waits = [pending[str(place)] for place in plan.inputs if str(place) in pending]
+    if plan.growth.inputs == "ignore" and (plan.path / MANIFEST).exists():
+        waits = [earlier for earlier in waits if earlier.action != "grow"]
+    if not waits:
+        kind, changes = relation(plan)
+        return {
+            "complete": Outlook(step, "keep", "complete"),
+            "new": Outlook(step, "make", "not there yet"),
+            "begun": Outlook(step, "go on", "under way"),
+            "grows": Outlook(step, _growing(plan), "; ".join(changes)),
+            "refused": Outlook(step, "refuse", refusal(plan, changes)),
+        }[kind]
+    known = relation(plan._replace(inputs=()), inputs=False)
+    why = f"follows {', '.join(str(earlier.step) for earlier in waits)}"
+    replaced = [str(earlier.step) for earlier in waits if earlier.action == "make anew"]
+    if known.kind in ("complete", "grows") and replaced and not (plan.growth.other_inputs or plan.growth.anything):
+        clauses = [*known.changes, f"{', '.join(replaced)} would be made anew, and this was made from what is there now"]
+        return Outlook(step, "refuse", refusal(plan, clauses))
+    if known.kind == "refused":
+        return Outlook(step, "refuse", refusal(plan, known.changes))
+    moving = [str(earlier.step) for earlier in waits if earlier.action in ("grow", "make anew")]
+    if known.kind == "begun" and moving:
+        return Outlook(step, "refuse", refusal(plan, [f"{', '.join(moving)} would change while this is under way; finish it first"]))
+    return Outlook(step, {"new": "make", "begun": "go on"}.get(known.kind, _growing(plan)), "; ".join([*known.changes, why]))
+
+
+def _growing(plan: StagePlan) -> str:
+    return "grow" if plan.growth.adds and not plan.growth.anything else "make anew"
+
+
+def dry_run(recipe: Recipe, first: str | None = None, last: str | None = None, redo: str = "") -> bool:
+    """Prints what a run would do with each step, and why; true if nothing is refused."""
+    found = outlook(recipe, select(steps_of(recipe), first, last), made_from(recipe, redo) if redo else ())
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("step", "would be", "why"):
+        table.add_column(name, overflow="fold")
+    words = {"keep": "kept", "make": "made", "go on": "gone on with", "grow": "grown", "refuse": "refused"}
+    for step, action, why in found:
+        table.add_row(str(step), Text(words.get(action, "made anew"), _STYLES.get(action, "")), Text(why))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    console.print(f"run folder {run_dir(recipe)}; nothing was done", soft_wrap=True)
+    console.print(table)
+    return all(action != "refuse" for _, action, _ in found)
+
+
+def refuse_what_cannot_end(recipe: Recipe, first: str | None = None, last: str | None = None) -> None:
+    """Refuses a run of which a later step is known to be refused, before an earlier one has cost anything.
+
+    Raises:
+        StageConflictError: naming folder, keys and values.
+    """
+    for _, action, why in outlook(recipe, select(steps_of(recipe), first, last)):
+        if action == "refuse":
+            raise StageConflictError(why)
+
+
+def agree_to_redo(recipe: Recipe, stage: str, *, yes: bool) -> bool:
+    """Whether what `--redo` deletes may be deleted: asks where it cost something, unless `yes`.
+
+    Raises:
+        StageConflictError: there is nobody to ask.
+    """
+    steps = made_from(recipe, stage)
+    if yes or not any(step.stage in _COSTLY for step in steps):
+        return True
+    listed = "\n".join(f"  {folder(recipe, *step)}  ({_cost(recipe, step)})" for step in steps)
+    if not sys.stdin.isatty():
+        raise StageConflictError(f"--redo would delete\n{listed}\nand there is nobody to ask. Add --yes if that is meant.")
+    print(f"--redo deletes\n{listed}")
+    return input("Delete all of it? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _cost(recipe: Recipe, step: Step) -> str:
+    """What was paid for a step: seconds and tokens, where its manifest knows them."""
+    place = folder(recipe, *step)
+    if not (place / MANIFEST).exists():
+        return "unfinished"
+    facts = read_manifest(place).facts
+    seconds = [f"{facts['wall_s']:,.0f} s"] if "wall_s" in facts else []
+    tokens = [f"{facts['tokens']:,} tokens"] if facts.get("tokens") else []
+    return ", ".join([*seconds, *tokens]) or "its cost was not recorded"

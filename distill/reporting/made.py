@@ -1,0 +1,94 @@
+"""The recipe as a run was made: each section as the stage was made with that it belongs to, whatever the last command line said."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from distill.recipe.experiment import Recipe
+
+# What each stage is made with. Of a key that several name, the first of them that was made decides what the recipe of the run says.
+_USES = {
+    "prompts": ("prompts", "seed"),
+    "generate": ("teacher", "generate", "traces", "seed"),
+    "curate": ("curate",),
+    "score": ("teacher", "score"),
+    "train": ("student", "train", "seed"),
+    "rollouts": ("student", "rounds", "rollouts", "seed"),
+    "evaluate": ("evaluate", "seed"),
+    "report": ("report",),
+    "export": ("export",),
+}
+
+
+class MadeStep(NamedTuple):
+    """A stage that was made, or is under way."""
+
+    stage: str
+    number: int
+    """Of the on-policy round, from 1; 0 outside the rounds."""
+    made_with: dict[str, Any]
+    """The recipe then; empty where it was not recorded."""
+
+
+def made_recipe(recipe: Recipe, steps: Sequence[MadeStep]) -> Recipe:
+    """A recipe with every section as the steps were made with it; what none was made with is as this command has it.
+
+    Args:
+        recipe: Of this command.
+        steps: In the order of the pipeline. Of several rounds the last one counts.
+    """
+    made = _made(steps)
+    for base in (recipe.model_dump(mode="json"), *(step.made_with for step in reversed(steps) if step.made_with)):
+        try:
+            return Recipe.model_validate(base | made)
+        except ValidationError:  # what this command says of stages that were not made does not go with those that were
+            continue
+    return recipe
+
+
+def _made(steps: Sequence[MadeStep]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    owners: dict[str, str] = {}
+    for step in steps:
+        for key in _USES[step.stage]:
+            if key in step.made_with and owners.setdefault(key, step.stage) == step.stage:
+                found[key] = step.made_with[key]
+    return found
+
+
+def repeat_commands(recipe: Recipe, steps: Sequence[MadeStep], file: str = "recipe.yaml") -> list[str]:
+    """The commands that make the same run again from its recipe: one, unless stages were made with different values of a key.
+
+    Args:
+        recipe: As `made_recipe` gives it.
+        steps: As there.
+        file: Where the recipe is.
+    """
+    whole = recipe.model_dump(mode="json")
+    other = [list(_overrides(_used(step.stage, whole), step.made_with)) if step.made_with else [] for step in steps]
+    if not any(other):
+        return [f"distill run {file}"]
+    return [
+        " ".join(["distill", step.stage, file, *(["--round", str(step.number)] if step.number else []), *overrides])
+        for step, overrides in zip(steps, other, strict=True)
+    ]
+
+
+def _used(stage: str, whole: dict[str, Any]) -> dict[str, Any]:
+    # More rounds can be added only where their number decides nothing of those before.
+    return {key: whole[key] for key in _USES[stage] if key != "rounds"}
+
+
+def _overrides(whole: dict[str, Any], made_with: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Words of a command line that make the values of `made_with` of those in `whole`."""
+    for key, value in whole.items():
+        made = made_with.get(key)
+        if isinstance(value, dict) and isinstance(made, dict):
+            yield from _overrides(dict.fromkeys(made) | value, made, f"{prefix}{key}.")
+        elif made != value:
+            yield from (f"--{prefix}{key}", shlex.quote(made if isinstance(made, str) else json.dumps(made, ensure_ascii=False)))
