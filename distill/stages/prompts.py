@@ -23,6 +23,7 @@ from distill.data.sources import Source, heldout_problems, problems
 from distill.errors import DataError
 from distill.recipe.experiment import Recipe
 from distill.recipe.prompts import Prompts
+from distill.run.folder import StageFolder
 from distill.run.log import Clock
 from distill.run.manifest import Manifest
 from distill.run.plan import StagePlan
