@@ -7,7 +7,6 @@ any number of processes. Whoever finds all parts there compares a sample with th
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Iterator
