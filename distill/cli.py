@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -16,7 +15,10 @@ from distill import __version__
 if TYPE_CHECKING:
     from distill.recipe.experiment import Recipe
 
-_EPILOG = "Any key of the recipe can be overridden: --generate.samples_per_prompt 8. `distill keys` lists them all."
+_EPILOG = (
+    "Any key of the recipe can be overridden: --generate.samples_per_prompt 8. `distill keys` lists them all. "
+    "--quiet says only results and errors."
+)
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app = typer.Typer(
@@ -56,9 +58,10 @@ def main() -> None:
     """Entry point: errors of the kit become one message on stderr and exit code 1, without a traceback."""
     from distill.errors import DistillError
 
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        app(args=_with_stage_to_redo(sys.argv[1:]))
+        # An option of the program itself, which is found wherever it stands; behind a command it would be taken for a key.
+        words = sorted(sys.argv[1:], key=lambda word: word != "--quiet")
+        app(args=_with_stage_to_redo(words))
     except DistillError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
@@ -81,9 +84,17 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit
 
 
+def _be_quiet(asked: bool) -> None:
+    if asked:
+        from distill.run.log import be_quiet
+
+        be_quiet()
+
+
 @app.callback()
 def _root(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", callback=_be_quiet, help="Say only results and errors; anywhere in the line.")] = False,
 ) -> None:
     pass
 
@@ -239,7 +250,9 @@ def recipes_cp(
 
 def _load(path: Path, context: typer.Context) -> Recipe:
     from distill.recipe.reading import load_recipe
+    from distill.run.log import calm_libraries
 
+    calm_libraries()
     return load_recipe(path, context.args)
 
 

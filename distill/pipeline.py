@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from distill.errors import RecipeError
+from distill.models.processes import Processes
 from distill.recipe.experiment import Recipe
 from distill.run.folder import delete_stage
 from distill.run.log import is_main_process, ledger, nothing_to_do, say
@@ -34,11 +35,14 @@ def run_stage(name: str, recipe: Recipe, *, number: int = 0, redo: bool = False)
         redo: Delete what an earlier run made of this stage.
     """
     target = folder(recipe, name, number)
-    if redo and is_main_process():
-        delete_stage(target)
+    if redo:
+        if is_main_process():
+            delete_stage(target)
+        Processes().wait()  # else another process could find the old manifest, and take the stage for done
     done_before = (target / MANIFEST).exists() and read_manifest(target).digest
     manifest: Manifest = call(Step(name, number), recipe, "run")
-    say(nothing_to_do(manifest, target) if manifest.digest == done_before else ledger(manifest, unit=_UNITS.get(name, "rows")))
+    nothing_done = manifest.digest == done_before
+    say(nothing_to_do(manifest, target) if nothing_done else ledger(manifest, unit=_UNITS.get(name, "rows")), result=True)
     return manifest
 
 
@@ -71,8 +75,8 @@ def run_pipeline(recipe: Recipe, first: str | None = None, last: str | None = No
     _run(steps, recipe)
     report = folder(recipe, "report")
     if any(step.stage == "report" for step in steps):
-        say("\n" + (report / "summary.txt").read_text(encoding="utf-8"))
-        say(f"report: {report / 'report.html'}")
+        say("\n" + (report / "summary.txt").read_text(encoding="utf-8"), result=True)
+        say(f"report: {report / 'report.html'}", result=True)
 
 
 def select(steps: Sequence[Step], first: str | None, last: str | None, option: str = "--from") -> list[Step]:

@@ -1,11 +1,12 @@
 """Trains the student of a recipe, in any number of processes.
 
-usage: accelerate launch -m distill.train --config RECIPE [--round N] [--redo] [--section.key value ...]
+usage: accelerate launch -m distill.train --config RECIPE [--round N] [--redo] [--quiet] [--section.key value ...]
        (in a checkout also distill/train.py by its path)
 
   --config RECIPE   the recipe: a YAML file, or the name of one that `distill recipes` lists
   --round N         the on-policy round, from 1; 0, the default, is the training on traces before them
   --redo            delete this stage's folder first, and train again
+  --quiet           say only results and errors
   -h, --help        show this
 
 Options and overrides may stand in any order, `--name value` or `--name=value`. `distill keys` lists what can be overridden.
@@ -13,7 +14,6 @@ Options and overrides may stand in any order, `--name value` or `--name=value`. 
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +32,7 @@ class Asked(NamedTuple):
     recipe: str
     number: int
     redo: bool
+    quiet: bool
     overrides: list[str]
 
 
@@ -41,13 +42,14 @@ def parse(arguments: list[str]) -> Asked:
     Raises:
         RecipeError: no recipe is named, an option lacks its value, or a value isn't one.
     """
-    found, redo, overrides = {"--config": "", "--round": "0"}, False, []
+    found: dict[str, str] = {"--config": "", "--round": "0"}
+    flags, overrides = {"--redo": False, "--quiet": False}, []
     words = list(arguments)
     while words:
         word = words.pop(0)
         name, equals, value = word.partition("=")
-        if word == "--redo":
-            redo = True
+        if word in flags:
+            flags[word] = True
         elif name in found:
             if not equals and not words:
                 raise RecipeError(f"command line: {name} has no value. Write {name} VALUE.")
@@ -58,7 +60,7 @@ def parse(arguments: list[str]) -> Asked:
         raise RecipeError("command line: no recipe is named. Write --config RECIPE; --help says more.")
     if not found["--round"].isdecimal():
         raise RecipeError(f"command line: --round must be a whole number ≥ 0, got {found['--round']!r}. Leave it out outside the rounds.")
-    return Asked(found["--config"], int(found["--round"]), redo, overrides)
+    return Asked(found["--config"], int(found["--round"]), flags["--redo"], flags["--quiet"], overrides)
 
 
 def main(arguments: list[str]) -> None:
@@ -66,14 +68,17 @@ def main(arguments: list[str]) -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         sys.exit(0 if arguments else 2)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         asked = parse(arguments)
         # Imported here, so that a wrong command line is answered at once.
         from distill.models.processes import leave
         from distill.pipeline import run_stage
         from distill.recipe.reading import load_recipe
+        from distill.run.log import be_quiet, calm_libraries
 
+        if asked.quiet:
+            be_quiet()
+        calm_libraries()
         run_stage("train", load_recipe(asked.recipe, asked.overrides), number=asked.number, redo=asked.redo)
         leave()
     except DistillError as error:

@@ -166,7 +166,7 @@ def test_train_entry_explains_itself(tmp_path: Path) -> None:
 def test_train_entry_takes_its_options_in_any_order() -> None:
     from distill.train import Asked, parse
 
-    expected = Asked("r.yaml", 2, True, ["--seed", "1", "--train.max_length=8"])
+    expected = Asked("r.yaml", 2, True, False, ["--seed", "1", "--train.max_length=8"])
     for words in (
         "--config r.yaml --round 2 --redo --seed 1 --train.max_length=8",
         "--seed 1 --round=2 --train.max_length=8 --config=r.yaml --redo",

@@ -52,6 +52,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> 
     recipe = write_recipe(folder, tiny_model_dir)
     result = distill("run", recipe, "--run_dir", folder / "run")
     assert result.returncode == 0, result.stderr[-3000:]
+    assert "\r" not in result.stderr, "a bar was drawn where nobody watches"
     assert "gap recovered" in result.stdout and str(folder / "run" / "report" / "report.html") in result.stdout
     return recipe, folder / "run"
 

@@ -15,7 +15,8 @@ from fabricated import HOSTILE, make_run, recipe_for
 from distill.errors import MissingStageError
 from distill.recipe.reading import load_recipe
 from distill.reporting.pages import excerpt, fenced, markdown_text
-from distill.reporting.summary import duration_text, parameters_text
+from distill.reporting.summary import parameters_text
+from distill.run.log import duration_text
 from distill.run.manifest import check_files
 from distill.stages import report
 

@@ -11,6 +11,7 @@ from typing import Any
 from distill.data.licences import UNKNOWN, licence_of
 from distill.measure.intervals import Estimate
 from distill.recipe.experiment import Recipe
+from distill.run.log import duration_text
 from distill.run.manifest import MANIFEST, Manifest, read_manifest
 from distill.run.tables import read_rows
 
@@ -281,11 +282,3 @@ def _estimate(score: Row) -> Estimate:
 def percent_text(share: float | None) -> str:
     """A share as people write it: 12.3 %."""
     return UNKNOWN if share is None else f"{100 * share:.1f} %"
-
-
-def duration_text(seconds: float) -> str:
-    """Seconds as people read them: 4.2 s, 3 min 05 s, 2 h 10 min."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

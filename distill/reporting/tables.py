@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from distill.recipe.experiment import Recipe
-from distill.reporting.summary import NOT_MEASURED, RunSummary, bytes_text, duration_text, metrics, parameters_text, percent_text
+from distill.reporting.summary import NOT_MEASURED, RunSummary, bytes_text, metrics, parameters_text, percent_text
+from distill.run.log import duration_text
 from distill.run.manifest import Manifest
 
 

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from distill.errors import StageConflictError
 from distill.run.files import digest_file, write_text
 from distill.run.journal import Journal
-from distill.run.manifest import JOURNAL, LOCK, MANIFEST, PLAN, SCHEMA_VERSION, Manifest, read_manifest
+from distill.run.manifest import CLOCK, JOURNAL, LOCK, MANIFEST, PLAN, SCHEMA_VERSION, Manifest, read_manifest
 from distill.run.plan import NO_GROWTH, Growth, StagePlan, input_digests, relation
 from distill.run.tables import TableWriter
 
@@ -146,6 +146,7 @@ class StageFolder:
         if found.kind in ("new", "grows"):
             plan = {"schema_version": SCHEMA_VERSION, "stage": self.stage, "settings": self.settings, "inputs": self._inputs}
             write_text(self.path / PLAN, json.dumps(plan | {"made_with": self._plan.made_with}, indent=2))
+            (self.path / CLOCK).unlink(missing_ok=True)  # of a run with other settings that made nothing
         if (self.path / MANIFEST).exists():  # it grows; or was killed while what is there was put aside
             self._put_aside()
 
@@ -223,7 +224,7 @@ class StageFolder:
             grew_from=self._grew_from(),
         )
         write_text(self.path / MANIFEST, self.manifest.model_dump_json(indent=2))
-        for leftover in (self.path / PLAN, self.path / JOURNAL, *self.path.glob(f"{LOCK}-*")):
+        for leftover in (self.path / PLAN, self.path / JOURNAL, self.path / CLOCK, *self.path.glob(f"{LOCK}-*")):
             leftover.unlink(missing_ok=True)
         if self._plan.growth.adds:  # what was there is a part of what is there now
             shutil.rmtree(self.path / EARLIER, ignore_errors=True)

@@ -1,94 +1,184 @@
-"""What a run says while it works, and the record of what it cost and where it ran. Imports no torch."""
+"""What a run says while it works: notes, results, and how far it is; on a terminal, in a log, or quietly. Imports no torch.
+
+| | terminal | elsewhere (a batch job, CI, nohup) | quiet |
+| --- | --- | --- | --- |
+| progress | a bar | a line now and then, with the time of day | nothing |
+| notes | a line | a line | nothing |
+| results (a stage's closing line, the table) and errors | a line | a line | a line |
+
+Quiet is the environment variable DISTILL_QUIET, so that processes started by this one are it too; `--quiet` sets it.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
-import subprocess
 import sys
 import time
-from collections.abc import Iterable
-from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from tqdm.auto import tqdm
-
-from distill import __version__
+from distill.run.clock import Clock as Clock
+from distill.run.clock import git_revision as git_revision
+from distill.run.clock import is_main_process as is_main_process
+from distill.run.clock import keep_running_clocks
+from distill.run.clock import versions as versions
 from distill.run.manifest import Manifest
 
-_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
+_QUIET = "DISTILL_QUIET"
+_LINE_EVERY_S, _LINE_AT_LEAST_EVERY_S, _LINE_EVERY_SHARE = 30.0, 300.0, 0.1
+_PASSING_S = 2.0  # work that is done sooner need not be seen
 
 
-def is_main_process() -> bool:
-    """Whether this process speaks and writes: rank 0 of a launch, or a process of its own."""
-    return os.environ.get("RANK", "0") == "0"
+def is_quiet() -> bool:
+    """Whether only results and errors are to be said."""
+    return os.environ.get(_QUIET, "0") not in ("", "0")
 
 
-def say(text: str) -> None:
-    """One line for the user, on stdout at once, above any progress bar; from the main process alone."""
-    if not is_main_process():
+def be_quiet() -> None:
+    """From here on, in this process and those it starts, only results and errors are said."""
+    os.environ[_QUIET] = "1"
+
+
+def calm_libraries() -> None:
+    """Tells the libraries what goes for the kit: no bars where nobody watches. To be called before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if is_quiet() or not _is_watched():
+        for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
+
+
+def say(text: str, *, result: bool = False) -> None:
+    """One line for the user, on stdout at once, above any progress bar; from the main process alone.
+
+    Args:
+        text: The line.
+        result: It is what was asked for, and is said even quietly.
+    """
+    if not is_main_process() or (is_quiet() and not result):
         return
-    with tqdm.external_write_mode(file=sys.stdout):
+    if Progress.bars_shown:
+        from tqdm.auto import tqdm
+
+        with tqdm.external_write_mode(file=sys.stdout):
+            print(text, flush=True)
+    else:
         print(text, flush=True)
 
 
-def progress(total: int, unit: str, description: str, done: int = 0, *, passing: bool = False) -> tqdm[Any]:
-    """A bar with rate and time left, on stderr; `done` is what an earlier run had finished.
+class Progress:
+    """Work that is counted: a bar on a terminal, elsewhere a line now and then, on stderr; from the main process alone.
 
-    One that is `passing` counts in thousands and millions, and is seen only where the work takes seconds, until it ends.
+    Use as a context manager, or call `close`.
+
+    Args:
+        total: What there is to do.
+        unit: Of what, in the plural.
+        description: What is done with it.
+        done: What an earlier run had finished.
+        passing: Shown only where the work takes seconds, and on a terminal until it ends; counted in thousands and millions.
     """
-    more = {"unit_scale": True, "leave": False, "delay": 2.0} if passing else {}
-    return tqdm(total=total, initial=done, unit=f" {unit}", desc=description, dynamic_ncols=True, smoothing=0.1, **more)
 
+    bars_shown = 0
+    """Bars on the terminal at this moment."""
 
-class Clock:
-    """Wall seconds of a stage, and the record of the environment that goes into its manifest."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
+    def __init__(self, total: int, unit: str, description: str, done: int = 0, *, passing: bool = False) -> None:
+        self.total, self.done = total, done
+        self._unit, self._description, self._begun_at, self._passing = unit, description, done, passing
+        self._start = self._said_at_s = time.perf_counter()
+        self._said_done, self._postfix, self._open, self._bar = done, "", True, None
+        self._says = is_main_process() and not is_quiet()
+        if self._says and _is_watched():
+            self._bar = _bar(total, unit, description, done, passing)
+            Progress.bars_shown += 1
+        elif self._says and not passing:
+            going_on = f", going on from {done:,}" if done else ""
+            self._line(f"{total:,} {unit}{going_on}")
 
     @property
-    def wall_s(self) -> float:
-        """Seconds since the clock was made."""
+    def elapsed_s(self) -> float:
+        """Seconds since this work began, without those of an earlier run."""
         return time.perf_counter() - self._start
 
-    def facts(self, **more: Any) -> dict[str, Any]:
-        """Wall seconds, date, versions and machine, with what else the stage measured."""
-        return {
-            "kit_version": __version__,
-            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "wall_s": round(self.wall_s, 2),
-            "git_revision": git_revision(),
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "packages": versions(_PACKAGES),
-            **more,
-        }
+    @property
+    def format_dict(self) -> dict[str, float]:
+        """As tqdm has it."""
+        return {"elapsed": self.elapsed_s}
+
+    def update(self, count: int = 1) -> None:
+        """So much more is done."""
+        self.done += count
+        keep_running_clocks()
+        if self._bar is not None:
+            self._bar.update(count)
+        elif self._says and self._is_due():
+            self._line(self._state())
+
+    def set_postfix_str(self, text: str) -> None:
+        """What is shown behind the count, e.g. a loss, from the next line on."""
+        self._postfix = text
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+
+    def close(self) -> None:
+        """Ends the bar, or says how it ended."""
+        if not self._open:
+            return
+        self._open = False
+        if self._bar is not None:
+            self._bar.close()
+            Progress.bars_shown -= 1
+        elif self._says and (not self._passing or self.elapsed_s >= _PASSING_S):
+            self._line(self._state())
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _is_due(self) -> bool:
+        """A line at most every half minute; between those a tenth of the work, or five minutes if that takes longer."""
+        since_s = time.perf_counter() - self._said_at_s
+        moved = self.done - self._said_done >= _LINE_EVERY_SHARE * self.total
+        return self.done < self.total and since_s >= _LINE_EVERY_S and (moved or since_s >= _LINE_AT_LEAST_EVERY_S)
+
+    def _state(self) -> str:
+        rate = (self.done - self._begun_at) / max(self.elapsed_s, 1e-9)
+        parts = [f"{self.done:,} of {self.total:,} {self._unit}" + (f" ({self.done / self.total:.0%})" if self.total else "")]
+        if rate > 0:
+            parts.append(f"{rate:,.1f} {self._unit}/s" if rate >= 1 else f"{1 / rate:,.1f} s each")
+            left = f"{duration_text((self.total - self.done) / rate)} left" if self.done < self.total else ""
+            parts.append(left or f"took {duration_text(self.elapsed_s)}")
+        return ", ".join([*parts, *([self._postfix] if self._postfix else [])])
+
+    def _line(self, text: str) -> None:
+        self._said_at_s, self._said_done = time.perf_counter(), self.done
+        print(f"{time.strftime('%H:%M:%S')} {self._description}: {text}", file=sys.stderr, flush=True)
 
 
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Installed versions, read without importing anything."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def progress(total: int, unit: str, description: str, done: int = 0, *, passing: bool = False) -> Progress:
+    """Shows how far work is; see `Progress`."""
+    return Progress(total, unit, description, done, passing=passing)
 
 
-def git_revision() -> str | None:
-    """Commit of the kit's checkout, with `-dirty` where files differ from it; null outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+def _bar(total: int, unit: str, description: str, done: int, passing: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    more = {"unit_scale": True, "leave": False, "delay": _PASSING_S} if passing else {}
+    return tqdm(total=total, initial=done, unit=f" {unit}", desc=description, dynamic_ncols=True, smoothing=0.1, disable=False, **more)
+
+
+def _is_watched() -> bool:
+    return sys.stderr.isatty()
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds as people read them: 4.2 s, 3 min 05 s, 2 h 10 min."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def ledger(manifest: Manifest, *, unit: str = "rows") -> str:

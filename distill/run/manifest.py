@@ -13,7 +13,7 @@ from distill.errors import IntegrityError, MissingStageError
 from distill.run.files import digest_file
 
 SCHEMA_VERSION = 1
-MANIFEST, PLAN, JOURNAL, LOCK = "manifest.json", "plan.json", "journal.jsonl", ".lock"
+MANIFEST, PLAN, JOURNAL, CLOCK, LOCK = "manifest.json", "plan.json", "journal.jsonl", "clock.json", ".lock"
 
 
 class Shard(BaseModel):

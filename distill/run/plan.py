@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from distill.run.files import read_json
-from distill.run.manifest import LOCK, MANIFEST, PLAN, Manifest, read_manifest
+from distill.run.manifest import CLOCK, LOCK, MANIFEST, PLAN, Manifest, read_manifest
 
 Kind = Literal["new", "begun", "complete", "grows", "refused"]
 NO_LIMIT = math.inf
@@ -79,7 +79,7 @@ def relation(plan: StagePlan, *, shared: bool = False, inputs: bool = True) -> R
     """
     if not plan.path.exists():
         return Relation("new")
-    made = any(file.name != PLAN and not file.name.startswith(LOCK) for file in plan.path.iterdir())
+    made = any(file.name not in (PLAN, CLOCK) and not file.name.startswith(LOCK) for file in plan.path.iterdir())
     if (plan.path / PLAN).exists() and (made or shared):  # also beside a manifest: the folder has begun to grow
         found = read_json(plan.path / PLAN)
         changes = list(_differences(found.get("settings"), plan.settings))

@@ -10,7 +10,7 @@ from distill.recipe.experiment import Recipe
 from distill.recipe.reading import recipe_text
 from distill.reporting.made import repeat_commands
 from distill.reporting.pages import render
-from distill.reporting.summary import RunSummary, duration_text, lineage, metrics, summarise
+from distill.reporting.summary import RunSummary, lineage, metrics, summarise
 from distill.reporting.tables import (
     COST_COLUMNS,
     RESULT_COLUMNS,
@@ -26,7 +26,7 @@ from distill.reporting.tables import (
 )
 from distill.run.files import write_text
 from distill.run.folder import StageFolder
-from distill.run.log import Clock
+from distill.run.log import Clock, duration_text
 from distill.run.manifest import Manifest
 from distill.run.plan import Growth, StagePlan
 from distill.run.schema import THINK_CLOSE, THINK_OPEN

@@ -89,7 +89,7 @@ def run_shard(recipe: Recipe, shard: str, number: int = 0) -> None:
     work = _Work(recipe, number, int(match[2]) * processes.count)
     with open_stage(recipe, plan(recipe, number), work.name(index)) as out:
         if out.manifest:
-            say(nothing_to_do(out.manifest, out.path))
+            say(nothing_to_do(out.manifest, out.path), result=True)
             return
         begun = _parts_of(out.path) or work.parts
         if begun != work.parts:
@@ -103,9 +103,9 @@ def run_shard(recipe: Recipe, shard: str, number: int = 0) -> None:
             with out.whole():
                 missing = [part for part in range(work.parts) if not work.shard(part).exists()]
                 if missing:
-                    say(f"score     part {shard} is done, {len(missing)} of {work.parts} parts are not yet")
+                    say(f"score     part {shard} is done, {len(missing)} of {work.parts} parts are not yet", result=True)
                 elif not out.complete:
-                    say(ledger(_complete(work, out, clock), unit="traces"))
+                    say(ledger(_complete(work, out, clock), unit="traces"), result=True)
 
 
 def plan(recipe: Recipe, number: int = 0) -> StagePlan:
