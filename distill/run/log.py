@@ -145,12 +145,18 @@ class Progress:
 
     def _state(self) -> str:
         rate = (self.done - self._begun_at) / max(self.elapsed_s, 1e-9)
-        parts = [f"{self.done:,} of {self.total:,} {self._unit}" + (f" ({self.done / self.total:.0%})" if self.total else "")]
+        parts = [
+            f"{self._counted(self.done)} of {self._counted(self.total)} {self._unit}"
+            + (f" ({self.done / self.total:.0%})" if self.total else "")
+        ]
         if rate > 0:
-            parts.append(f"{rate:,.1f} {self._unit}/s" if rate >= 1 else f"{1 / rate:,.1f} s each")
+            parts.append(f"{self._counted(round(rate, 1))} {self._unit}/s" if rate >= 1 else f"{1 / rate:,.1f} s each")
             left = f"{duration_text((self.total - self.done) / rate)} left" if self.done < self.total else ""
             parts.append(left or f"took {duration_text(self.elapsed_s)}")
         return ", ".join([*parts, *([self._postfix] if self._postfix else [])])
+
+    def _counted(self, number: float) -> str:
+        return f"{number / 1e6:,.1f} M" if self._passing and self.total >= 1e6 else f"{number:,}"
 
     def _line(self, text: str) -> None:
         self._said_at_s, self._said_done = time.perf_counter(), self.done
