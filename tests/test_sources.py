@@ -24,7 +24,7 @@ from distill.errors import DataError
 from distill.recipe.prompts import Prompts
 from distill.recipe.traces import Traces
 from distill.run.files import digest_file
-from distill.run.folder import StageFolder
+from distill.run.folder import EARLIER, StageFolder
 
 ROWS = [{"question": "What is 1+1?", "answer": "2"}, {"question": 'He said: "a, b"\nand c {x}', "answer": "007"}]
 
@@ -274,6 +274,10 @@ def test_a_digest_is_recalled_where_the_file_is_the_same(tmp_path: Path) -> None
     with StageFolder(finished, "x", {}) as out:
         out.finish(facts={"sources": source.records()})
     assert Source(str(path)).recall(finished) == source.sha256 == digest_file(path)
+    earlier = finished / EARLIER  # where a stage puts what is there when it grows
+    finished.rename(tmp_path / "aside"), finished.mkdir(), (tmp_path / "aside").rename(earlier)
+    assert Source(str(path)).recall(finished) == source.sha256
+    finished = earlier
     state = path.stat()
     path.write_bytes(path.read_bytes().replace(b"2", b"3"))
     assert Source(str(path)).recall(finished) == digest_file(path) != source.sha256

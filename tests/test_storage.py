@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from distill.errors import IntegrityError, MissingStageError, StageConflictError
 from distill.run.folder import StageFolder, delete_stage
 from distill.run.manifest import JOURNAL, MANIFEST, check_files, read_manifest
 from distill.run.schema import TRACE
-from distill.run.tables import ROWS_PER_SHARD, iter_rows, read_rows, table_files
+from distill.run.tables import ROWS_PER_SHARD, TableWriter, iter_rows, read_rows, table_files
 
 NUMBERS = pa.schema([("number", pa.int64()), ("text", pa.string())])
 
@@ -49,6 +50,44 @@ def test_an_empty_table_keeps_its_schema(tmp_path: Path) -> None:
 def test_a_column_that_the_schema_lacks_is_an_error(tmp_path: Path) -> None:
     with StageFolder(tmp_path / "numbers", "numbers", {}) as out, pytest.raises(KeyError, match="colour"):
         out.write_table("numbers", [{"number": 1, "colour": "red"}], NUMBERS)
+
+
+def test_rows_and_pieces_keep_their_order_and_their_bytes(tmp_path: Path) -> None:
+    """A table is the same however it was handed over, and whatever the thread that writes it is doing meanwhile."""
+    given = rows(10_000)
+    whole = TableWriter(tmp_path, "whole", NUMBERS)
+    whole.extend(given)
+    mixed = TableWriter(tmp_path, "mixed", NUMBERS)
+    mixed.extend(given[:3])
+    for start, end in ((3, 3), (3, 700), (700, 701), (701, 9000)):
+        mixed.add(pa.RecordBatch.from_pylist(given[start:end], schema=NUMBERS))
+        assert mixed.num_rows == end
+    mixed.extend(given[9000:])
+    assert [(shard.rows, shard.sha256) for shard in mixed.close()] == [(shard.rows, shard.sha256) for shard in whole.close()]
+    assert [row for shard in range(3) for row in pa.parquet.read_table(tmp_path / f"mixed-{shard:05d}.parquet").to_pylist()] == given
+
+
+def test_an_error_of_the_writing_thread_comes_out(tmp_path: Path) -> None:
+    writer = TableWriter(tmp_path / "gone", "numbers", NUMBERS)
+    (tmp_path / "gone").mkdir()
+    writer.extend(rows(600))
+    shutil.rmtree(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=r"numbers-00000\.parquet"):
+        writer.close()
+
+
+def test_tables_made_in_one_go_are_all_made_or_none(tmp_path: Path) -> None:
+    with StageFolder(tmp_path / "n", "n", {}) as out:
+        (out.path / "old-00007.parquet.tmp").write_bytes(b"of a killed attempt")
+        with pytest.raises(ZeroDivisionError), out.in_one_go():
+            assert not list(out.path.glob("*.tmp"))
+            out.table("numbers", NUMBERS).extend(rows(ROWS_PER_SHARD + 600))
+            raise ZeroDivisionError
+        assert not list(out.path.glob("*.parquet*"))
+    with StageFolder(tmp_path / "n", "n", {"other": 1}) as out, out.in_one_go():  # what left nothing behind ties to nothing
+        out.write_table("numbers", rows(3), NUMBERS)
+        out.finish()
+    assert read_rows(tmp_path / "n", "numbers") == rows(3)
 
 
 def test_a_finished_stage_is_complete_and_leaves_nothing_else(tmp_path: Path) -> None:

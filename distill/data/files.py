@@ -86,17 +86,17 @@ class DataFile:
         if kind is None:
             packed = ", ".join(PACKED)
             raise DataError(f"{self.path}: its kind is not known by its name. Use {', '.join(KINDS)}; the first three also with {packed}.")
-        with self.path.open("rb", buffering=0) as file:
-            tap = _Tap(file, on_bytes)
-            try:
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                tap = _Tap(file, on_bytes)
                 yield from _parquet(self.path, tap, columns) if kind == ".parquet" else _text(self.path, kind, tap)
                 tap.read_to(None)
-            except DataError:
-                raise
-            except UnicodeDecodeError as error:
-                raise DataError(f"{self.path}: {not_utf8(error)}") from None
-            except (OSError, ValueError, EOFError) as error:
-                raise DataError(f"{self.path}: can't be read{' as parquet' * (kind == '.parquet')}: {error}.") from None
+        except DataError:
+            raise
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.path}: {_not_utf8(error)}") from None
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{self.path}: can't be read{' as parquet' * (kind == '.parquet')}: {error}.") from None
         state = self.path.stat()
         if (state.st_size, state.st_mtime_ns) != (self.size, self.mtime_ns):
             raise DataError(f"{self.path}: was changed while it was read. Run this again when nobody writes to it.")
@@ -144,7 +144,7 @@ def _parquet(path: Path, tap: _Tap, columns: Sequence[str] | None) -> Iterator[P
         for group in range(file.num_row_groups):
             meta = file.metadata.row_group(group)
             chunks = [meta.column(place) for place in range(meta.num_columns)]
-            tap.read_to(max(chunk.data_page_offset + chunk.total_compressed_size for chunk in chunks))
+            tap.read_to(max((chunk.data_page_offset + chunk.total_compressed_size for chunk in chunks), default=0))
             for batch in file.iter_batches(_ROWS, row_groups=[group], columns=names):
                 for row in batch.to_pylist():
                     number += 1
@@ -171,7 +171,7 @@ def _json_lines(path: Path, lines: IO[bytes]) -> Iterator[Placed]:
         try:
             row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
-            raise DataError(f"{name}:{number}: {not_utf8(error)}") from None
+            raise DataError(f"{name}:{number}: {_not_utf8(error)}") from None
         except ValueError as error:
             if not line.strip():
                 continue
@@ -212,6 +212,5 @@ def _csv(path: Path, file: IO[str]) -> Iterator[Placed]:
         raise DataError(f"{path}:{reader.line_num + 1}: not valid CSV: {error}. Correct the row that begins there.") from None
 
 
-def not_utf8(error: UnicodeDecodeError) -> str:
-    """The end of an error about a file that is not text."""
+def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"is not UTF-8 text ({error.reason} {error.object[error.start]:#04x}). Convert it first."
