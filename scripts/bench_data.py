@@ -65,8 +65,8 @@ def command(stage: str, recipe: Path) -> list[str]:
     return [sys.executable, "-m", "distill", name, str(recipe), *(["--quick"] if quick else [])]
 
 
-def measure(words: list[str]) -> Measured | None:
-    """Peak resident memory and wall seconds of a command; null where it failed, after the end of what it said."""
+def measure(stage: str, words: list[str]) -> Measured | None:
+    """Peak resident memory and wall seconds of a stage's command; null where it failed. Prints the last line that it said."""
     with tempfile.TemporaryFile("w+") as said:
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         start = time.perf_counter()
@@ -76,7 +76,7 @@ def measure(words: list[str]) -> Measured | None:
         process.returncode = os.waitstatus_to_exitcode(status)
         said.seek(0)
         lines = [line for line in said.read().replace("\r", "\n").splitlines() if line.strip()]
-    print(f"  {' '.join(words[2:4])[:60]!r}: {seconds:.1f} s, {usage.ru_maxrss / 1024:.0f} MiB: {lines[-1] if lines else ''}", flush=True)
+    print(f"  {stage}: {seconds:.1f} s, {usage.ru_maxrss / 1024:.0f} MiB: {lines[-1] if lines else ''}", flush=True)
     return Measured(usage.ru_maxrss / 1024, seconds) if process.returncode == 0 else None
 
 
@@ -161,7 +161,7 @@ def run(count: int, options: argparse.Namespace) -> dict[str, Measured | None]:
         for stage in reversed(STAGES):
             wanted |= set(needed.get(stage, [])) if stage in wanted else set()
         for stage in [name for name in STAGES[: last + 1] if name in wanted]:
-            found[stage] = measure(command(stage, recipe))
+            found[stage] = measure(stage, command(stage, recipe))
             shutil.rmtree(folder / "run" / "tokens", ignore_errors=True)
         disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         print(f"  disk at the end: {disk / 2**20:,.0f} MiB", flush=True)

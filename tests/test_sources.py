@@ -134,6 +134,15 @@ def test_blank_lines_are_no_rows_and_long_fields_are_read(tmp_path: Path) -> Non
     assert read_source(str(tmp_path / "rows.csv")) == [{"a": "long " * 100_000}]
 
 
+def test_a_large_json_file_is_read_with_a_word_of_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    json_list(tmp_path / "rows.json", ROWS)
+    assert read_source(str(tmp_path / "rows.json")) == ROWS and capsys.readouterr().out == ""
+    monkeypatch.setattr("distill.data.files._LARGE_JSON", 10)
+    assert read_source(str(tmp_path / "rows.json")) == ROWS and "in a .jsonl file takes no memory" in capsys.readouterr().out
+
+
 GOOD = b'{"a": 1}\n'
 BROKEN = {
     "no such file": ("absent.jsonl", None, "there is no such file"),

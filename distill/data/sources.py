@@ -155,7 +155,10 @@ def _refuse_hub_key(source: Source, section: Prompts | Traces, name: str, key: s
     """A key that chooses a part of a Hub data set would be ignored with a file, which has no parts."""
     value, default = getattr(section, key), type(section).model_fields[key].default
     if source.is_local and value != default:
-        raise DataError(f"{name}.{key}: is for data sets of the Hub, and {source.name} is read from files, got {value!r}. Leave it out.")
+        raise DataError(
+            f"{name}.{key}: is for data sets of the Hub, and {source.name} is read from files, got {value!r}. "
+            f"Leave it out, or set it to {default or 'null'}."
+        )
     return source
 
 
