@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distill.checks import Verdict
+from distill.checks.choice import Evidence, choose
 from distill.errors import DataError, StageConflictError
 from distill.recipe.experiment import Recipe
 from distill.recipe.traces import Curate
@@ -21,7 +24,7 @@ from distill.run.folder import StageFolder
 from distill.run.manifest import JOURNAL, MANIFEST, Manifest
 from distill.run.schema import TRACE
 from distill.run.tables import read_rows
-from distill.stages.curate import choose, run
+from distill.stages.curate import run
 
 ROOT = Path(__file__).resolve().parent.parent
 RIGHT = "<think>\n1+1=2\n</think>\n\n\\boxed{2}"
@@ -102,23 +105,76 @@ def test_the_order_of_the_recipe_counts_and_unjudged_can_be_kept(tmp_path: Path)
     assert manifest.drops == {"duplicate": 1}
 
 
+def chosen_of(
+    rows: list[dict[str, Any]], verdicts: list[list[Verdict]], curate: Curate
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows that are kept, and the others with their reason."""
+    evidence = Evidence(len(rows), [verdict.check for verdict in verdicts[0]])
+    for place, (row, found) in enumerate(zip(rows, verdicts, strict=True)):
+        evidence.describe(place, row)
+        for verdict in found:
+            evidence.note(place, verdict)
+    choice = choose(evidence, curate)
+    reasons = [choice.reasons[code] for code in choice.codes_R]
+    dropped = [{**row, "reason": reason} for row, reason in zip(rows, reasons, strict=True) if reason is not None]
+    kept = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
+    assert choice.num_kept == len(kept) and choice.drops == Counter(row["reason"] for row in dropped)
+    return kept, dropped
+
+
 @pytest.mark.parametrize(("prefer", "kept"), [("first", [0, 1]), ("shortest", [1, 4]), ("longest", [2, 3])])
 def test_so_many_of_a_prompt_are_kept(prefer: str, kept: list[int]) -> None:
     lengths = [7, 3, 9, 9, 5]
     rows = [trace("x" * (length - 1) + str(index), sample=index) for index, length in enumerate(lengths)]
     rows.append(trace("another prompt's", prompt="q", sample=0))
     verdicts = [[Verdict("finish", True, "ended")]] * len(rows)
-    chosen, dropped = choose(rows, verdicts, Curate.model_validate({"max_per_prompt": 2, "prefer": prefer}))
+    chosen, dropped = chosen_of(rows, verdicts, Curate.model_validate({"max_per_prompt": 2, "prefer": prefer}))
     assert [row["sample_index"] for row in chosen if row["prompt_id"] == "p"] == kept
     assert [row["sample_index"] for row in chosen if row["prompt_id"] == "q"] == [0]
     assert {row["reason"] for row in dropped} == {"over_max_per_prompt"} and len(dropped) == 3
+
+
+def naive(rows: list[dict[str, Any]], verdicts: list[list[Verdict]], curate: Curate) -> list[str | None]:
+    """The reason of each row, or None, prompt by prompt as the recipe's page says it."""
+    reasons: list[str | None] = []
+    for row, found in zip(rows, verdicts, strict=True):
+        failing = [v for v in found if v.passed is False or (v.passed is None and not curate.keep_unjudged)]
+        before = [other for other, reason in zip(rows, reasons, strict=False) if reason is None and other["prompt_id"] == row["prompt_id"]]
+        duplicate = "duplicate" if row["completion"] in [other["completion"] for other in before] else None
+        reasons.append(f"{failing[0].check}:{failing[0].reason}" if failing else duplicate)
+    for prompt in {row["prompt_id"] for row in rows}:
+        mine = [place for place, row in enumerate(rows) if row["prompt_id"] == prompt and reasons[place] is None]
+        for _ in range(len(mine) - curate.max_per_prompt):
+            length = {
+                "first": lambda p: 0,
+                "shortest": lambda p: len(rows[p]["completion"]),
+                "longest": lambda p: -len(rows[p]["completion"]),
+            }
+            last = max(mine, key=lambda p: (length[curate.prefer](p), rows[p]["sample_index"], p))
+            reasons[last] = "over_max_per_prompt"
+            mine.remove(last)
+    return reasons
+
+
+@pytest.mark.parametrize("prefer", ["first", "shortest", "longest"])
+@pytest.mark.parametrize("keep_unjudged", [True, False])
+def test_the_choice_is_that_of_going_through_them_one_by_one(prefer: str, keep_unjudged: bool) -> None:
+    draw = random.Random(7)
+    kinds = [[Verdict(check, passed, f"{passed}") for passed in (True, True, True, False, None)] for check in ("finish", "math")]
+    for _ in range(20):
+        rows = [trace("x" * draw.randint(1, 6), draw.choice("pqr"), draw.randint(0, 4), mark=index) for index in range(60)]
+        verdicts = [[draw.choice(kind) for kind in kinds] for _ in rows]
+        curate = Curate.model_validate({"max_per_prompt": 2, "prefer": prefer, "keep_unjudged": keep_unjudged})
+        kept, dropped = chosen_of(rows, verdicts, curate)
+        found = {row["mark"]: row.get("reason") for row in kept + dropped}
+        assert [found[index] for index in range(60)] == naive(rows, verdicts, curate)
 
 
 def test_a_duplicate_takes_no_place_from_others_and_a_failing_one_none_from_a_passing_one() -> None:
     rows = [trace("a", sample=0), trace("a", sample=1), trace("b", sample=2), trace("a", prompt="q"), trace("b", sample=3)]
     passed = [True, True, False, True, True]
     verdicts = [[Verdict("math", value, "x")] for value in passed]
-    chosen, dropped = choose(rows, verdicts, Curate(max_per_prompt=2))
+    chosen, dropped = chosen_of(rows, verdicts, Curate(max_per_prompt=2))
     assert [(row["prompt_id"], row["sample_index"]) for row in chosen] == [("p", 0), ("q", 0), ("p", 3)]
     assert [(row["sample_index"], row["reason"]) for row in dropped] == [(1, "duplicate"), (2, "math:x")]
 

@@ -1,0 +1,135 @@
+"""Which traces are kept: what was found of each, as numbers in arrays, and the choice among all of them at once.
+
+A trace takes 24 bytes and 2 for each check, however long its text is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.checks import Verdict
+from distill.recipe.traces import Curate
+
+Codes = NDArray[np.uint16]
+_KEPT, _DUPLICATE, _OVER = range(3)
+
+
+class Evidence:
+    """What was found of every trace.
+
+    Args:
+        num_rows: Traces.
+        checks: Names, in the order in which a failing one gives the reason.
+    """
+
+    def __init__(self, num_rows: int, checks: Sequence[str]) -> None:
+        self.checks = list(checks)
+        self.verdicts: list[Verdict] = []
+        """The different ones; code c stands for number c - 1, and 0 for none yet."""
+        self.codes_CR: Codes = np.zeros((len(self.checks), num_rows), np.uint16)
+        self.prompts_R = np.zeros(num_rows, np.uint64)
+        self.completions_R = np.zeros(num_rows, np.uint64)
+        self.lengths_R = np.zeros(num_rows, np.uint32)
+        self.samples_R = np.zeros(num_rows, np.int32)
+        self._code: dict[Verdict, int] = {}
+
+    def describe(self, row: int, trace: dict[str, Any]) -> None:
+        """Notes what tells a trace from others: prompt and completion by 64 bits each, so no two are alike by chance."""
+        self.prompts_R[row], self.completions_R[row] = _hash(trace["prompt_id"]), _hash(trace["completion"])
+        self.lengths_R[row], self.samples_R[row] = len(trace["completion"]), trace["sample_index"]
+
+    def note(self, row: int, verdict: Verdict) -> None:
+        """Notes what a check found."""
+        code = self._code.get(verdict)
+        if code is None:
+            self.verdicts.append(verdict)
+            code = self._code[verdict] = len(self.verdicts)
+        self.codes_CR[self.checks.index(verdict.check), row] = code
+
+    def has(self, check: str) -> NDArray[np.bool_]:
+        """Of which traces a check has found something, `(R,)`."""
+        found_R: NDArray[np.bool_] = self.codes_CR[self.checks.index(check)] != 0
+        return found_R
+
+    def summary(self) -> dict[str, dict[str, int]]:
+        """How many traces passed, failed and could not be judged, for each check."""
+        summary = {check: {"passed": 0, "failed": 0, "unjudged": 0} for check in self.checks}
+        counts_CV = [np.bincount(codes_R, minlength=len(self.verdicts) + 1)[1:].tolist() for codes_R in self.codes_CR]
+        for check, counts_V in zip(self.checks, counts_CV, strict=True):
+            for verdict, count in zip(self.verdicts, counts_V, strict=True):
+                summary[check][{True: "passed", False: "failed", None: "unjudged"}[verdict.passed]] += count
+        return summary
+
+
+class Choice(NamedTuple):
+    """Which traces are kept, and why the others are not."""
+
+    codes_R: Codes
+    """0 where a trace is kept, else the place of its reason."""
+    reasons: list[str | None]
+
+    @property
+    def num_kept(self) -> int:
+        """Of the traces that are kept."""
+        return int((self.codes_R == _KEPT).sum())
+
+    @property
+    def drops(self) -> dict[str, int]:
+        """Reason and number of the others."""
+        counts = np.bincount(self.codes_R, minlength=len(self.reasons)).tolist()
+        return {reason: count for reason, count in zip(self.reasons, counts, strict=True) if reason is not None and count}
+
+
+def choose(evidence: Evidence, curate: Curate) -> Choice:
+    """The first failing check is the reason; then a text that its prompt has before; then what is over the number for a prompt.
+
+    Args:
+        evidence: Of all traces.
+        curate: How many of a prompt are kept, which first, and whether those that could not be judged.
+    """
+    reasons: list[str | None] = [None, "duplicate", "over_max_per_prompt"]
+    reason_V = np.zeros(len(evidence.verdicts) + 1, np.uint16)
+    for code, verdict in enumerate(evidence.verdicts, start=1):
+        if verdict.passed is False or (verdict.passed is None and not curate.keep_unjudged):
+            reason_V[code] = len(reasons)
+            reasons.append(f"{verdict.check}:{verdict.reason}")
+    codes_R: Codes = np.zeros(len(evidence.prompts_R), np.uint16)
+    for found_R in evidence.codes_CR[::-1]:  # the first check last, so that its reason is the one that stays
+        failed_R = reason_V[found_R]
+        np.copyto(codes_R, failed_R, where=failed_R != 0)
+    _drop_duplicates(codes_R, evidence)
+    _drop_surplus(codes_R, evidence, curate)
+    return Choice(codes_R, reasons)
+
+
+def _drop_duplicates(codes_R: Codes, evidence: Evidence) -> None:
+    passing = np.flatnonzero(codes_R == _KEPT)
+    passing = passing[np.lexsort((evidence.completions_R[passing], evidence.prompts_R[passing]))]  # equal ones stay in their order
+    repeats = _equals_before(evidence.prompts_R[passing]) & _equals_before(evidence.completions_R[passing])
+    codes_R[passing[repeats]] = _DUPLICATE
+
+
+def _drop_surplus(codes_R: Codes, evidence: Evidence, curate: Curate) -> None:
+    passing = np.flatnonzero(codes_R == _KEPT)
+    sign = {"first": 0, "shortest": 1, "longest": -1}[curate.prefer]
+    lengths = evidence.lengths_R[passing].astype(np.int64) * sign
+    passing = passing[np.lexsort((evidence.samples_R[passing], lengths, evidence.prompts_R[passing]))]  # the last key counts first
+    firsts = np.flatnonzero(~_equals_before(evidence.prompts_R[passing]))
+    rank = np.arange(len(passing)) - np.repeat(firsts, np.diff(firsts, append=len(passing)))
+    codes_R[passing[rank >= curate.max_per_prompt]] = _OVER
+
+
+def _equals_before(values: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Whether each equals the one before it; the first equals none."""
+    equal = np.zeros(len(values), np.bool_)
+    np.equal(values[1:], values[:-1], out=equal[1:])
+    return equal
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
