@@ -30,16 +30,6 @@ from distill.checks import math as checks
 from distill.checks.form import answer_of
 from distill.checks.math import MathJudge, Pair
 
-EXPRESSIONS: list[Pair] = [
-    (r"\boxed{\frac{1}{2}}", "0.5"),
-    (r"\boxed{\sqrt{12}}", r"2\sqrt{3}"),
-    (r"\boxed{(1,2)}", "(1,2)"),
-    (r"\boxed{x^2+2x+1}", "(x+1)^2"),
-    (r"\boxed{\{2,1\}}", r"\{1,2\}"),
-    (r"\boxed{\frac{7\pi}{6}}", r"\frac{7\pi}{6}"),
-    (r"\boxed{5,600}", "5600"),
-    (r"\boxed{50\%}", "50%"),
-]
 SLOW: list[Pair] = [
     (r"\boxed{9^{9^{9^{9}}}}", "5"),
     (r"\boxed{\left(\frac{1+\sqrt{5}}{2}\right)^{3000}}", "7"),
@@ -47,6 +37,22 @@ SLOW: list[Pair] = [
     (r"\boxed{(x+1)^{400}}", "(x-1)^{400}"),
 ]
 OLD_BATCH = 64
+
+
+def expression(index: int) -> Pair:
+    """A boxed expression and its reference, none twice: sympy remembers what it has simplified."""
+    kinds = [
+        (f"\\frac{{{index}}}{{2}}", f"{index / 2}"),
+        (f"\\sqrt{{{4 * index}}}", f"2\\sqrt{{{index}}}"),
+        (f"({index},2)", f"({index},2)"),
+        (f"x^2+{2 * index}x+{index**2}", f"(x+{index})^2"),
+        (f"\\{{2,{index}\\}}", f"\\{{{index},2\\}}"),
+        (f"\\frac{{{index}\\pi}}{{6}}", f"\\frac{{{index}\\pi}}{{6}}"),
+        (f"{index:,}", f"{index}"),
+        (f"{index}\\%", f"{index}%"),
+    ]
+    inside, reference = kinds[index // 4 % len(kinds)]
+    return f"\\boxed{{{inside}}}", reference
 
 
 def answers(count: int, expression_every: int | None, slow_every: int | None) -> Iterator[Pair]:
@@ -61,7 +67,7 @@ def answers(count: int, expression_every: int | None, slow_every: int | None) ->
         if slow_every and index % slow_every == slow_every // 2:
             answer, reference = SLOW[index // slow_every % len(SLOW)]
         elif expression_every and index % expression_every == 3:
-            answer, reference = EXPRESSIONS[index // expression_every % len(EXPRESSIONS)]
+            answer, reference = expression(index)
         else:
             answer, reference = f"They have {index} in all, so the answer is \\boxed{{{index}}}.", str(index + (index % 20 == 0))
         yield f"<think>\nFirst there are {index} of them. {'Then we count once more. ' * 20}\n</think>\n\n{answer}", reference
