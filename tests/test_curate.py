@@ -220,7 +220,7 @@ def test_a_killed_curation_ends_with_the_same_rows_and_redoes_no_finished_batch(
     assert 0 < finished < 7
     result = subprocess.run(killed, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
-    counted = [int(number) for number in re.findall(r"(\d+)/400", result.stderr)]  # by the progress bar
+    counted = [int(found[0] or found[1]) for found in re.findall(r"going on from (\d+)|(\d+) of 400 traces", result.stderr)]
     assert (counted[0], counted[-1]) == (64 * finished, 400)
     for table in ("curated", "dropped", "verdicts"):
         assert read_rows(tmp_path / "run" / "curated", table) == read_rows(tmp_path / "whole" / "curated", table)
