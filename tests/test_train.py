@@ -78,9 +78,13 @@ def train(recipe: Path, *, processes: int = 0, overrides: list[str] | None = Non
     return recipe.with_suffix("") / "student"
 
 
-def losses(student: Path) -> list[float]:
+def logged(student: Path, name: str) -> list[float]:
     entries = [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()]
-    return [entry["loss"] for entry in entries if "loss" in entry]
+    return [entry[name] for entry in entries if name in entry]
+
+
+def losses(student: Path) -> list[float]:
+    return logged(student, "loss")
 
 
 def adapter(student: Path) -> dict[str, torch.Tensor]:
@@ -242,8 +246,22 @@ def test_ten_steps_equal_five_and_a_kill_and_five(recipe: Callable[..., Path]) -
     result = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0 and "going on from step 5" in result.stdout, result.stderr[-2000:]
     assert losses(student) == losses(undisturbed)  # to the last bit, and no step twice
+    assert logged(student, "num_tokens") == logged(undisturbed, "num_tokens")
+    facts, expected = read_manifest(student).facts, read_manifest(undisturbed).facts
+    assert facts["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5) and facts["tokens"] == expected["tokens"]
+    assert "10 steps of 8 rows; 1 x CPU" in result.stdout and "fp32" in result.stdout
     for name, value in adapter(undisturbed).items():
         assert torch.equal(value, adapter(student)[name]), name
+
+
+def test_the_loss_of_all_pieces_weighs_steps_alike(tmp_path: Path) -> None:
+    from distill.trainers.callbacks import loss_of_all_pieces
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 5.0}\n{"step": 3, "loss": 2.0}\n{"step": 3, "eval_loss": 9.0}\n{"step": 6, "loss": 7.0}\n')
+    assert loss_of_all_pieces(path, 3, 1.0, 6) == pytest.approx((5 + 2 * 2 + 3 * 1) / 6)
+    assert loss_of_all_pieces(path, 0, 1.5, 6) == 1.5
+    assert loss_of_all_pieces(tmp_path / "absent", 3, 1.5, 6) == 1.5
 
 
 def test_a_checkpoint_that_was_not_finished_is_not_resumed_from(recipe: Callable[..., Path]) -> None:

@@ -130,9 +130,9 @@ def _train(recipe: Recipe, material: _Material, number: int, out: StageFolder, p
     # Imported here, so that a finished stage answers without loading torch.
     from distill.models.loading import free_memory, load_chat_format, num_parameters, pick_device
     from distill.trainers.arguments import precision_name, training_arguments
-    from distill.trainers.callbacks import last_whole_checkpoint
+    from distill.trainers.callbacks import last_whole_checkpoint, loss_of_all_pieces
 
-    clock, device = Clock(), pick_device()
+    clock, device = Clock(out.path), pick_device()
     if material.train.is_live:
         from distill.trainers.live import live_arguments
 
@@ -146,7 +146,8 @@ def _train(recipe: Recipe, material: _Material, number: int, out: StageFolder, p
     checkpoint = last_whole_checkpoint(out.path / "checkpoints")
     if checkpoint:
         say(f"train     going on from step {checkpoint[1]}")
-    trainer = _make_trainer(recipe, material, out.path, arguments, rows, chat, stored, checkpoint[1] if checkpoint else 0, processes)
+    start_step = checkpoint[1] if checkpoint else 0
+    trainer = _make_trainer(recipe, material, out.path, arguments, rows, chat, stored, start_step, processes)
     result = trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
     files = _save(recipe, out.path, trainer, processes)
     model: Any = trainer.model
@@ -156,7 +157,7 @@ def _train(recipe: Recipe, material: _Material, number: int, out: StageFolder, p
         precision=precision_name(arguments),
         world_size=processes.count,
         steps=trainer.state.global_step,
-        train_loss=result.training_loss,
+        train_loss=loss_of_all_pieces(out.path / "metrics.jsonl", start_step, result.training_loss, trainer.state.global_step),
         tokens=trainer.state.num_input_tokens_seen if material.train.is_live else round(rows.num_tokens * (trainer.state.epoch or 0)),
         parameters=num_parameters(model),
         trainable_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
@@ -230,7 +231,7 @@ def _make_trainer(
     from transformers import PrinterCallback, ProgressCallback
 
     from distill.models.loading import lora_config
-    from distill.trainers.callbacks import CheckpointMark, MetricsFile, ProgressBar, StopOnNonFinite
+    from distill.trainers.callbacks import CheckpointMark, MetricsFile, ProgressBar, StopOnNonFinite, last_logged
     from distill.trainers.traces import TraceTrainer
 
     student = recipe.student
@@ -241,7 +242,12 @@ def _make_trainer(
         "eval_dataset": rows.validation,
         "processing_class": chat.tokenizer,
         "peft_config": lora_config(student.adapter) if student.adapter.type == "lora" and material.start is None else None,
-        "callbacks": [MetricsFile(target / "metrics.jsonl", start_step), ProgressBar(), StopOnNonFinite(), CheckpointMark(processes)],
+        "callbacks": [
+            MetricsFile(target / "metrics.jsonl", start_step),
+            ProgressBar(len(rows.dataset)),
+            StopOnNonFinite(),
+            CheckpointMark(processes),
+        ],
     }
     if material.train.is_live:
         from distill.trainers.live import live_trainer
@@ -254,6 +260,8 @@ def _make_trainer(
         objective = likelihood(stored.target.kind) if follows else settings.objective(stored.target)
         half_life = None if follows else settings.early_half_life
         trainer = TraceTrainer(stored=stored, objective=objective, half_life=half_life, part=material.part, **common)
+    if start_step and is_main_process():  # TRL counts the tokens of a piece, from 0
+        trainer._total_train_tokens = last_logged(target / "metrics.jsonl", "num_tokens")
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     trained: Any = trainer.model
     if student.adapter.type == "lora":

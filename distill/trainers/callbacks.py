@@ -7,12 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from distill.errors import ModelError
 from distill.models.processes import Processes
-from distill.run.log import progress
+from distill.run.log import progress, say
+from distill.trainers.arguments import precision_name
 
 _WHOLE = "whole"  # written into a checkpoint after every process has saved its part
 
@@ -34,11 +36,20 @@ class MetricsFile(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """A bar over optimizer steps with the latest loss, in place of the trainer's line for every log."""
+    """What is trained, in a line, then a bar over optimizer steps with the latest loss, in place of the trainer's line for every log.
+
+    Args:
+        rows: That are trained on, before they are packed.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._last: tuple[float, float] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Opens the bar at the step the run starts from."""
+        """Says what is trained, and opens the bar at the step the run starts from."""
         if state.is_world_process_zero:
+            say(_first_line(args, state, kwargs["model"], self._rows))
             self._bar = progress(state.max_steps, "steps", "train", done=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -47,10 +58,14 @@ class ProgressBar(TrainerCallback):
             self._bar.update()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Shows the loss."""
-        loss = (kwargs.get("logs") or {}).get("loss")
-        if state.is_world_process_zero and loss is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}")
+        """Shows the loss, and the tokens a second since the last log."""
+        logs = kwargs.get("logs") or {}
+        if not state.is_world_process_zero or "loss" not in logs:
+            return
+        now = (self._bar.elapsed_s, float(logs.get("num_tokens", 0)))
+        before, self._last = self._last, now
+        rate = (now[1] - before[1]) / max(now[0] - before[0], 1e-9) if before else 0
+        self._bar.set_postfix_str(f"loss {logs['loss']:.4f}" + (f", {rate:,.0f} tokens/s" if rate > 0 else ""))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Closes the bar."""
@@ -92,6 +107,48 @@ def last_whole_checkpoint(folder: Path) -> tuple[Path, int] | None:
     """The newest checkpoint that was written to its end, and its step; null where there is none."""
     steps = [int(path.parent.name.removeprefix("checkpoint-")) for path in folder.glob(f"checkpoint-*/{_WHOLE}")]
     return (folder / f"checkpoint-{max(steps)}", max(steps)) if steps else None
+
+
+def _first_line(args: TrainingArguments, state: TrainerState, model: torch.nn.Module, rows: int) -> str:
+    rows_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    unit = "packs" if getattr(args, "packing", False) else "rows"
+    on_gpu = args.device.type == "cuda"
+    device = torch.cuda.get_device_name(args.device) if on_gpu else f"{args.device.type.upper()} ({torch.get_num_threads()} threads)"
+    # Where DeepSpeed deals the weights out, a parameter's own size is that of this process's share.
+    sizes = [(getattr(parameter, "ds_numel", parameter.numel()), parameter.requires_grad) for parameter in model.parameters()]
+    trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+    return (
+        f"train     {rows:,} rows, {state.max_steps:,} steps of {rows_a_step:,} {unit}; {args.world_size} x {device}, "
+        f"{precision_name(args)}; {trained:,} of {total:,} parameters are trained"
+    )
+
+
+def last_logged(path: Path, name: str) -> float:
+    """The last value of a metric that is in the file; 0 where there is none."""
+    return next((entry[name] for entry in reversed(_entries(path)) if name in entry), 0)
+
+
+def loss_of_all_pieces(path: Path, start_step: int, last_loss: float, steps: int) -> float:
+    """Mean training loss a step, over all pieces of a run that was killed and went on.
+
+    Args:
+        path: The metrics, which hold those of the pieces before.
+        start_step: From which the last piece went on.
+        last_loss: Mean of the last piece, which is what transformers calls the training loss.
+        steps: Of all pieces.
+    """
+    total = step = 0
+    for entry in _entries(path):
+        if "loss" in entry and entry["step"] <= start_step:
+            total += entry["loss"] * (entry["step"] - step)  # the mean since the last log
+            step = entry["step"]
+    if not step:
+        return last_loss
+    return (total / step * start_step + last_loss * (steps - start_step)) / steps
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def _keep_until(path: Path, step: int) -> None:
