@@ -9,8 +9,9 @@ from typing import Any
 from distill.errors import RecipeError
 from distill.models.processes import Processes
 from distill.recipe.experiment import Recipe
+from distill.run.clock import is_main_process
 from distill.run.folder import delete_stage
-from distill.run.log import is_main_process, ledger, nothing_to_do, say
+from distill.run.log import ledger, nothing_to_do, say
 from distill.run.manifest import MANIFEST, Manifest, read_manifest
 from distill.stages import ROUND_STAGES, Step, folder, steps_of
 

@@ -28,7 +28,7 @@ from gpu_sections import shapes
 from gpu_sections.frame import Figures
 from gpu_sections.steps import make_trainer, measure
 
-from distill.run.log import versions
+from distill.run.clock import versions
 
 SMALL = shapes.Shape("4 x 512", 512, 2048, 4, 8, 2)
 SHAPES = {"4x512": SMALL, "tiny": shapes.TINY, **shapes.SHAPES}

@@ -41,7 +41,7 @@ from distill.engines import requests_for
 from distill.engines.hf import HFEngine
 from distill.models.chat import IGNORE, ChatFormat, chat_format
 from distill.recipe.base import Sampling
-from distill.run.log import versions
+from distill.run.clock import versions
 from distill.run.schema import prompt_id
 
 TEMPLATE = (

@@ -32,9 +32,10 @@ from distill.recipe.base import Sampling
 from distill.recipe.experiment import Recipe
 from distill.recipe.learning import Score
 from distill.recipe.models import ModelSpec
+from distill.run.clock import Clock
 from distill.run.files import write_text
 from distill.run.folder import StageFolder, delete_stage
-from distill.run.log import Clock, progress, say
+from distill.run.log import progress, say
 from distill.run.schema import TRACE
 from distill.stages import run_dir
 from distill.stages.prompts import survey
@@ -87,7 +88,7 @@ def _sampling(recipe: Recipe) -> Sampling:
 
 
 def _measure(recipe: Recipe, teacher: ModelSpec, sampling: Sampling, prompts: list[Row], out: StageFolder) -> None:
-    clock, journal, device = Clock(), out.journal(), pick_device()
+    clock, journal, device = Clock(out.path), out.journal(), pick_device()
     say(f"pair      {len(prompts)} prompts, up to {sampling.max_new_tokens:,} tokens an answer, temperature {sampling.temperature:g}")
     student_chat, teacher_chat = load_chat_format(recipe.student), load_chat_format(teacher)
     to_student, own = vocabulary_map(teacher_chat, student_chat), vocabulary_map(student_chat, student_chat)

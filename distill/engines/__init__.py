@@ -88,7 +88,7 @@ def write_traces(
             done |= {_key(row): row for row in rows}
             tokens += sum(len(row["completion_ids"]) for row in rows)
             bar.update(len(rows))
-            bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
+            bar.set_postfix_str(f"{tokens / max(bar.elapsed_s, 1e-9):,.0f} tokens/s")
     return [done[request.prompt_id, request.sample_index] for request in requests]
 
 

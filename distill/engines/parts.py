@@ -19,8 +19,9 @@ from distill.engines.reading import Reader, batches_of
 from distill.engines.scored import ScoredRow, Statistics
 from distill.engines.scoring import TeacherScorer
 from distill.models.vocabulary import AlignedRow
+from distill.run.clock import is_main_process
 from distill.run.journal import Journal
-from distill.run.log import is_main_process, progress
+from distill.run.log import progress
 from distill.targets.files import TargetWriter, key_hash
 
 Hashes = NDArray[np.uint64]
@@ -69,7 +70,7 @@ def score_part(
             tokens += sum(row.statistics.tokens for row in scored)
             if bar is not None:
                 bar.update(sum(row.key not in writer for row in scored))
-                bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
+                bar.set_postfix_str(f"{tokens / max(bar.elapsed_s, 1e-9):,.0f} tokens/s")
             pending = disk.submit(_store, scored, journal, writer)  # while the next batch is read
         pending.result()
         writer.close()

@@ -19,10 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from distill.run.clock import Clock as Clock
-from distill.run.clock import git_revision as git_revision
-from distill.run.clock import is_main_process as is_main_process
-from distill.run.clock import keep_running_clocks
-from distill.run.clock import versions as versions
+from distill.run.clock import is_main_process, keep_running_clocks
 from distill.run.manifest import Manifest
 
 _QUIET = "DISTILL_QUIET"
@@ -99,11 +96,6 @@ class Progress:
     def elapsed_s(self) -> float:
         """Seconds since this work began, without those of an earlier run."""
         return time.perf_counter() - self._start
-
-    @property
-    def format_dict(self) -> dict[str, float]:
-        """As tqdm has it."""
-        return {"elapsed": self.elapsed_s}
 
     def update(self, count: int = 1) -> None:
         """So much more is done."""

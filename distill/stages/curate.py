@@ -23,7 +23,8 @@ from distill.recipe.experiment import Recipe
 from distill.recipe.traces import Curate
 from distill.run.folder import StageFolder
 from distill.run.journal import Journal
-from distill.run.log import Clock, Progress, progress
+from distill.run.clock import Clock
+from distill.run.log import Progress, progress
 from distill.run.manifest import Manifest, read_manifest
 from distill.run.plan import StagePlan
 from distill.run.schema import DROPPED_TRACE, TRACE, VERDICT
@@ -45,7 +46,7 @@ def run(recipe: Recipe) -> Manifest:
     with open_stage(recipe, plan(recipe)) as out:
         if out.manifest:
             return out.manifest
-        clock, source = Clock(), read_manifest(traces)
+        clock, source = Clock(out.path), read_manifest(traces)
         evidence = Evidence(source.rows("traces"), recipe.curate.checks)
         _examine(traces, evidence, recipe.curate, out.journal())
         choice = choose(evidence, recipe.curate)

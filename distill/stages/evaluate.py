@@ -15,8 +15,9 @@ from distill.errors import DataError
 from distill.measure.intervals import gap_recovered, mean_interval, resampled_means
 from distill.recipe.experiment import Recipe
 from distill.recipe.results import Evaluate
+from distill.run.clock import Clock
 from distill.run.folder import StageFolder
-from distill.run.log import Clock, progress
+from distill.run.log import progress
 from distill.run.manifest import Manifest, check_files
 from distill.run.plan import StagePlan
 from distill.run.schema import ANSWER, SCORE, TRACE
@@ -56,7 +57,7 @@ def _evaluate(recipe: Recipe, evaluate: Evaluate, out: StageFolder) -> Manifest:
     from distill.engines import requests_for, write_traces
     from distill.models.loading import pick_device
 
-    clock = Clock()
+    clock = Clock(out.path)
     prompts = read_rows(folder(recipe, "prompts"), "heldout")[: evaluate.max_prompts]
     requests = requests_for(prompts, evaluate.samples_per_prompt, recipe.seed)
     journal = out.journal()

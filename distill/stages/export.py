@@ -24,9 +24,10 @@ from distill.recipe.results import Export
 from distill.reporting.pages import render
 from distill.reporting.summary import lineage, summarise
 from distill.reporting.tables import RESULT_COLUMNS, results_rows
+from distill.run.clock import Clock
 from distill.run.files import write_text
 from distill.run.folder import StageFolder
-from distill.run.log import Clock, progress, say
+from distill.run.log import progress, say
 from distill.run.manifest import Manifest, check_files, read_manifest
 from distill.run.plan import Growth, StagePlan
 from distill.run.tables import read_rows
@@ -74,7 +75,7 @@ def model_name(recipe: Recipe, export: Export) -> str:
 
 
 def _export(recipe: Recipe, export: Export, out: StageFolder) -> Manifest:
-    clock = Clock()
+    clock = Clock(out.path)
     author, licence, notes = _terms(recipe, export)
     check_files(student_folder(recipe))
     for leftover in ("model", "adapter"):

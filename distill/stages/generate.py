@@ -7,8 +7,8 @@ from collections import Counter
 from distill.recipe.experiment import Recipe
 from distill.recipe.models import ModelSpec
 from distill.recipe.traces import Generate
+from distill.run.clock import Clock
 from distill.run.folder import StageFolder
-from distill.run.log import Clock
 from distill.run.manifest import Manifest
 from distill.run.plan import StagePlan
 from distill.run.schema import TRACE
@@ -38,7 +38,7 @@ def _generate(recipe: Recipe, teacher: ModelSpec, sampling: Generate, out: Stage
     from distill.engines.hf import HFEngine
     from distill.models.loading import load_chat_format, load_model, model_record, pick_device
 
-    clock = Clock()
+    clock = Clock(out.path)
     prompts = read_rows(folder(recipe, "prompts"), "train")
     chat = load_chat_format(teacher)
     device = pick_device()

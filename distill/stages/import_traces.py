@@ -26,8 +26,8 @@ from distill.data.sources import Source, brought_traces
 from distill.errors import DataError
 from distill.recipe.experiment import Recipe
 from distill.recipe.traces import Traces
+from distill.run.clock import Clock
 from distill.run.folder import StageFolder
-from distill.run.log import Clock
 from distill.run.manifest import Manifest
 from distill.run.plan import StagePlan
 from distill.run.schema import DROPPED_TRACE, THINK_CLOSE, THINK_OPEN, TRACE, prompt_id
@@ -57,7 +57,7 @@ def run(recipe: Recipe) -> Manifest:
 def _import(recipe: Recipe, traces: Traces, source: Source, out: StageFolder) -> Manifest:
     from distill.data.licences import licence_of
 
-    clock = Clock()
+    clock = Clock(out.path)
     drops: Counter[str] = Counter()
     rows_in = 0
     with out.in_one_go(), _Prompts(folder(recipe, "prompts"), out.path) as prompts:

@@ -23,8 +23,8 @@ from distill.data.sources import Source, heldout_problems, problems
 from distill.errors import DataError
 from distill.recipe.experiment import Recipe
 from distill.recipe.prompts import Prompts
+from distill.run.clock import Clock
 from distill.run.folder import StageFolder
-from distill.run.log import Clock
 from distill.run.manifest import Manifest
 from distill.run.plan import StagePlan
 from distill.run.schema import DROPPED_PROMPT, PROMPT
@@ -72,7 +72,7 @@ def run(recipe: Recipe) -> Manifest:
     with open_stage(recipe, plan(recipe)) as out:
         if out.manifest:
             return out.manifest
-        clock = Clock()
+        clock = Clock(out.path)
         with out.in_one_go(), tempfile.TemporaryFile(dir=out.path) as waiting:
             index = _read(prompts, source, heldout_source, waiting)
             fates = index.fates(prompts, recipe.seed)

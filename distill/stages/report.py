@@ -24,9 +24,10 @@ from distill.reporting.tables import (
     target_rows,
     verdict_counts,
 )
+from distill.run.clock import Clock
 from distill.run.files import write_text
 from distill.run.folder import StageFolder
-from distill.run.log import Clock, duration_text
+from distill.run.log import duration_text
 from distill.run.manifest import Manifest
 from distill.run.plan import Growth, StagePlan
 from distill.run.schema import THINK_CLOSE, THINK_OPEN

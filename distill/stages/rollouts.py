@@ -16,8 +16,8 @@ from distill.errors import RecipeError
 from distill.recipe.base import Sampling
 from distill.recipe.experiment import Recipe
 from distill.recipe.learning import Rollouts
+from distill.run.clock import Clock
 from distill.run.folder import StageFolder
-from distill.run.log import Clock
 from distill.run.manifest import Manifest, check_files
 from distill.run.plan import StagePlan
 from distill.run.schema import TRACE
@@ -79,7 +79,7 @@ def _write(recipe: Recipe, rollouts: Rollouts, number: int, sampling: Sampling, 
     from distill.engines.hf import HFEngine
     from distill.models.loading import free_memory, load_chat_format, load_model, load_trained, model_record, pick_device
 
-    clock, device = Clock(), pick_device()
+    clock, device = Clock(out.path), pick_device()
     prompts = _drawn(read_rows(folder(recipe, "prompts"), "train"), rollouts.prompts_per_round, f"{recipe.seed}/{number}")
     chat = load_chat_format(recipe.student)
     if writer is not None:

@@ -21,9 +21,10 @@ from distill.models.processes import Processes
 from distill.recipe.experiment import Recipe
 from distill.recipe.learning import Score
 from distill.recipe.models import ModelSpec
+from distill.run.clock import Clock, is_main_process
 from distill.run.folder import StageFolder
 from distill.run.journal import Journal
-from distill.run.log import Clock, is_main_process, ledger, nothing_to_do, say
+from distill.run.log import ledger, nothing_to_do, say
 from distill.run.manifest import MANIFEST, Manifest, read_manifest
 from distill.run.plan import StagePlan
 from distill.run.schema import trace_key
@@ -48,12 +49,11 @@ _PART = re.compile(r"(?:targets|journal)-\d{5}-of-(\d{5})\.")
 
 def run(recipe: Recipe, number: int = 0) -> Manifest:
     """Writes the shards of targets, in as many processes as were launched, and the manifest; round 0 is before the rounds."""
-    clock = Clock()
     # Only the main process takes the lock; the others wait until it has looked at the folder.
     with open_stage(recipe, plan(recipe, number), hold=is_main_process()) as out:
         if out.complete and "WORLD_SIZE" not in os.environ:
             return out.manifest or read_manifest(out.path)
-        processes = Processes()
+        clock, processes = Clock(out.path), Processes()
         processes.wait()
         if not (out.path / MANIFEST).exists():
             work = _Work(recipe, number, _parts_of(out.path) or processes.count)

@@ -17,9 +17,10 @@ from distill.losses.settings import likelihood
 from distill.models.processes import Processes
 from distill.recipe.experiment import Recipe
 from distill.recipe.learning import DEFAULT_EPOCHS, SchedulePart, Train
+from distill.run.clock import Clock, is_main_process
 from distill.run.files import write_text
 from distill.run.folder import StageFolder
-from distill.run.log import Clock, is_main_process, say
+from distill.run.log import say
 from distill.run.manifest import MANIFEST, Manifest, check_files, read_manifest
 from distill.run.plan import NO_LIMIT, Growth, StagePlan
 from distill.stages import Step, folder, open_stage, plan_of, previous_student, run_dir

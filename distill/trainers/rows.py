@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from distill.errors import DataError
 from distill.models.chat import ChatFormat
 from distill.recipe.learning import Train
-from distill.run.log import is_main_process, say
+from distill.run.clock import is_main_process
+from distill.run.log import say
 from distill.trainers.encoded import EncodedTraces, encoded_traces, keep_only, rows_name
 from distill.trainers.targets import StoredTargets
 

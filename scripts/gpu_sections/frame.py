@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from distill.run.log import git_revision, say, versions
+from distill.run.clock import git_revision, versions
+from distill.run.log import say
 
 Figures = dict[str, float]
 """What a case found, by a name that ends in its unit: `step_ms`, `peak_gib`, `tokens_per_s`; ratios name their peer: `step_of_trl`."""
