@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ from distill.recipe.shelf import find_recipe
 _TAGS = {"adapter": {"lora", "full"}, "target": {"top_k", "sampled", "chosen_token"}}
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a file with command-line overrides laid over it.
+def load_recipe(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """The recipe of a file with overrides laid over it.
 
     Args:
         path: YAML file, or the name of a recipe of the kit.
-        overrides: `["--generate.samples_per_prompt", "8", "--seed=1"]`; a value is read as YAML.
+        overrides: `["--generate.samples_per_prompt", "8", "--seed=1"]`; a value is read as YAML. Or values by
+            key, `{"seed": 1}`, as they are.
 
     Raises:
         RecipeError: naming file, line, key, value and the nearest valid key.
@@ -71,9 +72,13 @@ def _read_yaml(path: Path) -> CommentedMap:
     return document
 
 
-def _apply(document: CommentedMap, overrides: Sequence[str]) -> set[str]:
-    """Lays overrides over the document in place; returns the dotted keys they set."""
-    words, changed = list(overrides), set()
+def _apply(document: CommentedMap, overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
+    """Lays overrides over the document in place; returns the dotted keys they set, and where each was given."""
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            _set(document, key, value, "overrides")
+        return dict.fromkeys(overrides, "overrides")
+    words, changed = list(overrides), {}
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
@@ -87,12 +92,12 @@ def _apply(document: CommentedMap, overrides: Sequence[str]) -> set[str]:
             value = YAML(typ="safe").load(text)
         except YAMLError:
             value = text
-        _set(document, key, value)
-        changed.add(key)
+        _set(document, key, value, "command line")
+        changed[key] = "command line"
     return changed
 
 
-def _set(document: CommentedMap, key: str, value: Any) -> None:
+def _set(document: CommentedMap, key: str, value: Any, where: str) -> None:
     *parents, last = key.split(".")
     node: Any = document
     for parent in parents:
@@ -100,7 +105,7 @@ def _set(document: CommentedMap, key: str, value: Any) -> None:
             node[parent] = CommentedMap()
         node = node[parent]
         if not isinstance(node, dict):
-            raise RecipeError(f"command line: --{key}: {parent} is a plain value here, not a section.")
+            raise RecipeError(f"{where}: {key}: {parent} is a plain value here, not a section.")
     node[last] = value
 
 
@@ -116,7 +121,7 @@ def _to_plain(node: Any) -> Any:
     return node
 
 
-def _describe(item: ErrorDetails, path: Path, document: CommentedMap, changed: set[str]) -> str:
+def _describe(item: ErrorDetails, path: Path, document: CommentedMap, changed: dict[str, str]) -> str:
     """One pydantic error as one line: where, what, got, and what to do."""
     loc = [str(part) for part in item["loc"]]
     parts = [part for before, part in zip(["", *loc], loc, strict=False) if part not in _TAGS.get(before, ())]
@@ -139,11 +144,12 @@ def _describe(item: ErrorDetails, path: Path, document: CommentedMap, changed: s
     return f"{where}: {key}: {message}, got {item['input']!r}. `distill keys {parts[0] if parts else ''}` explains it."
 
 
-def _where(path: Path, document: CommentedMap, parts: list[str], changed: set[str]) -> str:
-    """`file:line` of the deepest key of `parts` that the file has, or the command line if an override set it."""
+def _where(path: Path, document: CommentedMap, parts: list[str], changed: dict[str, str]) -> str:
+    """`file:line` of the deepest key of `parts` that the file has, or what an override that set it came from."""
     dotted = ".".join(parts)
-    if any(dotted == key or dotted.startswith(key + ".") for key in changed):
-        return "command line"
+    for key, given in changed.items():
+        if dotted == key or dotted.startswith(key + "."):
+            return given
     node, line = document, None
     for part in parts:
         if not isinstance(node, CommentedMap) or part not in node:

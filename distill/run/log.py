@@ -14,6 +14,8 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,7 +24,7 @@ from distill.run.clock import Clock as Clock
 from distill.run.clock import is_main_process, keep_running_clocks
 from distill.run.manifest import Manifest
 
-_QUIET = "DISTILL_QUIET"
+_QUIET, _SILENT = "DISTILL_QUIET", "silent"
 _LINE_EVERY_S, _LINE_AT_LEAST_EVERY_S, _LINE_EVERY_SHARE = 30.0, 300.0, 0.1
 _PASSING_S = 2.0  # work that is done sooner need not be seen
 
@@ -30,6 +32,19 @@ _PASSING_S = 2.0  # work that is done sooner need not be seen
 def is_quiet() -> bool:
     """Whether only results and errors are to be said."""
     return os.environ.get(_QUIET, "0") not in ("", "0")
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Inside, nothing is said at all, results neither: for whoever calls the kit from a program of theirs."""
+    before = os.environ.get(_QUIET)
+    os.environ[_QUIET] = _SILENT
+    try:
+        yield
+    finally:
+        os.environ.pop(_QUIET)
+        if before is not None:
+            os.environ[_QUIET] = before
 
 
 def be_quiet() -> None:
@@ -52,7 +67,7 @@ def say(text: str, *, result: bool = False) -> None:
         text: The line.
         result: It is what was asked for, and is said even quietly.
     """
-    if not is_main_process() or (is_quiet() and not result):
+    if not is_main_process() or (is_quiet() and not result) or os.environ.get(_QUIET) == _SILENT:
         return
     if Progress.bars_shown:
         from tqdm.auto import tqdm
