@@ -131,7 +131,7 @@ def _train(recipe: Recipe, material: _Material, number: int, out: StageFolder, p
     # Imported here, so that a finished stage answers without loading torch.
     from distill.models.loading import free_memory, load_chat_format, num_parameters, pick_device
     from distill.trainers.arguments import precision_name, training_arguments
-    from distill.trainers.callbacks import last_whole_checkpoint, loss_of_all_pieces
+    from distill.trainers.callbacks import last_logged, last_whole_checkpoint, loss_of_all_pieces
 
     clock, device = Clock(out.path), pick_device()
     if material.train.is_live:
@@ -149,6 +149,7 @@ def _train(recipe: Recipe, material: _Material, number: int, out: StageFolder, p
         say(f"train     going on from step {checkpoint[1]}")
     start_step = checkpoint[1] if checkpoint else 0
     trainer = _make_trainer(recipe, material, out.path, arguments, rows, chat, stored, start_step, processes)
+    trainer._total_train_tokens = last_logged(out.path / "metrics.jsonl", "num_tokens")  # which TRL counts anew in every piece
     result = trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
     files = _save(recipe, out.path, trainer, processes)
     model: Any = trainer.model
@@ -232,7 +233,7 @@ def _make_trainer(
     from transformers import PrinterCallback, ProgressCallback
 
     from distill.models.loading import lora_config
-    from distill.trainers.callbacks import CheckpointMark, MetricsFile, ProgressBar, StopOnNonFinite, last_logged
+    from distill.trainers.callbacks import CheckpointMark, MetricsFile, ProgressBar, StopOnNonFinite
     from distill.trainers.traces import TraceTrainer
 
     student = recipe.student
@@ -261,8 +262,6 @@ def _make_trainer(
         objective = likelihood(stored.target.kind) if follows else settings.objective(stored.target)
         half_life = None if follows else settings.early_half_life
         trainer = TraceTrainer(stored=stored, objective=objective, half_life=half_life, part=material.part, **common)
-    if start_step and is_main_process():  # TRL counts the tokens of a piece, from 0
-        trainer._total_train_tokens = last_logged(target / "metrics.jsonl", "num_tokens")
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     trained: Any = trainer.model
     if student.adapter.type == "lora":

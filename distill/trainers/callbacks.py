@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -148,19 +149,16 @@ def loss_of_all_pieces(path: Path, start_step: int, last_loss: float, steps: int
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """What was logged, without a line torn by a kill, or one that another process is writing."""
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
 
 
 def _keep_until(path: Path, step: int) -> None:
     """Cuts lines behind a step off: a resumed run writes them again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:  # torn by a kill
-            continue
-        if entry["step"] <= step and step > 0:
-            kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    if path.exists():
+        kept = [json.dumps(entry) + "\n" for entry in _entries(path) if entry["step"] <= step and step > 0]
+        path.write_text("".join(kept), encoding="utf-8")
