@@ -21,9 +21,9 @@ from distill.checks.math import MathJudge, Pair
 from distill.errors import DataError
 from distill.recipe.experiment import Recipe
 from distill.recipe.traces import Curate
+from distill.run.clock import Clock
 from distill.run.folder import StageFolder
 from distill.run.journal import Journal
-from distill.run.clock import Clock
 from distill.run.log import Progress, progress
 from distill.run.manifest import Manifest, read_manifest
 from distill.run.plan import StagePlan
