@@ -173,7 +173,9 @@ def _files(name: str) -> list[DataFile] | None:
         found = sorted(each for each in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if not each.is_dir())
         return _checked(name, found, "Write the glob so that it matches the data alone.")
     if path.suffix in (*KINDS, *PACKED) or path.is_absolute() or name.startswith((".", "~")):
-        raise DataError(f"{name}: there is no such file. Paths are relative to the folder the command is run in ({Path.cwd()}).")
+        raise DataError(
+            f"{name}: there is no such file. Paths are relative to the folder the command is run in ({Path.cwd()}), or to the recipe's."
+        )
     return None
 
 
