@@ -191,7 +191,8 @@ def test_check_passes_the_recipes_for_real_models(shared: Path) -> None:
     ]:
         result = distill(
             *("check", f"recipes/{recipe}.yaml"),
-            *("--prompts.source", data / "gsm8k" / "train.jsonl", "--prompts.heldout_source", data / "gsm8k" / "test.jsonl"),
+            *("--prompts.source", data / "gsm8k" / "train.jsonl", "--prompts.subset", "null"),
+            *("--prompts.heldout_source", data / "gsm8k" / "test.jsonl"),
             *("--teacher.tokenizer", data / "tokenizers" / teacher, "--student.tokenizer", data / "tokenizers" / student),
         )
         assert result.returncode == 0, result.stdout + result.stderr
