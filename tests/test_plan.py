@@ -117,6 +117,36 @@ def test_a_kill_while_the_folder_begins_to_grow_loses_nothing(tmp_path: Path, st
     assert relation(asked).kind == "complete" and not (tmp_path / "n" / EARLIER).exists()
 
 
+def test_a_kill_between_the_manifest_and_the_end_of_the_plan_is_the_end(tmp_path: Path) -> None:
+    first, second = plan_of(tmp_path / "n"), plan_of(tmp_path / "n", count=5)
+    for plan, before in ((first, []), (second, [0, 1, 2])):
+        with StageFolder(*plan) as out:
+            assert (read_rows(out.earlier, "numbers") if out.earlier else []) == [{"number": number} for number in before]
+            out.write_table("numbers", [{"number": number} for number in range(plan.settings["count"])], NUMBERS)
+            left = (tmp_path / "n" / PLAN).read_bytes()
+            out.finish()
+        (tmp_path / "n" / PLAN).write_bytes(left)
+        assert relation(plan).kind == "complete"
+        with StageFolder(*plan) as out:
+            assert out.complete
+    assert relation(plan_of(tmp_path / "n", count=7)).kind == "grows"
+    assert make(plan_of(tmp_path / "n", count=7)) == [0, 1, 2, 3, 4]
+
+
+def test_a_stage_that_looks_itself_leaves_everything_in_its_place_until_then(tmp_path: Path) -> None:
+    growth = Growth(free=frozenset({"source"}), looks_itself=True)
+    make(plan_of(tmp_path / "n", source="a", growth=growth))
+    asked = plan_of(tmp_path / "n", source="b", growth=growth)
+    with pytest.raises(ZeroDivisionError), StageFolder(*asked) as out:
+        assert out.earlier == tmp_path / "n"
+        raise ZeroDivisionError
+    assert relation(plan_of(tmp_path / "n", source="a", growth=growth)).kind == "complete" and not (tmp_path / "n" / PLAN).exists()
+    with StageFolder(*asked) as out:
+        out.grow()
+        assert out.earlier == tmp_path / "n" / EARLIER
+    assert make(asked) == [0, 1, 2]
+
+
 def test_a_plan_of_which_nothing_was_made_binds_nobody(tmp_path: Path) -> None:
     with StageFolder(*plan_of(tmp_path / "n")):
         pass

@@ -83,8 +83,8 @@ class StageFolder:
     @property
     def earlier(self) -> Path | None:
         """The finished stage that this one grows from; null where it starts from nothing."""
-        folder = self.path / EARLIER
-        return folder if (folder / MANIFEST).exists() else None
+        there = (folder for folder in (self.path, self.path / EARLIER) if (folder / MANIFEST).exists())
+        return next(there, None) if self.manifest is None else None
 
     def __enter__(self) -> StageFolder:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -143,15 +143,25 @@ class StageFolder:
         if found.kind == "complete":
             self.manifest = read_manifest(self.path)
             return
-        if found.kind in ("new", "grows"):
-            plan = {"schema_version": SCHEMA_VERSION, "stage": self.stage, "settings": self.settings, "inputs": self._inputs}
-            write_text(self.path / PLAN, json.dumps(plan | {"made_with": self._plan.made_with}, indent=2))
+        if found.kind == "grows":  # by a plan of its own, not by one that a kill left behind
+            (self.path / PLAN).unlink(missing_ok=True)
+        if found.kind == "new":
+            self._write_plan()
             (self.path / CLOCK).unlink(missing_ok=True)  # of a run with other settings that made nothing
-        if (self.path / MANIFEST).exists():  # it grows; or was killed while what is there was put aside
-            self._put_aside()
+        if (self.path / PLAN).exists() or not self._plan.growth.looks_itself:
+            self.grow()
 
-    def _put_aside(self) -> None:
-        """Moves what is there into `earlier`, the manifest last: until then, a restart moves the rest."""
+    def _write_plan(self, grows_from: str | None = None) -> None:
+        plan = {"schema_version": SCHEMA_VERSION, "stage": self.stage, "settings": self.settings, "inputs": self._inputs}
+        more = {"grows_from": grows_from, "made_with": self._plan.made_with}
+        write_text(self.path / PLAN, json.dumps(plan | more, indent=2))
+
+    def grow(self) -> None:
+        """Puts a finished stage that is there into `earlier`, the manifest last: until then, a restart moves the rest."""
+        if not (self.path / MANIFEST).exists():
+            return
+        if not (self.path / PLAN).exists():
+            self._write_plan(read_manifest(self.path).digest)
         earlier = self.path / EARLIER
         if not earlier.is_dir() or (earlier / MANIFEST).exists():  # the stage grew before, and kept what it grew from
             aside = self.path / f"{EARLIER}.tmp"
@@ -200,6 +210,7 @@ class StageFolder:
         drops: dict[str, int] | None = None,
         files: Sequence[Path] = (),
         facts: dict[str, Any] | None = None,
+        keep_earlier: bool = False,
     ) -> Manifest:
         """Writes the manifest, which makes the stage complete, and removes what only a restart needed.
 
@@ -209,6 +220,7 @@ class StageFolder:
             drops: Reason and number of the others.
             files: Files of the result besides the tables, inside the folder.
             facts: What was measured.
+            keep_earlier: Leave what it grew from beside it, because not all of that was taken over.
         """
         self.manifest = Manifest(
             stage=self.stage,
@@ -226,7 +238,7 @@ class StageFolder:
         write_text(self.path / MANIFEST, self.manifest.model_dump_json(indent=2))
         for leftover in (self.path / PLAN, self.path / JOURNAL, self.path / CLOCK, *self.path.glob(f"{LOCK}-*")):
             leftover.unlink(missing_ok=True)
-        if self._plan.growth.adds:  # what was there is a part of what is there now
+        if self._plan.growth.adds and not keep_earlier:  # what was there is a part of what is there now
             shutil.rmtree(self.path / EARLIER, ignore_errors=True)
         return self.manifest
 

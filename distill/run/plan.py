@@ -28,7 +28,9 @@ class Growth:
     rising: Mapping[str, float] = field(default_factory=dict)
     """Dotted settings that may rise, and what null stands for there."""
     free: frozenset[str] = frozenset()
-    """Dotted settings that may change in any way, because the stage looks itself whether rows are only added."""
+    """Dotted settings that may change in any way: what follows from them is added, or made anew."""
+    looks_itself: bool = False
+    """Whether the stage looks first whether rows are only added: what is there stays in its place until it calls `grow`."""
     inputs: Literal["follow", "ignore"] = "follow"
     """What follows from inputs that have grown: the stage grows, too, or it stays as it is."""
     other_inputs: bool = False
@@ -80,8 +82,8 @@ def relation(plan: StagePlan, *, shared: bool = False, inputs: bool = True) -> R
     if not plan.path.exists():
         return Relation("new")
     made = any(file.name not in (PLAN, CLOCK) and not file.name.startswith(LOCK) for file in plan.path.iterdir())
-    if (plan.path / PLAN).exists() and (made or shared):  # also beside a manifest: the folder has begun to grow
-        found = read_json(plan.path / PLAN)
+    found = read_json(plan.path / PLAN) if (plan.path / PLAN).exists() and (made or shared) else None
+    if found is not None and not _ended(plan.path, found):
         changes = list(_differences(found.get("settings"), plan.settings))
         clauses = [clause for _, clause in changes]
         clauses += [clause for _, clause in _changed_inputs(found["inputs"], plan)] if inputs else []
@@ -90,6 +92,11 @@ def relation(plan: StagePlan, *, shared: bool = False, inputs: bool = True) -> R
         manifest = read_manifest(plan.path)
         return _to_finished(plan, manifest.settings, manifest.inputs if inputs else {})
     return Relation("new")
+
+
+def _ended(path: Path, found: dict[str, Any]) -> bool:
+    """Whether what was planned is done, and only the plan was left behind by a kill; else a folder with a manifest begins to grow."""
+    return (path / MANIFEST).exists() and read_manifest(path).digest != found.get("grows_from")
 
 
 def _to_finished(plan: StagePlan, settings: dict[str, Any], inputs: dict[str, str]) -> Relation:

@@ -10,6 +10,7 @@ import hashlib
 import tempfile
 from array import array
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -17,17 +18,18 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from distill.data.files import Row
-from distill.data.identities import Identities, Ids, as_numbers
+from distill.data.identities import Identities, Ids, Places, as_numbers
 from distill.data.mapping import PromptMapping
 from distill.data.sources import Source, heldout_problems, problems
-from distill.errors import DataError
+from distill.errors import DataError, StageConflictError
 from distill.recipe.experiment import Recipe
 from distill.recipe.prompts import Prompts
 from distill.run.clock import Clock
 from distill.run.folder import StageFolder
 from distill.run.manifest import Manifest
-from distill.run.plan import StagePlan
+from distill.run.plan import NO_LIMIT, Growth, StagePlan
 from distill.run.schema import DROPPED_PROMPT, PROMPT
+from distill.run.tables import iter_pieces
 from distill.stages import Step, folder, open_stage, plan_of
 
 _TRAIN, _HELDOUT = 0, 1  # fates; those from 2 on are reasons to drop a row
@@ -62,7 +64,8 @@ def plan(recipe: Recipe) -> StagePlan:
         "source_sha256": source.recall(path),
         "heldout_source_sha256": heldout_source.recall(path) if heldout_source else None,
     }
-    return plan_of(recipe, Step("prompts"), settings)
+    growth = Growth({"prompts.max_prompts": NO_LIMIT}, free=frozenset({"source_sha256"}), looks_itself=True)
+    return plan_of(recipe, Step("prompts"), settings, growth=growth)
 
 
 def run(recipe: Recipe) -> Manifest:
@@ -75,7 +78,8 @@ def run(recipe: Recipe) -> Manifest:
         clock = Clock(out.path)
         with out.in_one_go(), tempfile.TemporaryFile(dir=out.path) as waiting:
             index = _read(prompts, source, heldout_source, waiting)
-            fates = index.fates(prompts, recipe.seed)
+            fates = index.fates(prompts, recipe.seed, _Before.read(out.earlier) if out.earlier else None)
+            out.grow()
             _write(out, waiting, fates)
         out.settings["source_sha256"] = source.sha256
         out.settings["heldout_source_sha256"] = heldout_source.sha256 if heldout_source else None
@@ -158,11 +162,17 @@ class _Index:
         """A number for each row's reference; equal references have equal ones."""
         return np.frombuffer(self._references, dtype=np.uint64)
 
-    def fates(self, prompts: Prompts, seed: int) -> npt.NDArray[np.uint8]:
+    def fates(self, prompts: Prompts, seed: int, before: _Before | None = None) -> npt.NDArray[np.uint8]:
         """What becomes of each row. Which prompts are held out depends on their content and the seed, not on their order.
+
+        Args:
+            prompts: The recipe's section.
+            seed: The recipe's.
+            before: The prompts that were there, where there are to be more: they stay what they are.
 
         Raises:
             DataError: there are fewer prompts than asked for, or none is left to train on.
+            StageConflictError: prompts that were there are gone, or are others now.
         """
         fates = np.frombuffer(self._codes, dtype=np.uint8).copy()
         main, others = slice(0, self.num_main), slice(self.num_main, None)
@@ -173,12 +183,16 @@ class _Index:
             heldout_from, name = others, prompts.heldout_source
             known = Identities(self.ids[others][fates[others] == _TRAIN]).places(self.ids[main])
             fates[main][(known >= 0) & (fates[main] == _TRAIN)] = _CODES["in_heldout_source"]
-        drawn, rest = self._draw(fates, heldout_from, prompts.heldout_size, f"heldout/{seed}", name)
-        fates[drawn] = _HELDOUT
-        if prompts.heldout_source is not None:
-            fates[rest] = _CODES["not_drawn"]
+        if before is not None and prompts.heldout_source is None:
+            fates[before.places(self, fates, before.heldout, prompts.source)] = _HELDOUT
+        else:
+            drawn, rest = self._draw(fates, heldout_from, prompts.heldout_size, f"heldout/{seed}", name)
+            fates[drawn] = _HELDOUT
+            if prompts.heldout_source is not None:
+                fates[rest] = _CODES["not_drawn"]
+        kept = before.places(self, fates, before.train, prompts.source) if before else None
         if prompts.max_prompts is not None and prompts.max_prompts < (fates[main] == _TRAIN).sum():
-            _, rest = self._draw(fates, main, prompts.max_prompts, f"train/{seed}", prompts.source)
+            _, rest = self._draw(fates, main, prompts.max_prompts, f"train/{seed}", prompts.source, kept)
             fates[rest] = _CODES["not_drawn"]
         if not (fates == _TRAIN).any():
             raise DataError(f"{prompts.source}: no prompt is left to train on. Lower prompts.heldout_size ({prompts.heldout_size}).")
@@ -195,16 +209,62 @@ class _Index:
         fates[order[again]] = np.where(same, _CODES["duplicate"], _CODES["duplicate_other_reference"])
 
     def _draw(
-        self, fates: npt.NDArray[np.uint8], rows: slice, count: int, salt: str, name: str
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The places of `count` rows of the lowest hash, and of the others."""
+        self, fates: npt.NDArray[np.uint8], rows: slice, count: int, salt: str, name: str, first: Places | None = None
+    ) -> tuple[Places, Places]:
+        """The places of `count` rows, those of `first` and then of the lowest hash, and of the others."""
         places = np.flatnonzero(fates[rows] == _TRAIN) + (rows.start or 0)
         if count > len(places):
             raise DataError(f"{name}: prompts.heldout_size asks for {count:,} prompts, but there are {len(places):,}. Lower it.")
         # Of the hash 64 bits: that two of a million rows share them happens once in 40 million runs.
         ranks = np.fromiter((_rank(salt, int(number)) for number in self.ids[places]), np.uint64, len(places))
         order = places[np.argsort(ranks, kind="stable")]
+        if first is not None:
+            order = np.concatenate([first, order[~np.isin(order, first)]])
         return order[:count], order[count:]
+
+
+class _Before(NamedTuple):
+    """The prompts of a stage that is to grow: ids, and a number for the reference of each."""
+
+    train: tuple[Ids, Ids]
+    heldout: tuple[Ids, Ids]
+
+    @classmethod
+    def read(cls, finished: Path) -> _Before:
+        """Those of a finished stage."""
+        return cls(*(_numbered(finished, table) for table in ("train", "heldout")))
+
+    @staticmethod
+    def places(index: _Index, fates: npt.NDArray[np.uint8], before: tuple[Ids, Ids], source: str) -> Places:
+        """Where these prompts are now.
+
+        Raises:
+            StageConflictError: some are gone, or have other references.
+        """
+        free = np.flatnonzero(fates[: index.num_main] == _TRAIN)
+        found = Identities(index.ids[free]).places(before[0])
+        gone = int((found < 0).sum())
+        if gone:
+            raise StageConflictError(
+                f"{source}: {gone:,} of the run's {len(found):,} prompts are not in it any more, or would be held out now. Prompts can be "
+                "added to a run, not taken away: put them back, or give another run_dir."
+            )
+        places: Places = free[found]
+        other = int((index.references[places] != before[1]).sum())
+        if other:
+            raise StageConflictError(
+                f"{source}: {other:,} prompts of the run have another reference now. Set them back, give another run_dir, or make "
+                "everything anew with `distill run --redo`."
+            )
+        return places
+
+
+def _numbered(finished: Path, table: str) -> tuple[Ids, Ids]:
+    ids, references = array("Q"), array("Q")
+    for piece in iter_pieces(finished, table, ["prompt_id", "reference"]):
+        ids.extend(as_numbers(piece.column("prompt_id").to_pylist()).tolist())
+        references.extend(map(_number_of, piece.column("reference").to_pylist()))
+    return np.frombuffer(ids, dtype=np.uint64), np.frombuffer(references, dtype=np.uint64)
 
 
 def _rank(salt: str, number: int) -> int:
