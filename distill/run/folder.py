@@ -170,7 +170,7 @@ class StageFolder:
                 earlier.rename(aside / EARLIER)
             aside.rename(earlier)
         for file in sorted(self.path.iterdir(), key=lambda file: file.name == MANIFEST):
-            if file.name not in (PLAN, EARLIER) and not file.name.startswith(LOCK):
+            if file.name not in (PLAN, CLOCK, EARLIER) and not file.name.startswith(LOCK):
                 file.rename(earlier / file.name)
 
     def journal(self) -> Journal:
@@ -190,6 +190,8 @@ class StageFolder:
             raise
 
     def _remove_pieces(self) -> None:
+        if (self.path / MANIFEST).exists():  # a stage that looks itself has not begun to grow: they are whole
+            return
         for piece in self.path.glob("*.parquet*"):
             piece.unlink()
 

@@ -23,15 +23,15 @@ from distill.data.identities import Identities, as_numbers
 from distill.data.mapping import PromptMapping
 from distill.data.names import text_at
 from distill.data.sources import Source, brought_traces
-from distill.errors import DataError
+from distill.errors import DataError, StageConflictError
 from distill.recipe.experiment import Recipe
 from distill.recipe.traces import Traces
 from distill.run.clock import Clock
 from distill.run.folder import StageFolder
-from distill.run.manifest import Manifest
-from distill.run.plan import StagePlan
+from distill.run.manifest import Manifest, read_manifest
+from distill.run.plan import Growth, StagePlan
 from distill.run.schema import DROPPED_TRACE, THINK_CLOSE, THINK_OPEN, TRACE, prompt_id
-from distill.run.tables import iter_pieces
+from distill.run.tables import iter_pieces, iter_rows
 from distill.stages import Step, folder, open_stage, plan_of
 
 _ROWS = 512  # matched to their prompts at once
@@ -42,7 +42,9 @@ def plan(recipe: Recipe) -> StagePlan:
     traces = recipe.traces
     assert traces is not None  # the recipe was validated
     digest = brought_traces(traces).recall(folder(recipe, "generate"))
-    return plan_of(recipe, Step("generate"), {"traces": traces.identity(), "source_sha256": digest}, [folder(recipe, "prompts")])
+    settings = {"traces": traces.identity(), "source_sha256": digest}
+    growth = Growth(free=frozenset({"source_sha256"}), looks_itself=True)
+    return plan_of(recipe, Step("generate"), settings, [folder(recipe, "prompts")], growth)
 
 
 def run(recipe: Recipe) -> Manifest:
@@ -60,6 +62,9 @@ def _import(recipe: Recipe, traces: Traces, source: Source, out: StageFolder) ->
     clock = Clock(out.path)
     drops: Counter[str] = Counter()
     rows_in = 0
+    if out.earlier == out.path:  # it has not begun to grow
+        _refuse_what_is_gone(recipe, traces, out)
+        out.grow()
     with out.in_one_go(), _Prompts(folder(recipe, "prompts"), out.path) as prompts:
         kept, dropped = out.table("traces", TRACE), out.table("dropped", DROPPED_TRACE)
         for row, reason in _matched(recipe, traces, source, prompts):
@@ -80,6 +85,28 @@ def _import(recipe: Recipe, traces: Traces, source: Source, out: StageFolder) ->
     licence = licence_of(traces.author_model, traces.licence)
     facts = clock.facts(author=author, licence=licence, sources=source.records())
     return out.finish(rows_in=rows_in, rows_kept=kept.num_rows, drops=dict(drops), facts=facts)
+
+
+def _refuse_what_is_gone(recipe: Recipe, traces: Traces, out: StageFolder) -> None:
+    """Looks whether every trace that is there is in the source still, as it was: what was scored of it would be another's else."""
+    names = ["prompt_id", "sample_index", "completion"]
+    before = read_manifest(out.path).rows("traces")
+    there = np.fromiter((_number_of(row) for row in iter_rows(out.path, "traces", columns=names)), np.uint64, before)
+    with _Prompts(folder(recipe, "prompts"), out.path) as prompts:
+        rows = _matched(recipe, traces, brought_traces(traces), prompts)
+        now = np.array(array("Q", (_number_of(row) for row, reason in rows if reason is None)), np.uint64)
+    gone = int((~np.isin(there, now)).sum())
+    if gone:
+        raise StageConflictError(
+            f"{traces.source}: {gone:,} of the run's {before:,} traces are not in it any more, are others now, or stand in another order "
+            "among those of their prompt. Traces can be added at the end: put them back, give another run_dir, or make everything that "
+            "follows from them anew with `distill run --redo generate`."
+        )
+
+
+def _number_of(row: Row) -> int:
+    """64 bits that are equal for equal traces, within this process."""
+    return hash((row["prompt_id"], row["sample_index"], row["completion"])) % 2**64
 
 
 def _matched(recipe: Recipe, traces: Traces, source: Source, prompts: _Prompts) -> Iterator[tuple[Row, str | None]]:
