@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,8 +30,9 @@ from distill.errors import IntegrityError
 from distill.models.chat import IGNORE, ChatFormat, chat_format
 from distill.models.vocabulary import AlignedRow, VocabularyMap, align, vocabulary_map
 from distill.run.files import digest_file
-from distill.run.folder import StageFolder
+from distill.run.folder import EARLIER, StageFolder
 from distill.run.manifest import check_files, read_manifest
+from distill.run.plan import Growth
 from distill.run.schema import TRACE
 from distill.targets.codec import Targets
 from distill.targets.compare import Verification
@@ -286,7 +288,10 @@ def test_scoring_tells_what_it_did_and_does_it_once(recipe: Callable[..., Path])
     assert facts["bytes_per_token"] == pytest.approx(facts["bytes"] / facts["positions"], abs=1e-3)
     assert 0 < facts["captured_mass"]["1"] < facts["captured_mass"]["64"] < 1
     assert facts["verification"]["rows"] == 8 and facts["author"]["parameters"] > 0 and facts["licence"] == "unknown"
-    assert {file.name for file in folder_of(path).iterdir()} == {"targets-00000-of-00001.targets", "manifest.json", ".lock"}
+    assert {file.name for file in folder_of(path).iterdir()} == {
+        *("targets-00000-of-00001.targets", "journal-00000-of-00001.jsonl"),  # what each row gave: to be added to
+        *("manifest.json", ".lock"),
+    }
     before = contents(folder_of(path))
     assert "nothing to do" in score(path)
     assert contents(folder_of(path)) == before
@@ -375,6 +380,27 @@ def test_windows_and_parts_hold_every_trace_once(recipe: Callable[..., Path], mo
     for part in ("2/2", "1/2"):
         score(path, "--shard", part)
     same_targets(rows_of(path), rows_of(whole))
+
+
+@pytest.mark.parametrize("shards", [0, 2])
+def test_more_traces_are_added_to_those_that_were_read(recipe: Callable[..., Path], shards: int) -> None:
+    """What is there is taken over bit by bit, with what it gave; only new traces are read."""
+    grown, fresh = recipe("grown", rows=traces(24)[:15]), recipe("fresh")
+    score(grown), score(fresh)
+    before = rows_of(grown)
+    curated = StageFolder(grown.with_suffix("") / "curated", "curate", {"count": 24}, growth=Growth({"count": 15}))
+    with curated as out:
+        out.write_table("curated", traces(24), TRACE)
+        out.finish(rows_in=24, rows_kept=24)
+    said = [score(grown, "--shard", f"{shard + 1}/{shards}") for shard in range(shards)] if shards else [score(grown)]
+    assert sum(int(number) for number in re.findall(r"(\d+) traces were scored before", "".join(said))) == 15
+    after = rows_of(grown)
+    same_targets(after, rows_of(fresh))
+    for key, targets in before.items():
+        np.testing.assert_array_equal(after[key].log_probs, targets.log_probs)
+    ours, theirs = read_manifest(folder_of(grown)).facts, read_manifest(folder_of(fresh)).facts
+    assert [ours[name] for name in ("tokens", "positions", "targets")] == [theirs[name] for name in ("tokens", "positions", "targets")]
+    assert not (folder_of(grown) / EARLIER).exists()
 
 
 def test_shards_equal_one_process(recipe: Callable[..., Path]) -> None:

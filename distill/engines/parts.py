@@ -18,13 +18,16 @@ from numpy.typing import NDArray
 from distill.engines.reading import Reader, batches_of
 from distill.engines.scored import ScoredRow, Statistics
 from distill.engines.scoring import TeacherScorer
+from distill.errors import StageConflictError
 from distill.models.vocabulary import AlignedRow
 from distill.run.clock import is_main_process
 from distill.run.journal import Journal
 from distill.run.log import progress
-from distill.targets.files import TargetWriter, key_hash
+from distill.targets.files import TargetReader, TargetWriter, key_hash
+from distill.targets.spec import TargetHeader
 
 Hashes = NDArray[np.uint64]
+_TAKEN_AT_ONCE = 64  # rows of a finished scoring
 
 
 def score_part(
@@ -74,6 +77,45 @@ def score_part(
             pending = disk.submit(_store, scored, journal, writer)  # while the next batch is read
         pending.result()
         writer.close()
+
+
+def take_over(
+    earlier: TargetReader, journals: Iterable[Path], header: TargetHeader, wanted: Hashes, journal: Journal, writer: TargetWriter
+) -> int:
+    """Puts rows of a finished scoring into a part, as they are, and what they gave into its journal; returns their number.
+
+    Args:
+        earlier: The finished scoring.
+        journals: What its rows gave.
+        header: Of the part.
+        wanted: (rows,) `key_hash` of the part's traces, rising.
+        journal: Of the part.
+        writer: Its shard; what it holds is not taken again.
+
+    Raises:
+        StageConflictError: the finished scoring is of another teacher, tokenizer or template.
+    """
+    own, before = (each.model_dump(mode="json", exclude={"traces_digest"}) for each in (header, earlier.header))
+    other = sorted(name for name in own if own[name] != before[name])
+    if other:
+        raise StageConflictError(
+            f"{writer.path.parent}: what was scored before can't be added to, because {', '.join(other)} is not what it was then. Was a "
+            "model's folder changed? Set it back, or make everything that follows from it anew with `distill run --redo score`."
+        )
+    taken = 0
+    entries = (entry for path in journals for entry in Journal(path).rows() if "skipped" not in entry)
+    for batch in iter(lambda: list(itertools.islice(entries, _TAKEN_AT_ONCE)), []):
+        hashes = np.array([key_hash(entry["key"]) for entry in batch], np.uint64)
+        new = {
+            entry["key"]: entry for entry, known in zip(batch, np.isin(hashes, wanted), strict=True) if known and entry["key"] not in writer
+        }
+        if not new:
+            continue
+        journal.append(list(new.values()))
+        for key in new:
+            writer.append(key, earlier[earlier.find(key)])
+        taken += len(new)
+    return taken
 
 
 def _store(scored: list[ScoredRow], journal: Journal, writer: TargetWriter) -> None:

@@ -26,7 +26,7 @@ from distill.run.folder import StageFolder
 from distill.run.journal import Journal
 from distill.run.log import Progress, progress
 from distill.run.manifest import Manifest, read_manifest
-from distill.run.plan import StagePlan
+from distill.run.plan import Growth, StagePlan
 from distill.run.schema import DROPPED_TRACE, TRACE, VERDICT
 from distill.run.tables import iter_pieces, iter_rows
 from distill.stages import Step, folder, open_stage, plan_of
@@ -36,8 +36,9 @@ _BLOCK = 64  # answers checked between two writes to the journal
 
 
 def plan(recipe: Recipe) -> StagePlan:
-    """What the stage is asked to make."""
-    return plan_of(recipe, Step("curate"), {"curate": recipe.curate.identity()}, [folder(recipe, "generate")])
+    """What the stage is asked to make; with more traces, or where more of them may be kept, it chooses anew."""
+    growth = Growth({"curate.max_per_prompt": 0, "curate.keep_unjudged": 0})
+    return plan_of(recipe, Step("curate"), {"curate": recipe.curate.identity()}, [folder(recipe, "generate")], growth)
 
 
 def run(recipe: Recipe) -> Manifest:

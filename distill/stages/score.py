@@ -7,6 +7,7 @@ any number of processes. Whoever finds all parts there compares a sample with th
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -22,11 +23,11 @@ from distill.recipe.experiment import Recipe
 from distill.recipe.learning import Score
 from distill.recipe.models import ModelSpec
 from distill.run.clock import Clock, is_main_process
-from distill.run.folder import StageFolder
+from distill.run.folder import EARLIER, StageFolder
 from distill.run.journal import Journal
 from distill.run.log import ledger, nothing_to_do, say
-from distill.run.manifest import MANIFEST, Manifest, read_manifest
-from distill.run.plan import StagePlan
+from distill.run.manifest import MANIFEST, Manifest, check_files, read_manifest
+from distill.run.plan import Growth, StagePlan
 from distill.run.schema import trace_key
 from distill.run.tables import iter_pieces, iter_rows
 from distill.stages import Step, folder, open_stage, plan_of
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from distill.engines.reading import Reader
     from distill.engines.scoring import TeacherScorer
     from distill.models.vocabulary import VocabularyMap
-    from distill.targets.files import TargetReader
+    from distill.targets.files import TargetReader, TargetWriter
     from distill.targets.spec import TargetHeader
 
 # Settings that judge the result, and decide no row of it; and what is asked for.
@@ -127,7 +128,9 @@ def plan(recipe: Recipe, number: int = 0) -> StagePlan:
         },
         "train": {"max_length": recipe.train.max_length, "overlong": recipe.train.overlong},
     }
-    return plan_of(recipe, Step("score", number), settings, [_source(recipe, number).folder])
+    # A longer limit lets traces in that were dropped; where it cuts, it would make others of those that are there.
+    growth = Growth({"train.max_length": 0} if recipe.train.overlong == "drop" else {})
+    return plan_of(recipe, Step("score", number), settings, [_source(recipe, number).folder], growth)
 
 
 class _Source(NamedTuple):
@@ -234,6 +237,14 @@ class _Work:
 
         return Reader(*self.chats, self.vocabulary, self.recipe.train)
 
+    @cached_property
+    def earlier(self) -> TargetReader | None:
+        """What was scored before, where the stage grows."""
+        from distill.targets.files import TargetReader
+
+        folder = self.path / EARLIER
+        return TargetReader([folder / name for name in sorted(check_files(folder).files)]) if (folder / MANIFEST).exists() else None
+
     @property
     def total(self) -> int:
         """Number of all traces."""
@@ -263,7 +274,21 @@ def _score_part(work: _Work, index: int) -> None:
     total = len(range(index, work.total, work.parts))
     with TargetWriter(work.shard(index), work.header) as writer:
         traces, journal = work.traces(index, work.parts), Journal(work.journal(index))
+        _take_over(work, index, journal, writer)
         score_part(traces, total, work.reader, work.scorer, journal, writer, work.score.batch_size)
+
+
+def _take_over(work: _Work, index: int, journal: Journal, writer: TargetWriter) -> None:
+    """Where the stage grows: the rows of a part that were scored before are not read again."""
+    from distill.engines.parts import take_over
+    from distill.targets.files import key_hash
+
+    if work.earlier is None:
+        return
+    wanted = np.sort(np.array([key_hash(key) for key in itertools.islice(work.keys(), index, None, work.parts)], np.uint64))
+    taken = take_over(work.earlier, sorted((work.path / EARLIER).glob("journal-*")), work.header, wanted, journal, writer)
+    if taken:
+        say(f"score     {taken:,} traces were scored before, and are not read again")
 
 
 def _refuse_a_sample(work: _Work) -> None:
@@ -312,10 +337,9 @@ def _complete(work: _Work, out: StageFolder, clock: Clock) -> Manifest:
         **measured,
         **reader.header.model_dump(exclude={"target", "teacher_model", "teacher_revision"}),
     )
-    manifest = out.finish(rows_in=total, rows_kept=len(hashes), drops=drops, files=shards, facts=facts)
-    for index in range(work.parts):
-        work.journal(index).unlink()
-    return manifest
+    # Traces that are no longer among the curated ones stay beside: they were paid for.
+    left = work.earlier is not None and not np.isin(work.earlier.hashes, hashes).all()
+    return out.finish(rows_in=total, rows_kept=len(hashes), drops=drops, files=shards, facts=facts, keep_earlier=left)
 
 
 def _refuse_below(work: _Work, share: float, name: str, limit: float, where: str = "") -> None:
