@@ -187,10 +187,14 @@ _stage_command("export", "Write the merged student, its adapter and a model card
 
 
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
-def check(context: typer.Context, recipe: RecipePath) -> None:
+def check(
+    context: typer.Context,
+    recipe: RecipePath,
+    quick: Annotated[bool, typer.Option("--quick", help="A second, without torch: keys, folders, terms, the first rows.")] = False,
+) -> None:
     """Prove a recipe before anything is spent: keys, files, vocabulary, template, supervised tokens, lengths."""
     loaded = _load(recipe, context)
-    if not importlib.import_module("distill.before.check").run(loaded):
+    if not importlib.import_module("distill.before.quick" if quick else "distill.before.check").run(loaded):
         raise typer.Exit(1)
 
 

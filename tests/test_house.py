@@ -36,6 +36,7 @@ LAYERS = [
     {"__init__"},
 ]
 TORCH_FREE = {"cli", "library", "pipeline", "reporting", "checks", "measure", "data", "recipe", "run", "embedded", "errors", "before.check"}
+TORCH_FREE |= {"before.quick", "before.findings"}
 
 
 def name_of(path: Path) -> str:

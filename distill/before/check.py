@@ -5,73 +5,47 @@ Each line is one claim: proved, refuted, or not to be checked here (offline, say
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
 
-from distill.data.licences import check_terms
-from distill.errors import DistillError
+from distill.before.findings import Findings, evenly
+from distill.before.quick import common
 from distill.recipe.experiment import Recipe
 from distill.recipe.models import ModelSpec
-from distill.run.manifest import MANIFEST
+from distill.run.log import progress
+from distill.run.manifest import MANIFEST, read_manifest
 from distill.run.schema import THINK_CLOSE, THINK_OPEN, prompt_id
-from distill.run.tables import read_rows
+from distill.run.tables import iter_rows
 from distill.stages import folder, run_dir
 
 if TYPE_CHECKING:
     from distill.models.chat import ChatFormat
+    from distill.stages.prompts import Survey
 
 Row = dict[str, Any]
-_MIN_FREE_GIB = 1.0
-_ALIGNED_ROWS = 200
+SAMPLE = 2000
+"""Rows that are tokenised, of any number; evenly drawn."""
+_ROWS = 200  # that are tokenised together, and those whose tokens are compared with the teacher's
 _NAMELESS = {"prompt_id": "", "sample_index": 0}  # a brought trace gets its name when it is imported
 _EXAMPLE_REASONING = "First this, then that."
-
-
-@dataclass
-class _Findings:
-    """What was found so far, printed as it is found."""
-
-    console: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=True))
-    failed: int = 0
-
-    def good(self, claim: str, detail: str = "") -> None:
-        self.console.print(Text.assemble(("  ok    ", "green"), claim, (f"  {detail}" if detail else "", "dim")))
-
-    def bad(self, claim: str, reason: str) -> None:
-        self.failed += 1
-        self.console.print(Text.assemble(("  FAIL  ", "bold red"), f"{claim}: {reason}"))
-
-    def unknown(self, claim: str, reason: str) -> None:
-        self.console.print(Text.assemble(("  ?     ", "yellow"), f"{claim}: not checked, {reason}"))
-
-    def prove(self, claim: str, attempt: Callable[[], str]) -> bool:
-        """Runs an attempt that returns a detail, or raises what refutes the claim."""
-        try:
-            self.good(claim, attempt())
-        except DistillError as error:
-            self.bad(claim, str(error))
-            return False
-        return True
 
 
 def run(recipe: Recipe) -> bool:
     """Prints every finding; true if none refutes the recipe."""
     from distill.models.loading import load_chat_format
 
-    found = _Findings()
-    found.good("recipe", f"{recipe.name}, run folder {run_dir(recipe)}")
-    _check_folder(recipe, found)
+    found = Findings()
+    common(recipe, found)
     found.prove("trainer arguments", lambda: _trainer_arguments(recipe))
-    found.prove("terms of the traces", lambda: _terms(recipe))
-    prompts = _check_prompts(recipe, found)
+    survey = _check_prompts(recipe, found)
+    prompts = survey.sample if survey else []
     chats: dict[str, ChatFormat] = {}
 
     def load(role: str, spec: ModelSpec) -> str:
@@ -89,31 +63,17 @@ def run(recipe: Recipe) -> bool:
         found.prove("the teacher can judge the student's tokens", lambda: _live_pair(recipe, chats, prompts))
     elif len(chats) == 2:
         _compare_vocabularies(chats["teacher"], chats["student"], found)
-    if "student" in chats and prompts and recipe.train.is_live:
-        _check_room(recipe, chats["student"], prompts, found)
-    elif "student" in chats and prompts:
-        rows = _check_traces(recipe, prompts, found)
+    if "student" in chats and survey and recipe.train.is_live:
+        _check_room(recipe, chats["student"], survey, found)
+    elif "student" in chats and survey:
+        rows, of_all = _check_traces(recipe, survey, found)
         example = rows[0] if rows else _made_up(prompts[0])
         found.prove("supervised tokens", lambda: _supervision(chats["student"], example))
         if recipe.score is not None and rows and "teacher" in chats:
             found.prove("targets", lambda: _targets(recipe, chats, rows))
         _print_example(chats["student"], example, found.console)
-        _check_lengths(recipe, chats["student"], rows, prompts, found)
-    found.console.print(f"\n{found.failed} of these claims failed" if found.failed else "\nnothing speaks against running this recipe")
-    return not found.failed
-
-
-def _check_folder(recipe: Recipe, found: _Findings) -> None:
-    place = run_dir(recipe).absolute()
-    while not place.exists():
-        place = place.parent
-    free_gib = shutil.disk_usage(place).free / 2**30
-    if not os.access(place, os.W_OK):
-        found.bad("run folder", f"{place} can't be written to. Set run_dir.")
-    elif free_gib < _MIN_FREE_GIB:
-        found.bad("run folder", f"only {free_gib:.2f} GiB are free at {place}. Free some, or set run_dir.")
-    else:
-        found.good("run folder", f"writable, {free_gib:,.0f} GiB free")
+        _check_lengths(recipe, chats["student"], rows, survey, of_all, found)
+    return found.end("nothing speaks against running this recipe")
 
 
 def _trainer_arguments(recipe: Recipe) -> str:
@@ -134,39 +94,24 @@ def _trainer_arguments(recipe: Recipe) -> str:
     return f"{precision_name(arguments)} on {device}, {batch} rows an optimizer step and process, learning rate {arguments.learning_rate:g}"
 
 
-def _terms(recipe: Recipe) -> str:
-    teacher = (recipe.teacher.model, recipe.teacher.licence) if recipe.teacher else (None, None)
-    brought = (recipe.traces.author_model, recipe.traces.licence) if recipe.traces else None
-    name = recipe.export.model_name if recipe.export and recipe.export.model_name else recipe.name
-    # Brought traces have an author of their own; the teacher is learned from where it writes, scores or judges.
-    sources = [*([brought] if brought else []), *([teacher] if not brought or recipe.score is not None else [])]
-    notes = [note for author, licence in sources for note in check_terms(author, name, licence=licence, student=recipe.student.model)]
-    return "; ".join(dict.fromkeys(notes)) or "nothing to note"
+def _check_prompts(recipe: Recipe, found: Findings) -> Survey | None:
+    from distill.stages.prompts import survey
 
-
-def _check_prompts(recipe: Recipe, found: _Findings) -> list[Row]:
-    from distill.stages.prompts import split
-
-    train: list[Row] = []
+    surveys: list[Survey] = []
 
     def attempt() -> str:
-        rows, heldout, dropped, _ = split(recipe.prompts, recipe.seed)
-        train.extend(rows)
-        return f"{len(rows):,} to train on, {len(heldout):,} held out, {len(dropped):,} dropped"
+        surveys.append(survey(recipe.prompts, recipe.seed, SAMPLE, spread=True))
+        seen = surveys[0]
+        return f"{seen.train:,} to train on, {seen.heldout:,} held out, {sum(seen.drops.values()):,} dropped"
 
-    found.prove("prompts", attempt)
-    if (
-        train
-        and recipe.learns_from_traces
-        and "math" in recipe.curate.checks
-        and all(row["reference"] is None for row in train)
-        and not recipe.curate.keep_unjudged
-    ):
+    if not found.prove("prompts", attempt):
+        return None
+    if recipe.learns_from_traces and "math" in recipe.curate.checks and not surveys[0].with_reference and not recipe.curate.keep_unjudged:
         found.bad("references", "curate.checks has math, but no prompt has a reference. Set prompts.columns.reference, or leave math out.")
-    return train
+    return surveys[0]
 
 
-def _check_rows_of_head(role: str, spec: ModelSpec, chat: ChatFormat, found: _Findings) -> None:
+def _check_rows_of_head(role: str, spec: ModelSpec, chat: ChatFormat, found: Findings) -> None:
     from distill.models.loading import config_vocab_size
 
     size = config_vocab_size(spec)
@@ -180,7 +125,7 @@ def _check_rows_of_head(role: str, spec: ModelSpec, chat: ChatFormat, found: _Fi
         found.good(claim, f"{size:,} rows, {size - highest - 1:,} of them padding")
 
 
-def _compare_vocabularies(teacher: ChatFormat, student: ChatFormat, found: _Findings) -> None:
+def _compare_vocabularies(teacher: ChatFormat, student: ChatFormat, found: Findings) -> None:
     ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     same = sum(ours.get(token) == index for token, index in theirs.items())
     detail = f"{same:,} of the teacher's {len(theirs):,} tokens have the same id"
@@ -204,14 +149,15 @@ def _targets(recipe: Recipe, chats: dict[str, ChatFormat], rows: list[Row]) -> s
     assert recipe.score is not None
     teacher, student = chats["teacher"], chats["student"]
     vocabulary = vocabulary_map(teacher, student)
-    positions = np.concatenate([align(_NAMELESS | row, teacher, student, vocabulary).positions for row in rows[:_ALIGNED_ROWS]])
+    some = rows[:: -(-len(rows) // _ROWS)]
+    positions = np.concatenate([align(_NAMELESS | row, teacher, student, vocabulary).positions for row in some])
     share = float((positions >= 0).mean())
     if share < recipe.score.min_aligned:
         raise DataError(
             f"only {share:.1%} of the supervised tokens are tokens of the teacher too, under score.min_aligned "
             f"({recipe.score.min_aligned:.0%}). Take a teacher with the student's tokenizer, or train.method cross_tokenizer."
         )
-    return f"{share:.1%} of the supervised tokens of {min(len(rows), _ALIGNED_ROWS):,} traces are tokens of the teacher too"
+    return f"{share:.1%} of the supervised tokens of {len(some):,} traces are tokens of the teacher too"
 
 
 def _live_pair(recipe: Recipe, chats: dict[str, ChatFormat], prompts: list[Row]) -> str:
@@ -224,13 +170,14 @@ def _live_pair(recipe: Recipe, chats: dict[str, ChatFormat], prompts: list[Row])
     return "same tokens, same ids, same end of a turn" + ("" if teacher == student else "; it reads them in the student's chat template")
 
 
-def _check_room(recipe: Recipe, chat: ChatFormat, prompts: list[Row], found: _Findings) -> None:
+def _check_room(recipe: Recipe, chat: ChatFormat, survey: Survey, found: Findings) -> None:
     """How many prompts leave room for an answer of the student, who writes while it trains."""
     assert recipe.train.on_policy is not None  # the recipe was validated
     longest, limit = recipe.train.on_policy.max_new_tokens, recipe.train.max_length
-    lengths = np.array([len(chat.prompt_ids(row["messages"])) for row in prompts])
+    lengths = _prompt_lengths(chat, survey.sample)
     over = int((lengths > limit - longest).sum())
-    detail = f"prompts have {np.median(lengths):,.0f} tokens, the longest {lengths.max():,}; answers up to {longest:,}"
+    of_all = "" if len(lengths) == survey.train else f" ({len(lengths):,} of {survey.train:,} looked at)"
+    detail = f"prompts have {np.median(lengths):,.0f} tokens, the longest {lengths.max():,}{of_all}; answers up to {longest:,}"
     if over == len(lengths):
         found.bad("lengths", f"{detail}; not one fits into train.max_length ({limit:,}). Raise it.")
     else:
@@ -239,39 +186,51 @@ def _check_room(recipe: Recipe, chat: ChatFormat, prompts: list[Row], found: _Fi
         )
 
 
-def _check_traces(recipe: Recipe, prompts: list[Row], found: _Findings) -> list[Row]:
-    """Rows with messages and completion: those an earlier run has curated, or brought ones; none before they are written."""
-    rows: list[Row] = []
+def _check_traces(recipe: Recipe, survey: Survey, found: Findings) -> tuple[list[Row], int]:
+    """Some rows with messages and completion, and of how many: of those an earlier run has curated, or of brought ones.
+
+    Evenly drawn; none before they are written.
+    """
     curated = folder(recipe, "curate")
-    if (curated / MANIFEST).exists():
-        found.prove("traces", lambda: _curated(curated, rows))
-    elif recipe.traces is not None and found.prove("traces", lambda: _brought(recipe, prompts, rows)) and not rows:
+    drawn: tuple[list[Row], int] = [], 0
+
+    def attempt() -> str:
+        nonlocal drawn
+        if (curated / MANIFEST).exists():
+            total = read_manifest(curated).rows("curated")
+            drawn = list(iter_rows(curated, "curated", step=-(-total // SAMPLE), columns=["messages", "completion"])), total
+            return f"{total:,} curated ones in {curated}"
+        seen: Counter[bool] = Counter()
+        drawn = evenly(_brought(recipe, survey, seen), SAMPLE)
+        return f"{seen[True]:,} of {seen.total():,} belong to a training prompt"
+
+    if ((curated / MANIFEST).exists() or recipe.traces is not None) and found.prove("traces", attempt) and not drawn[0]:
         found.bad("traces", "none has a prompt of this run. Their text must be the same; check traces.columns.")
-    return rows
+    return drawn
 
 
-def _curated(curated: Path, rows: list[Row]) -> str:
-    rows.extend(read_rows(curated, "curated"))
-    return f"{len(rows):,} curated ones in {curated}"
-
-
-def _brought(recipe: Recipe, prompts: list[Row], rows: list[Row]) -> str:
+def _brought(recipe: Recipe, survey: Survey, seen: Counter[bool]) -> Iterator[Row]:
+    """Brought traces of training prompts; counts all, by whether they are."""
+    from distill.data.identities import Identities, as_numbers
     from distill.data.mapping import PromptMapping
     from distill.data.sources import brought_traces
     from distill.stages.import_traces import completion_of
 
     traces = recipe.traces
     assert traces is not None
-    known = {row["prompt_id"] for row in prompts}
+    known = Identities(survey.ids)
     mapping = PromptMapping(recipe.prompts, traces.columns, traces.source)
-    count = 0
-    for where, raw in brought_traces(traces).rows():
-        count += 1
-        messages = mapping.messages(raw, where) or []
-        completion, reason = completion_of(traces, raw, where)
-        if reason is None and prompt_id(messages) in known:
-            rows.append({"messages": messages, "completion": completion})
-    return f"{len(rows):,} of {count:,} belong to a training prompt"
+    columns = [*mapping.columns, traces.completion, *([traces.reasoning] if traces.reasoning is not None else [])]
+    rows = brought_traces(traces).rows(columns, "traces")
+    while batch := list(islice(rows, _ROWS)):
+        talks = [mapping.messages(raw, where) or [] for where, raw in batch]
+        places = known.places(as_numbers([prompt_id(messages) for messages in talks]))
+        for (where, raw), messages, place in zip(batch, talks, places, strict=True):
+            completion, reason = completion_of(traces, raw, where)
+            fits = reason is None and place >= 0
+            seen[fits] += 1
+            if fits:
+                yield {"messages": messages, "completion": completion}
 
 
 def _made_up(prompt: Row) -> Row:
@@ -311,15 +270,22 @@ def _print_example(chat: ChatFormat, example: Row, console: Console) -> None:
     console.print()
 
 
-def _check_lengths(recipe: Recipe, chat: ChatFormat, rows: list[Row], prompts: list[Row], found: _Findings) -> None:
+def _check_lengths(recipe: Recipe, chat: ChatFormat, rows: list[Row], survey: Survey, of_all: int, found: Findings) -> None:
     """The distribution of lengths against `train.max_length`, and how many rows would go."""
     limit = recipe.train.max_length
+    prompts = _prompt_lengths(chat, survey.sample)
     if rows:
-        lengths = np.array([len(chat.row(row["messages"], row["completion"])[0]) for row in rows])
+        with progress(len(rows), "rows", "tokenise", passing=True) as bar:
+            found_lengths = []
+            for start in range(0, len(rows), _ROWS):
+                found_lengths += [len(input_ids) for input_ids, _ in chat.trace_rows(rows[start : start + _ROWS])]
+                bar.update(min(_ROWS, len(rows) - start))
+        lengths = np.array(found_lengths)
     else:
-        lengths = np.array([len(chat.prompt_ids(row["messages"])) for row in prompts])
+        lengths, of_all = prompts, survey.train
     median, most, nearly_all, longest = np.quantile(lengths, [0.5, 0.9, 0.99, 1])
     what = "prompt and completion" if rows else "prompt alone"
+    what += "" if len(lengths) == of_all else f", {len(lengths):,} of {of_all:,} rows looked at"
     detail = f"{what}: median {median:,.0f}, 90 % {most:,.0f}, 99 % {nearly_all:,.0f}, longest {longest:,.0f} tokens"
     over = int((lengths > limit).sum())
     if over == len(lengths):
@@ -327,10 +293,13 @@ def _check_lengths(recipe: Recipe, chat: ChatFormat, rows: list[Row], prompts: l
         return
     fate = {"drop": "dropped", "cut": "cut"}[recipe.train.overlong]
     found.good("lengths", f"{detail}; {over:,} of {len(lengths):,} rows are over train.max_length ({limit:,}) and would be {fate}")
-    prompt = max(len(chat.prompt_ids(row["messages"])) for row in prompts) if rows and recipe.rollouts else int(longest)
     for section, sampling in (("generate", None if rows else recipe.generate), ("rollouts", recipe.rollouts)):
-        if sampling is not None and prompt + sampling.max_new_tokens > limit:
-            possible = prompt + sampling.max_new_tokens
+        possible = int(prompts.max()) + sampling.max_new_tokens if sampling is not None else 0
+        if possible > limit:
             found.unknown(
                 "lengths of traces", f"none is written yet; with {section}.max_new_tokens one can have {possible:,}, and would be {fate}"
             )
+
+
+def _prompt_lengths(chat: ChatFormat, prompts: list[Row]) -> NDArray[np.int64]:
+    return np.array([len(chat.prompt_ids(row["messages"])) for row in prompts])

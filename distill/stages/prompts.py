@@ -51,7 +51,7 @@ class Survey(NamedTuple):
     ids: Ids
     """Identities of the training prompts, as numbers."""
     sample: list[Row]
-    """PROMPT rows of the first training prompts."""
+    """PROMPT rows of some training prompts."""
 
 
 def plan(recipe: Recipe) -> StagePlan:
@@ -96,13 +96,14 @@ def run(recipe: Recipe) -> Manifest:
         )
 
 
-def survey(prompts: Prompts, seed: int, sample: int) -> Survey:
-    """What the stage would do, and the first training prompts it would write; in memory are these and a few bytes a row.
+def survey(prompts: Prompts, seed: int, sample: int, *, spread: bool = False) -> Survey:
+    """What the stage would do, and some training prompts it would write; in memory are these and a few bytes a row.
 
     Args:
         prompts: The recipe's section.
         seed: The recipe's.
         sample: Number of training prompts wanted.
+        spread: Whether they are drawn evenly from all, or are the first.
 
     Raises:
         DataError: a source can't be read, or there are fewer prompts than asked for, or none is left to train on.
@@ -114,7 +115,7 @@ def survey(prompts: Prompts, seed: int, sample: int) -> Survey:
     ids, references = index.ids[chosen], index.references[chosen]
     mapping = PromptMapping(prompts, prompts.columns, source.name)
     rows = source.rows(mapping.columns, "sample")
-    wanted = set(chosen[:sample].tolist())
+    wanted = set(chosen[:: -(-len(chosen) // sample) if spread else 1][:sample].tolist())
     last = max(wanted)
     found = [mapping.prompt_row(row, where)[0] for number, (where, row) in zip(range(last + 1), rows) if number in wanted]
     return Survey(

@@ -1,0 +1,126 @@
+"""`distill check --quick`: what can be said of a recipe in a second, without torch: for a login node, and before each run.
+
+Keys and trainer arguments were checked when the recipe was read. Of every source the first rows are mapped.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+from distill.before.findings import Findings
+from distill.before.outlook import outlook
+from distill.data.files import Placed
+from distill.data.licences import check_terms
+from distill.data.mapping import PromptMapping
+from distill.data.sources import Source, brought_traces, heldout_problems, problems
+from distill.errors import DataError
+from distill.recipe.experiment import Recipe
+from distill.stages import run_dir, steps_of
+
+MIN_FREE_GIB = 1.0
+_FIRST_ROWS = 100  # of each source
+
+
+def run(recipe: Recipe) -> bool:
+    """Prints every finding; true if none refutes the recipe."""
+    found = Findings()
+    common(recipe, found)
+    given = len(recipe.train.trainer_args)
+    found.good("trainer arguments", f"{given} are given, of known names and types" if given else "the kit's own")
+    _check_sources(recipe, found)
+    _check_what_is_there(recipe, found)
+    return found.end("nothing was found that speaks against this recipe; `distill check` also reads all rows, and tokenises some")
+
+
+def common(recipe: Recipe, found: Findings) -> None:
+    """What the whole check claims too: the recipe, its run folder, the terms."""
+    found.good("recipe", f"{recipe.name}, run folder {run_dir(recipe)}")
+    _check_folder(recipe, found)
+    found.prove("terms of the traces", lambda: _terms(recipe))
+
+
+def _check_folder(recipe: Recipe, found: Findings) -> None:
+    place = run_dir(recipe).absolute()
+    while not place.exists():
+        place = place.parent
+    free_gib = shutil.disk_usage(place).free / 2**30
+    if not os.access(place, os.W_OK):
+        found.bad("run folder", f"{place} can't be written to. Set run_dir.")
+    elif free_gib < MIN_FREE_GIB:
+        found.bad("run folder", f"only {free_gib:.2f} GiB are free at {place}. Free some, or set run_dir.")
+    else:
+        found.good("run folder", f"writable, {free_gib:,.0f} GiB free")
+
+
+def _terms(recipe: Recipe) -> str:
+    teacher = (recipe.teacher.model, recipe.teacher.licence) if recipe.teacher else (None, None)
+    brought = (recipe.traces.author_model, recipe.traces.licence) if recipe.traces else None
+    name = recipe.export.model_name if recipe.export and recipe.export.model_name else recipe.name
+    # Brought traces have an author of their own; the teacher is learned from where it writes, scores or judges.
+    sources = [*([brought] if brought else []), *([teacher] if not brought or recipe.score is not None else [])]
+    notes = [note for author, licence in sources for note in check_terms(author, name, licence=licence, student=recipe.student.model)]
+    return "; ".join(dict.fromkeys(notes)) or "nothing to note"
+
+
+def _check_sources(recipe: Recipe, found: Findings) -> None:
+    prompts, traces = recipe.prompts, recipe.traces
+    mapping = PromptMapping(prompts, prompts.columns, prompts.source)
+
+    def of_prompt(placed: Placed) -> str | None:
+        return mapping.prompt_row(placed[1], placed[0])[1]
+
+    _check_source("prompts", lambda: problems(prompts), of_prompt, mapping.columns, found)
+    if prompts.heldout_source is not None:
+        _check_source("held-out prompts", lambda: heldout_problems(prompts), of_prompt, mapping.columns, found)
+    if traces is None:
+        return
+    from distill.stages.import_traces import completion_of
+
+    brought = PromptMapping(prompts, traces.columns, traces.source)
+
+    def of_trace(placed: Placed) -> str | None:
+        messages = brought.messages(placed[1], placed[0])
+        return completion_of(traces, placed[1], placed[0])[1] if messages else "empty_prompt"
+
+    columns = [*brought.columns, traces.completion, *([traces.reasoning] if traces.reasoning is not None else [])]
+    _check_source("traces", lambda: brought_traces(traces), of_trace, columns, found)
+
+
+def _check_source(
+    name: str, find: Callable[[], Source | None], reason_of: Callable[[Placed], str | None], columns: list[str], found: Findings
+) -> None:
+    source: Source | None = None
+
+    def attempt() -> str:
+        nonlocal source
+        source = find()
+        assert source is not None
+        if not source.is_local:
+            return "on the Hub"
+        rows: Iterator[Placed] = islice(source.rows(columns), _FIRST_ROWS)
+        reasons = Counter(map(reason_of, rows))
+        usable = reasons.pop(None, 0)
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items(), key=str))
+        if not usable:
+            raise DataError(f"{source.name}: none of the first {reasons.total():,} rows can be used: {dropped}.")
+        return f"of the first {usable + reasons.total():,} rows {usable:,} can be used" + (f" ({dropped})" if dropped else "")
+
+    if found.prove(name, attempt) and source is not None and not source.is_local:
+        found.unknown(f"rows of {source.name}", "they are on the Hub; `distill check` reads them")
+
+
+def _check_what_is_there(recipe: Recipe, found: Findings) -> None:
+    """What a run would do with each step, and whether it would be refused for what is there already."""
+    seen = outlook(recipe, steps_of(recipe))
+    for step, _, why in (step for step in seen if step.action == "refuse"):
+        found.bad(str(step), why)
+    actions: dict[str, list[str]] = {}
+    for step, action, _ in seen:
+        actions.setdefault(action, []).append(str(step))
+    kept = {action: steps for action, steps in actions.items() if action != "refuse"}
+    if kept:
+        found.good("what a run would do", "; ".join(f"{action}: {', '.join(steps)}" for action, steps in kept.items()))
