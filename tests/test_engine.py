@@ -9,15 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from distill.engines import Request, request_seed, requests_for, write_traces
+from distill.engines import Completion, Request, TraceTable, request_seed, requests_for, write_traces
 from distill.engines.batching import MemoryGuard, by_length
 from distill.engines.hf import HFEngine, SeededSampler
+from distill.errors import IntegrityError
 from distill.models.chat import ChatFormat
 from distill.models.loading import load_chat_format, load_model
 from distill.recipe.base import Sampling
 from distill.recipe.models import ModelSpec
+from distill.run import files
+from distill.run.folder import StageFolder
 from distill.run.journal import Journal
-from distill.run.schema import prompt_id
+from distill.run.manifest import JOURNAL, read_manifest
+from distill.run.schema import TRACE, prompt_id
+from distill.run.tables import read_rows
 
 CPU = torch.device("cpu")
 
@@ -73,6 +78,98 @@ def test_a_restart_asks_only_for_what_is_missing(spec: ModelSpec, chat: ChatForm
     done = Counting(load_model(spec, CPU), chat, sampling)
     assert write_traces(done, requests, sampling, Journal(tmp_path / "whole"), "teacher", "test") == whole
     assert not done.asked
+
+
+class Killed(BaseException):
+    """A kill, as far as one can be raised."""
+
+
+def fill(folder: Path, engine: HFEngine, sampling: Sampling, authors: Sequence[str] = ("teacher",)) -> list[dict[str, object]]:
+    """Fills a stage's table with the traces of 12 prompts by each author, in windows of as many prompts as are set."""
+    with StageFolder(folder, "generate", {}) as out:
+        traces = TraceTable(out.table("traces", TRACE, resume=True), out.journal(), sampling, seed=1)
+        for author in authors:
+            traces.write(engine, iter(prompts(12)), 12, author, "test")
+        assert not (folder / JOURNAL).exists()
+        out.finish(facts={"tokens": traces.tokens, "reasons": dict(traces.finish_reasons)})
+    return read_rows(folder, "traces")
+
+
+def engine_killed_at(batch: int, spec: ModelSpec, chat: ChatFormat, sampling: Sampling) -> HFEngine:
+    """An engine that counts its batches, and is killed before it writes one of them."""
+
+    class Engine(HFEngine):
+        asked = 0
+
+        def complete(self, batch_: list[Request]) -> list[Completion]:
+            self.asked += 1
+            if self.asked == batch:
+                raise Killed
+            return super().complete(batch_)
+
+    return Engine(load_model(spec, CPU), chat, sampling)
+
+
+@pytest.mark.parametrize("authors", [["teacher"], ["base", "student"]])
+def test_a_table_is_filled_window_by_window_and_a_kill_repeats_no_batch(
+    authors: list[str], spec: ModelSpec, chat: ChatFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten rows a window are five prompts: 12 prompts make windows of 10, 10 and 4 rows, in batches of 4, 4 and 2 or of 4."""
+    monkeypatch.setattr("distill.engines.ROWS_PER_SHARD", 10)
+    sampling = Sampling(samples_per_prompt=2, max_new_tokens=6, temperature=1.0, batch_size=4)
+    whole = fill(tmp_path / "whole", engine(spec, chat, sampling), sampling, authors)
+    batches = 7 * len(authors)
+    assert len(whole) == 24 * len(authors)
+    shards = read_manifest(tmp_path / "whole").tables["traces"]
+    assert [shard.rows for shard in shards] == [10, 10, 4] * len(authors)
+    requests = requests_for(prompts(12), 2, seed=1)
+    expected = [(request.prompt_id, request.sample_index, author) for author in authors for request in requests]
+    assert [(row["prompt_id"], row["sample_index"], row["author"]) for row in whole] == expected
+    for batch in range(1, batches + 1, 1 if len(authors) == 1 else 4):
+        place = tmp_path / str(batch)
+        with pytest.raises(Killed):
+            fill(place, engine_killed_at(batch, spec, chat, sampling), sampling, authors)
+        again = engine_killed_at(0, spec, chat, sampling)
+        assert fill(place, again, sampling, authors) == whole
+        assert again.asked == batches - (batch - 1)  # type: ignore[attr-defined]
+        assert read_manifest(place).tables == read_manifest(tmp_path / "whole").tables
+        assert read_manifest(place).facts == read_manifest(tmp_path / "whole").facts
+
+
+def test_a_kill_between_a_windows_shard_and_its_journal_repeats_nothing(
+    spec: ModelSpec, chat: ChatFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each window is cut into shards of 4 rows, and the kill comes after each of them: the journal is still there."""
+    monkeypatch.setattr("distill.engines.ROWS_PER_SHARD", 10)
+    monkeypatch.setattr("distill.run.tables.ROWS_PER_SHARD", 4)
+    sampling = Sampling(max_new_tokens=6, temperature=1.0, batch_size=4)
+    whole = fill(tmp_path / "whole", engine(spec, chat, sampling), sampling)
+    assert [shard.rows for shard in read_manifest(tmp_path / "whole").tables["traces"]] == [4, 4, 2, 2]
+    for count in range(1, 5):
+        place, commits = tmp_path / str(count), []
+
+        def killed(temporary: Path, final: Path, commits: list[Path] = commits, count: int = count) -> None:
+            if len(commits) == count:
+                raise Killed
+            commits.append(final)
+            files.commit(temporary, final)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("distill.run.tables.commit", killed)
+            patch.setattr(Journal, "clear", lambda self: killed(self.path, self.path))  # after the last shard of a window
+            with pytest.raises(Killed):
+                fill(place, engine(spec, chat, sampling), sampling)
+        again = engine_killed_at(0, spec, chat, sampling)
+        assert fill(place, again, sampling) == whole
+        assert again.asked == (1 if count < 4 else 0)  # type: ignore[attr-defined]  # the second window is one batch
+        assert read_manifest(place).tables == read_manifest(tmp_path / "whole").tables
+
+
+def test_a_damaged_shard_of_a_killed_run_is_an_error(tmp_path: Path) -> None:
+    with StageFolder(tmp_path, "generate", {}) as out:
+        (tmp_path / "traces-00000.parquet").write_bytes(b"PAR1 no more")
+        with pytest.raises(IntegrityError, match=r"traces-00000\.parquet: is damaged.*--redo"):
+            out.table("traces", TRACE, resume=True)
 
 
 def test_greedy_follows_the_argmax_and_stops_at_the_end_of_turn(spec: ModelSpec, chat: ChatFormat) -> None:

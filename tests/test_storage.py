@@ -17,7 +17,7 @@ from distill.errors import IntegrityError, MissingStageError, StageConflictError
 from distill.run.folder import StageFolder, delete_stage
 from distill.run.manifest import JOURNAL, MANIFEST, check_files, read_manifest
 from distill.run.schema import TRACE
-from distill.run.tables import ROWS_PER_SHARD, TableWriter, iter_rows, read_rows, table_files
+from distill.run.tables import ROWS_PER_SHARD, TableWriter, iter_rows, read_rows, rows_at, table_files
 
 NUMBERS = pa.schema([("number", pa.int64()), ("text", pa.string())])
 
@@ -245,6 +245,19 @@ def test_rows_are_dealt_out_across_shards(tmp_path: Path, monkeypatch: pytest.Mo
     for step in (1, 2, 3, 7, 20):
         dealt = [[int(row["prompt_id"]) for row in iter_rows(tmp_path / "traces", "traces", first, step)] for first in range(step)]
         assert dealt == [list(range(first, 17, step)) for first in range(step)]
+
+
+def test_rows_at_places_are_read_from_their_shards_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.run.tables.ROWS_PER_SHARD", 50)
+    monkeypatch.setattr("distill.run.tables._ROWS_PER_PIECE", 7)
+    folder = make(tmp_path / "numbers", 170)
+    for places in ([], [0], [169], [0, 6, 7, 49, 50, 51, 120], range(170), range(60, 61)):
+        assert list(rows_at(folder, "numbers", places)) == [rows(170)[place] for place in places]
+    assert list(rows_at(folder, "numbers", [3, 60], ["number"])) == [{"number": 3}, {"number": 60}]
+    (folder / "numbers-00000.parquet").write_bytes(b"")
+    assert [row["number"] for row in rows_at(folder, "numbers", [60, 100])] == [60, 100]
+    with pytest.raises(IntegrityError, match=r"numbers-00000.*was altered"):
+        list(rows_at(folder, "numbers", [3]))
 
 
 def test_parts_are_held_apart(tmp_path: Path) -> None:

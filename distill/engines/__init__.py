@@ -1,21 +1,32 @@
 """Engines write completions. One protocol, and the loop that every stage runs them in.
 
 The loop knows nothing of how tokens are made: it puts requests in batches, keeps every finished batch on disk, asks
-only for what is missing after a restart, and returns rows in the order of the requests.
+only for what is missing after a restart, and gives rows in the order of the requests.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from distill.engines.batching import by_length
 from distill.recipe.base import Sampling
 from distill.run.journal import Journal
-from distill.run.log import progress
-from distill.run.schema import Message
+from distill.run.log import Progress, progress
+from distill.run.schema import TRACE, Message
+from distill.run.tables import ROWS_PER_SHARD, TableWriter
+
+_TOKENS_PER_WINDOW = 2**24  # at most, of completions: about 150 MB
+_LEAST_ROWS = 512  # of a window, however long they may be
 
 
 @dataclass(frozen=True)
@@ -69,27 +80,113 @@ def request_seed(seed: int, prompt_id: str, sample_index: int) -> int:
     return int.from_bytes(digest[:8], "big")
 
 
+class TraceTable:
+    """A table of traces, filled a window of prompts at a time, so that a million of them never lie in memory.
+
+    A finished batch goes to the journal, a finished window as shards to the table, and the journal begins anew. After a kill the
+    whole shards count as they are, and the journal is that of the window under way, or of the one whose shards are there already:
+    rows of other requests in it are passed over.
+
+    Args:
+        table: Opened to resume.
+        journal: Of its window.
+        sampling: How tokens are drawn, how often, and how many sequences at once.
+        seed: Of the stage.
+    """
+
+    def __init__(self, table: TableWriter, journal: Journal, sampling: Sampling, seed: int) -> None:
+        self._table, self._journal, self._sampling, self._seed = table, journal, sampling, seed
+        self._asked = 0  # rows that belong into the table so far
+        self.tokens = 0
+        self.finish_reasons: Counter[str] = Counter()
+        for piece in table.pieces(["completion_ids", "finish_reason"]):
+            self._count(piece)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in the table."""
+        return self._table.num_rows
+
+    def write(self, engine: Engine, prompts: Iterable[dict[str, Any]], num_prompts: int, author: str, description: str) -> None:
+        """Adds a trace for each prompt and sample, in their order, as far as they are not there.
+
+        Args:
+            engine: Writes them.
+            prompts: With `prompt_id`, `messages` and `reference`; the same after a restart.
+            num_prompts: How many.
+            author: Of the traces.
+            description: For the progress bar.
+        """
+        samples = self._sampling.samples_per_prompt
+        total, there = num_prompts * samples, self.num_rows - self._asked
+        source = iter(prompts)
+        done = min(max(there, 0) + _journalled(self._journal, author), total)
+        with progress(total, "traces", description, done=done) as bar:
+            while window := list(itertools.islice(source, self._window)):
+                self._asked += len(window) * samples
+                missing = min(self._asked - self.num_rows, len(window) * samples)
+                if missing <= 0:
+                    continue
+                requests = requests_for(window, samples, self._seed)
+                rows = _written(engine, requests, self._sampling, self._journal, author, bar)
+                for piece in rows[len(rows) - missing :].to_batches():  # a kill between two shards of a window leaves the first
+                    self._table.add(piece)
+                    self._count(piece)
+                self._table.end_shard()
+                self._journal.clear()
+
+    @property
+    def _window(self) -> int:
+        """Prompts whose traces are in memory at once: by the tokens that they can have, but enough to sort by length."""
+        rows = min(max(_TOKENS_PER_WINDOW // self._sampling.max_new_tokens, _LEAST_ROWS), ROWS_PER_SHARD)
+        return max(1, rows // self._sampling.samples_per_prompt)
+
+    def _count(self, piece: pa.RecordBatch) -> None:
+        self.tokens += pc.sum(pc.list_value_length(piece["completion_ids"])).as_py() or 0
+        self.finish_reasons.update(piece["finish_reason"].to_pylist())
+
+
 def write_traces(
     engine: Engine, requests: Sequence[Request], sampling: Sampling, journal: Journal, author: str, description: str
 ) -> list[dict[str, Any]]:
-    """Trace rows for all requests, in their order, keeping every finished batch in the journal.
+    """Trace rows for requests that are few, in their order, keeping every finished batch in the journal.
 
     Batches are the same after a restart, so its rows are too, to the last bit; another `batch_size` changes only the
     rounding of the logits.
     """
-    done = {_key(row): row for row in journal.rows() if row["author"] == author}
-    todo = by_length([r for r in requests if (r.prompt_id, r.sample_index) not in done], engine.prompt_length, sampling.batch_size)
-    bar = progress(len(requests), "traces", description, done=len(done))
-    tokens = 0
-    with bar:
-        for batch in todo:
-            rows = [_row(request, completion, author) for request, completion in zip(batch, engine.complete(batch), strict=True)]
-            journal.append(rows)
-            done |= {_key(row): row for row in rows}
-            tokens += sum(len(row["completion_ids"]) for row in rows)
-            bar.update(len(rows))
-            bar.set_postfix_str(f"{tokens / max(bar.elapsed_s, 1e-9):,.0f} tokens/s")
-    return [done[request.prompt_id, request.sample_index] for request in requests]
+    with progress(len(requests), "traces", description, done=_journalled(journal, author)) as bar:
+        rows: list[dict[str, Any]] = _written(engine, requests, sampling, journal, author, bar).to_pylist()
+        return rows
+
+
+def _written(engine: Engine, requests: Sequence[Request], sampling: Sampling, journal: Journal, author: str, bar: Progress) -> pa.Table:
+    """Trace rows for all requests, in their order: those in the journal, and others, which go there a batch at a time."""
+    place = {(request.prompt_id, request.sample_index): index for index, request in enumerate(requests)}
+    pieces: list[pa.RecordBatch] = []  # Arrow's, because ids take nine times as much as Python's integers
+    places: list[int] = []
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        pieces.append(pa.RecordBatch.from_pylist(rows, schema=TRACE))
+        places.extend(place[_key(row)] for row in rows)
+
+    there = (row for row in journal.rows() if row["author"] == author and _key(row) in place)
+    while rows := list(itertools.islice(there, sampling.batch_size)):
+        keep(rows)
+    done = set(places)
+    todo = [request for index, request in enumerate(requests) if index not in done]
+    tokens, start_s = 0, time.perf_counter()
+    for batch in by_length(todo, engine.prompt_length, sampling.batch_size):
+        rows = [_row(request, completion, author) for request, completion in zip(batch, engine.complete(batch), strict=True)]
+        journal.append(rows)
+        keep(rows)
+        bar.update(len(rows))
+        tokens += sum(len(row["completion_ids"]) for row in rows)
+        bar.set_postfix_str(f"{tokens / max(time.perf_counter() - start_s, 1e-9):,.0f} tokens/s")
+    return pa.Table.from_batches(pieces, TRACE).combine_chunks().take(np.argsort(places))
+
+
+def _journalled(journal: Journal, author: str) -> int:
+    return sum(row["author"] == author for row in journal.rows())
 
 
 def _key(row: dict[str, Any]) -> tuple[str, int]:

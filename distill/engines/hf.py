@@ -24,6 +24,8 @@ from distill.models.chat import ChatFormat
 from distill.models.loading import free_memory
 from distill.recipe.base import Sampling
 
+_PROMPTS_KEPT = 8192  # as ids: more than are asked for at once
+
 
 class SeededSampler(LogitsProcessor):
     """Draws each sequence's next token by its own random numbers, and leaves only that token possible.
@@ -97,6 +99,8 @@ class HFEngine:
 
     def _prompt_ids(self, request: Request) -> list[int]:
         if request.prompt_id not in self._prompts:
+            if len(self._prompts) == _PROMPTS_KEPT:
+                self._prompts.clear()
             self._prompts[request.prompt_id] = self._chat.prompt_ids(request.messages)
         return self._prompts[request.prompt_id]
 

@@ -1,7 +1,7 @@
 """A run is a folder; a stage is a folder in it.
 
     <stage>/plan.json          settings and inputs, written first: a restart must match it
-    <stage>/journal.jsonl      finished pieces of a stage that is under way, one batch a line
+    <stage>/journal.jsonl      finished batches of a stage that is under way and that are in no shard yet, one a line
     <stage>/<table>-00000.parquet
     <stage>/manifest.json      written last and atomically: its presence means "complete"
     <stage>/earlier/           the finished stage that this one grows from, while it grows; of a student also afterwards
@@ -28,7 +28,7 @@ from distill.run.files import digest_file, write_text
 from distill.run.journal import Journal
 from distill.run.manifest import CLOCK, JOURNAL, LOCK, MANIFEST, PLAN, SCHEMA_VERSION, Manifest, read_manifest
 from distill.run.plan import NO_GROWTH, Growth, StagePlan, input_digests, relation
-from distill.run.tables import TableWriter
+from distill.run.tables import TableWriter, whole_shards
 
 EARLIER = "earlier"
 _WAIT_S = 60.0  # for another part of the same stage to read or write the plan
@@ -195,9 +195,15 @@ class StageFolder:
         for piece in self.path.glob("*.parquet*"):
             piece.unlink()
 
-    def table(self, name: str, schema: pa.Schema) -> TableWriter:
-        """A table of the result, to be given its rows one by one; `finish` ends it."""
-        self._writers[name] = TableWriter(self.path, name, schema)
+    def table(self, name: str, schema: pa.Schema, *, resume: bool = False) -> TableWriter:
+        """A table of the result, to be given its rows one by one; `finish` ends it.
+
+        Args:
+            name: Of the table.
+            schema: Of its rows.
+            resume: Go on behind the whole shards that a killed run has left.
+        """
+        self._writers[name] = TableWriter(self.path, name, schema, whole_shards(self.path, name) if resume else ())
         return self._writers[name]
 
     def write_table(self, name: str, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> None:

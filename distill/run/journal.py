@@ -40,6 +40,10 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
+    def clear(self) -> None:
+        """Forgets all batches: what they hold is kept elsewhere now."""
+        self.path.unlink(missing_ok=True)
+
     def rows(self) -> Iterator[dict[str, Any]]:
         """All rows of all batches, in the order of writing."""
         for line in self._lines():

@@ -10,8 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from distill.errors import IntegrityError, MissingStageError
 from distill.run.files import commit, digest_file
@@ -92,6 +94,16 @@ class TableWriter:
         self.end_shard()
         self.stop()
         return self._shards
+
+    def pieces(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """What stands in whole shards so far, in pieces of some hundred rows; to be asked after `end_shard`.
+
+        Args:
+            columns: Only these; None reads all.
+        """
+        for shard in self._shards:
+            with pq.ParquetFile(self._folder / shard.file) as file:
+                yield from file.iter_batches(batch_size=_ROWS_PER_PIECE, columns=columns)
 
     def stop(self) -> None:
         """Ends the thread after what it is doing; of a table that was not closed nothing more is written."""
@@ -174,6 +186,21 @@ def _leaves(field: pa.Field, path: str = "") -> Iterator[str]:
         yield path
 
 
+def whole_shards(folder: Path, name: str) -> list[Shard]:
+    """The shards of a table that a killed run has left: under their names are only whole ones.
+
+    Raises:
+        IntegrityError: one can't be read.
+    """
+    shards: list[Shard] = []
+    while (path := folder / f"{name}-{len(shards):05d}.parquet").exists():
+        try:
+            shards.append(Shard(file=path.name, rows=pq.read_metadata(path).num_rows, sha256=digest_file(path)))
+        except pa.ArrowInvalid:
+            raise IntegrityError(f"{path}: is damaged. Make the stage again with --redo.") from None
+    return shards
+
+
 def read_rows(folder: Path, table: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """All rows of a finished stage's table, after its digests were checked; for tables that are short, or narrow columns."""
     return list(iter_rows(folder, table, columns=columns))
@@ -203,6 +230,37 @@ def iter_pieces(folder: Path, table: str, columns: Sequence[str] | None = None) 
             yield from file.iter_batches(batch_size=_ROWS_PER_PIECE, columns=columns)
 
 
+def rows_at(folder: Path, table: str, places: Sequence[int], columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Some rows of a finished stage's table, in their order; only shards and row groups that have one are read.
+
+    Args:
+        folder: Of the stage.
+        table: Its name.
+        places: Their numbers from 0, rising.
+        columns: Only these; None reads all.
+    """
+    wanted, before = np.asarray(places, np.int64), 0
+    for shard in _shards(folder, table):
+        of_shard = _within(wanted, before, shard.rows)
+        before += shard.rows
+        if not len(of_shard):
+            continue
+        with pq.ParquetFile(_checked(folder, shard)) as file:
+            start = 0
+            for group in range(file.num_row_groups):
+                num_rows = file.metadata.row_group(group).num_rows
+                here = _within(of_shard, start, num_rows)
+                start += num_rows
+                if len(here):
+                    yield from file.read_row_group(group, columns).take(here).to_pylist()
+
+
+def _within(places: NDArray[np.int64], start: int, count: int) -> NDArray[np.int64]:
+    """Those of the rising places that lie in a stretch, counted from its start."""
+    first, last = np.searchsorted(places, [start, start + count])
+    return places[first:last] - start
+
+
 def table_files(folder: Path, table: str) -> Iterator[Path]:
     """The Parquet files of a finished stage's table, in order; each after its digest was checked.
 
@@ -210,12 +268,20 @@ def table_files(folder: Path, table: str) -> Iterator[Path]:
         MissingStageError: the stage is not finished.
         IntegrityError: a shard is gone or not what the manifest says.
     """
+    for shard in _shards(folder, table):
+        yield _checked(folder, shard)
+
+
+def _shards(folder: Path, table: str) -> list[Shard]:
     manifest = read_manifest(folder)
     if table not in manifest.tables:
         raise MissingStageError(f"{folder}: has no table {table!r}, only {sorted(manifest.tables)}.")
-    for shard in manifest.tables[table]:
-        path = folder / shard.file
-        if not path.exists() or digest_file(path) != shard.sha256:
-            what = "is gone" if not path.exists() else "was altered after it was written"
-            raise IntegrityError(f"{path}: {what}. Restore it, or make the stage again with --redo.")
-        yield path
+    return manifest.tables[table]
+
+
+def _checked(folder: Path, shard: Shard) -> Path:
+    path = folder / shard.file
+    if not path.exists() or digest_file(path) != shard.sha256:
+        what = "is gone" if not path.exists() else "was altered after it was written"
+        raise IntegrityError(f"{path}: {what}. Restore it, or make the stage again with --redo.")
+    return path

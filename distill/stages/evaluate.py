@@ -7,9 +7,11 @@ right nor as wrong: its prompt is left out of the comparison, and the share of s
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from distill.errors import DataError
 from distill.measure.intervals import gap_recovered, mean_interval, resampled_means
@@ -18,10 +20,10 @@ from distill.recipe.results import Evaluate
 from distill.run.clock import Clock
 from distill.run.folder import StageFolder
 from distill.run.log import progress
-from distill.run.manifest import Manifest, check_files
+from distill.run.manifest import Manifest, check_files, read_manifest
 from distill.run.plan import StagePlan
 from distill.run.schema import ANSWER, SCORE, TRACE
-from distill.run.tables import read_rows
+from distill.run.tables import TableWriter, rows_at
 from distill.stages import Step, folder, open_stage, plan_of, student_folder
 
 TASK = "heldout"
@@ -54,31 +56,32 @@ def _evaluate_of(recipe: Recipe) -> Evaluate:
 
 
 def _evaluate(recipe: Recipe, evaluate: Evaluate, out: StageFolder) -> Manifest:
-    from distill.engines import requests_for, write_traces
+    from distill.engines import TraceTable
     from distill.models.loading import pick_device
 
     clock = Clock(out.path)
-    prompts = read_rows(folder(recipe, "prompts"), "heldout")[: evaluate.max_prompts]
-    requests = requests_for(prompts, evaluate.samples_per_prompt, recipe.seed)
-    journal = out.journal()
-    traces: list[dict[str, Any]] = []
+    source = folder(recipe, "prompts")
+    heldout = read_manifest(source).rows("heldout")
+    wanted = range(heldout if evaluate.max_prompts is None else min(evaluate.max_prompts, heldout))
+    prompts = list(rows_at(source, "heldout", wanted, ["prompt_id", "messages", "reference"]))
+    table = out.table("traces", TRACE, resume=True)
+    traces = TraceTable(table, out.journal(), evaluate, recipe.seed)
     models: dict[str, dict[str, Any]] = {}
     for role in evaluate.models:
         engine, models[role] = _engine(recipe, evaluate, role)
-        traces += write_traces(engine, requests, evaluate, journal, role, f"evaluate {role}")
+        traces.write(engine, prompts, len(prompts), role, f"evaluate {role}")
         del engine
-    answers = _judge(traces, evaluate)
-    out.write_table("traces", traces, TRACE)
+    answers = _judge(table, evaluate)
     out.write_table("answers", answers, ANSWER)
     out.write_table("scores", _scores(answers, evaluate, recipe.seed), SCORE)
     return out.finish(
-        rows_in=len(requests) * len(evaluate.models),
+        rows_in=len(prompts) * evaluate.samples_per_prompt * len(evaluate.models),
         rows_kept=len(answers),
         facts=clock.facts(
             device=str(pick_device()),
             models=models,
             confidence=evaluate.confidence,
-            tokens=sum(len(row["completion_ids"]) for row in traces),
+            tokens=traces.tokens,
         ),
     )
 
@@ -101,24 +104,38 @@ def _engine(recipe: Recipe, evaluate: Evaluate, role: str) -> tuple[Any, dict[st
     return HFEngine(model, load_chat_format(spec), evaluate), model_record(spec, model)
 
 
-def _judge(traces: list[dict[str, Any]], evaluate: Evaluate) -> list[dict[str, Any]]:
-    from distill.checks.math import MathJudge
+def _judge(table: TableWriter, evaluate: Evaluate) -> list[dict[str, Any]]:
+    """Rows of the table `answers`, one for each trace; of the texts a piece at a time is in memory."""
+    from distill.checks.math import MathJudge, Pair
 
-    pairs = [(trace["completion"], trace["reference"]) for trace in traces]
-    with progress(len(pairs), "answers", "check answers") as bar, MathJudge(evaluate.check_timeout_s) as math:
-        verdicts = math.judge(pairs, bar.update)
-    return [
-        {
-            "model_role": trace["author"],
-            "prompt_id": trace["prompt_id"],
-            "sample_index": trace["sample_index"],
-            "correct": verdict.passed,
-            "reason": verdict.reason,
-            "truncated": trace["finish_reason"] == "length",
-            "num_tokens": len(trace["completion_ids"]),
-        }
-        for trace, verdict in zip(traces, verdicts, strict=True)
-    ]
+    answers: list[dict[str, Any]] = []
+
+    def pairs() -> Iterator[tuple[int, Pair]]:
+        for trace in _judged_parts(table):
+            answers.append(
+                {
+                    "model_role": trace["author"],
+                    "prompt_id": trace["prompt_id"],
+                    "sample_index": trace["sample_index"],
+                    "truncated": trace["finish_reason"] == "length",
+                    "num_tokens": trace["num_tokens"],
+                }
+            )
+            yield len(answers) - 1, (trace["completion"], trace["reference"])
+
+    with progress(table.num_rows, "answers", "check answers") as bar, MathJudge(evaluate.check_timeout_s) as math:
+        for number, verdict in math.stream(pairs()):
+            answers[number] |= {"correct": verdict.passed, "reason": verdict.reason}
+            bar.update()
+    return answers
+
+
+def _judged_parts(table: TableWriter) -> Iterator[dict[str, Any]]:
+    """What is asked and noted of each trace, with the number of its tokens."""
+    for piece in table.pieces(["author", "prompt_id", "sample_index", "reference", "completion", "finish_reason", "completion_ids"]):
+        yield from (
+            piece.drop_columns("completion_ids").append_column("num_tokens", pc.list_value_length(piece["completion_ids"])).to_pylist()
+        )
 
 
 def _scores(answers: list[dict[str, Any]], evaluate: Evaluate, seed: int) -> list[dict[str, Any]]:

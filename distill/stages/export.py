@@ -30,7 +30,7 @@ from distill.run.folder import StageFolder
 from distill.run.log import progress, say
 from distill.run.manifest import Manifest, check_files, read_manifest
 from distill.run.plan import Growth, StagePlan
-from distill.run.tables import read_rows
+from distill.run.tables import rows_at
 from distill.stages import Step, as_made, folder, folders_to_show, open_stage, plan_of, student_folder
 
 if TYPE_CHECKING:
@@ -152,8 +152,10 @@ def _refuse_non_finite(model: Any, which: str, advice: str) -> None:
 
 def _parity_prompts(recipe: Recipe, export: Export) -> list[list[dict[str, str]]]:
     prompts = folder(recipe, "prompts")
-    rows = read_rows(prompts, "heldout") or read_rows(prompts, "train")
-    return [row["messages"] for row in rows[: export.parity_prompts]]
+    manifest = read_manifest(prompts)
+    table = "heldout" if manifest.rows("heldout") else "train"
+    wanted = range(min(export.parity_prompts, manifest.rows(table)))
+    return [row["messages"] for row in rows_at(prompts, table, wanted, ["messages"])]
 
 
 def _answers(model: Any, chat: ChatFormat, prompts: list[list[dict[str, str]]]) -> list[Answer]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from distill.recipe.experiment import Recipe
 from distill.recipe.models import ModelSpec
 from distill.recipe.traces import Generate
 from distill.run.clock import Clock
 from distill.run.folder import StageFolder
-from distill.run.manifest import Manifest
+from distill.run.manifest import Manifest, read_manifest
 from distill.run.plan import StagePlan
 from distill.run.schema import TRACE
-from distill.run.tables import read_rows
+from distill.run.tables import iter_rows
 from distill.stages import Step, folder, open_stage, plan_of
 
 
@@ -34,28 +32,29 @@ def run(recipe: Recipe) -> Manifest:
 def _generate(recipe: Recipe, teacher: ModelSpec, sampling: Generate, out: StageFolder) -> Manifest:
     # Imported here, so that a finished stage answers without loading torch.
     from distill.data.licences import licence_of
-    from distill.engines import requests_for, write_traces
+    from distill.engines import TraceTable
     from distill.engines.hf import HFEngine
     from distill.models.loading import load_chat_format, load_model, model_record, pick_device
 
     clock = Clock(out.path)
-    prompts = read_rows(folder(recipe, "prompts"), "train")
+    prompts = folder(recipe, "prompts")
+    num_prompts = read_manifest(prompts).rows("train")
     chat = load_chat_format(teacher)
     device = pick_device()
     model = load_model(teacher, device)
-    requests = requests_for(prompts, sampling.samples_per_prompt, recipe.seed)
-    rows = write_traces(HFEngine(model, chat, sampling), requests, sampling, out.journal(), "teacher", "generate")
-    out.write_table("traces", rows, TRACE)
+    traces = TraceTable(out.table("traces", TRACE, resume=True), out.journal(), sampling, recipe.seed)
+    rows = iter_rows(prompts, "train", columns=["prompt_id", "messages", "reference"])
+    traces.write(HFEngine(model, chat, sampling), rows, num_prompts, "teacher", "generate")
     return out.finish(
-        rows_in=len(prompts),
-        rows_kept=len(rows),
+        rows_in=num_prompts,
+        rows_kept=traces.num_rows,
         facts=clock.facts(
             device=str(device),
             author=model_record(teacher, model),
             licence=licence_of(teacher.model, teacher.licence),
             tokenizer_digest=chat.tokenizer_digest,
             template_digest=chat.template_digest,
-            tokens=sum(len(row["completion_ids"]) for row in rows),
-            finish_reasons=dict(Counter(row["finish_reason"] for row in rows)),
+            tokens=traces.tokens,
+            finish_reasons=dict(traces.finish_reasons),
         ),
     )

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from distill.recipe.experiment import Recipe
 from distill.recipe.reading import recipe_text
@@ -28,10 +34,10 @@ from distill.run.clock import Clock
 from distill.run.files import write_text
 from distill.run.folder import StageFolder
 from distill.run.log import duration_text
-from distill.run.manifest import Manifest
+from distill.run.manifest import Manifest, read_manifest
 from distill.run.plan import Growth, StagePlan
 from distill.run.schema import THINK_CLOSE, THINK_OPEN
-from distill.run.tables import read_rows
+from distill.run.tables import iter_pieces, iter_rows, rows_at
 from distill.stages import Step, as_made, folder, folders_to_show, last_round, made_steps, open_stage, plan_of, student_folder
 
 Row = dict[str, Any]
@@ -115,24 +121,50 @@ def _examples(recipe: Recipe, summary: RunSummary) -> list[Row]:
     wrote = [number for number, stages in enumerate(summary.rounds, start=1) if "rollouts" in stages]
     if not wrote:
         return []
-    rows = _evenly(read_rows(folder(recipe, "rollouts", wrote[-1]), "traces"), count)
+    written = folder(recipe, "rollouts", wrote[-1])
+    rows = rows_at(written, "traces", _evenly(range(read_manifest(written).rows("traces")), count))
     return [_example(row, []) | {"tag": f"written in round {wrote[-1]}, ended by: {row['finish_reason']}"} for row in rows]
 
 
 def _curated_examples(curated: Path, count: int) -> list[Row]:
     """Evenly over the tables: two of three kept and one of three dropped, as far as there are any."""
-    found: dict[tuple[str, int], list[Row]] = defaultdict(list)
-    for verdict in read_rows(curated, "verdicts"):
-        found[verdict["prompt_id"], verdict["sample_index"]].append(verdict)
-    kept, dropped = read_rows(curated, "curated"), sorted(read_rows(curated, "dropped"), key=lambda row: str(row["reason"]))
-    num_dropped = min(len(dropped), max(count // 3, count - len(kept)))
-    rows = [*_evenly(kept, count - num_dropped), *_evenly(dropped, num_dropped)]
+    manifest = read_manifest(curated)
+    num_kept, num_dropped = manifest.rows("curated"), manifest.rows("dropped")
+    dropped = min(num_dropped, max(count // 3, count - num_kept))
+    rows = list(rows_at(curated, "curated", _evenly(range(num_kept), count - dropped)))
+    rows += _dropped_examples(curated, dropped) if dropped else []
+    found = _verdicts_of(curated, rows)
     return [_example(row, found[row["prompt_id"], row["sample_index"]]) for row in rows]
 
 
-def _evenly(rows: list[Row], count: int) -> list[Row]:
-    count = min(count, len(rows))
-    return [rows[index * len(rows) // count] for index in range(count)]
+def _dropped_examples(curated: Path, count: int) -> list[Row]:
+    """Evenly over the reasons in alphabetical order, and over the rows of each."""
+    codes = array("H")
+    code_of: dict[str, int] = {}
+    for row in iter_rows(curated, "dropped", columns=["reason"]):
+        codes.append(code_of.setdefault(str(row["reason"]), len(code_of)))
+    rank = np.argsort(np.argsort(list(code_of)))
+    by_reason = np.argsort(rank[np.asarray(codes)], kind="stable")
+    places = _evenly(by_reason, count)
+    rows = dict(zip(sorted(places), rows_at(curated, "dropped", sorted(places)), strict=True))
+    return [rows[place] for place in places]
+
+
+def _verdicts_of(curated: Path, rows: list[Row]) -> dict[tuple[str, int], list[Row]]:
+    """The verdicts of some traces, by prompt and sample."""
+    found: dict[tuple[str, int], list[Row]] = {(row["prompt_id"], row["sample_index"]): [] for row in rows}
+    prompts = pa.array({prompt for prompt, _ in found}, pa.string())
+    for piece in iter_pieces(curated, "verdicts") if found else ():
+        for verdict in piece.filter(pc.is_in(piece["prompt_id"], prompts)).to_pylist():
+            key = verdict["prompt_id"], verdict["sample_index"]
+            if key in found:
+                found[key].append(verdict)
+    return found
+
+
+def _evenly(places: Sequence[int] | NDArray[np.int64], count: int) -> list[int]:
+    count = min(count, len(places))
+    return [int(places[index * len(places) // count]) for index in range(count)]
 
 
 def _example(row: Row, verdicts: list[Row]) -> Row:

@@ -6,9 +6,8 @@ A rollout that is cut off at the horizon is as good as any other: the teacher ju
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,10 +17,10 @@ from distill.recipe.experiment import Recipe
 from distill.recipe.learning import Rollouts
 from distill.run.clock import Clock
 from distill.run.folder import StageFolder
-from distill.run.manifest import Manifest, check_files
+from distill.run.manifest import Manifest, check_files, read_manifest
 from distill.run.plan import StagePlan
 from distill.run.schema import TRACE
-from distill.run.tables import read_rows
+from distill.run.tables import rows_at
 from distill.stages import Step, folder, open_stage, plan_of, previous_student
 
 
@@ -75,49 +74,50 @@ def _sampling(recipe: Recipe, number: int) -> Sampling:
 
 def _write(recipe: Recipe, rollouts: Rollouts, number: int, sampling: Sampling, writer: Path | None, out: StageFolder) -> Manifest:
     # Imported here, so that a finished stage answers without loading torch.
-    from distill.engines import request_seed, requests_for, write_traces
+    from distill.engines import TraceTable, request_seed
     from distill.engines.hf import HFEngine
     from distill.models.loading import free_memory, load_chat_format, load_model, load_trained, model_record, pick_device
 
     clock, device = Clock(out.path), pick_device()
-    prompts = _drawn(read_rows(folder(recipe, "prompts"), "train"), rollouts.prompts_per_round, f"{recipe.seed}/{number}")
+    prompts = folder(recipe, "prompts")
+    drawn = _drawn(read_manifest(prompts).rows("train"), rollouts.prompts_per_round, f"{recipe.seed}/{number}")
     chat = load_chat_format(recipe.student)
     if writer is not None:
         check_files(writer)
     adapter = recipe.student.adapter
     model = load_model(recipe.student, device) if writer is None else load_trained(recipe.student, adapter, writer, device)
     # A seed of its own for each round: the same prompt should not meet the same random numbers again.
-    requests = requests_for(prompts, sampling.samples_per_prompt, request_seed(recipe.seed, "round", number))
-    rows = write_traces(HFEngine(model, chat, sampling), requests, sampling, out.journal(), "student", f"round {number} rollouts")
+    seed = request_seed(recipe.seed, "round", number)
+    traces = TraceTable(out.table("traces", TRACE, resume=True), out.journal(), sampling, seed)
+    rows = rows_at(prompts, "train", drawn, ["prompt_id", "messages", "reference"])
+    traces.write(HFEngine(model, chat, sampling), rows, len(drawn), "student", f"round {number} rollouts")
     record = model_record(recipe.student, model)
     del model
     free_memory()
-    out.write_table("traces", rows, TRACE)
-    tokens = sum(len(row["completion_ids"]) for row in rows)
-    reasons = Counter(row["finish_reason"] for row in rows)
+    mean_tokens, cut_off = traces.tokens / traces.num_rows, traces.finish_reasons["length"] / traces.num_rows
     return out.finish(
-        rows_in=len(prompts),
-        rows_kept=len(rows),
+        rows_in=len(drawn),
+        rows_kept=traces.num_rows,
         facts=clock.facts(
             device=str(device),
             author=record,
             tokenizer_digest=chat.tokenizer_digest,
             template_digest=chat.template_digest,
             horizon=sampling.max_new_tokens,
-            tokens=tokens,
-            finish_reasons=dict(reasons),
-            **_stop(rollouts, sampling.max_new_tokens, tokens / len(rows), reasons["length"] / len(rows)),
+            tokens=traces.tokens,
+            finish_reasons=dict(traces.finish_reasons),
+            **_stop(rollouts, sampling.max_new_tokens, mean_tokens, cut_off),
         ),
     )
 
 
-def _drawn(prompts: list[dict[str, Any]], count: int | None, salt: str) -> list[dict[str, Any]]:
-    """So many prompts, in their order, other ones in each round."""
-    if count is None or count >= len(prompts):
-        return prompts
+def _drawn(num_prompts: int, count: int | None, salt: str) -> Sequence[int]:
+    """The numbers of so many prompts, rising; other ones in each round."""
+    if count is None or count >= num_prompts:
+        return range(num_prompts)
     seed = int.from_bytes(hashlib.sha256(salt.encode()).digest()[:8], "big")
-    chosen = np.random.default_rng(seed).choice(len(prompts), count, replace=False)
-    return [prompts[index] for index in np.sort(chosen)]
+    drawn: list[int] = np.sort(np.random.default_rng(seed).choice(num_prompts, count, replace=False)).tolist()
+    return drawn
 
 
 def _stop(rollouts: Rollouts, horizon: int, mean_tokens: float, truncation_rate: float) -> dict[str, str]:
