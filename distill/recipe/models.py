@@ -44,7 +44,7 @@ class LoraAdapter(Section):
     """`lora`, or `full` for full fine-tuning."""
     r: PositiveInt = 32
     """Rank of the update."""
-    lora_alpha: Annotated[float, Field(gt=0)] = 64
+    lora_alpha: Annotated[float, Field(gt=0)] = 64.0
     """Scale: the update is multiplied by alpha / r, or by alpha / sqrt(r) under rsLoRA."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""

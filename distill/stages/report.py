@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from distill.recipe.experiment import Recipe
 from distill.recipe.reading import recipe_text
-from distill.reporting.made import repeat_commands
+from distill.reporting.made import MadeStep, repeat_commands
 from distill.reporting.pages import render
 from distill.reporting.summary import RunSummary, lineage, metrics, summarise
 from distill.reporting.tables import (
@@ -88,8 +88,14 @@ def _page(recipe: Recipe, summary: RunSummary) -> dict[str, Any]:
         "examples": _examples(recipe, summary),
         "no_examples": "None asked for." if recipe.report.examples == 0 else "This method keeps no traces.",
         "recipe": recipe_text(recipe),
-        "repeat": repeat_commands(recipe, made_steps(recipe)),
+        "repeat": repeat_commands(recipe, _steps(recipe)),
     }
+
+
+def _steps(recipe: Recipe) -> list[MadeStep]:
+    """What was made, and the export that is still to come."""
+    steps = [step for step in made_steps(recipe) if step.stage != "export"]
+    return [*steps, MadeStep("export", 0, {})] if recipe.export is not None else steps
 
 
 def _pictures(recipe: Recipe, summary: RunSummary) -> dict[str, str | None]:
