@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_pipeline import write_recipe
 
 from distill.recipe.reading import load_recipe
 
@@ -37,10 +38,30 @@ def test_a_command_of_the_readme_works(command: str) -> None:
     else:
         known = subprocess.run([sys.executable, "-m", "distill", words[0], "--help"], capture_output=True, text=True, cwd=ROOT)
         assert known.returncode == 0
-        overrides = words[2:]
+        overrides = [word for word in words[2:] if word != "--dry-run"]
         for place in [i for i, word in enumerate(overrides) if f" {word} " in known.stdout]:  # options of the command itself
             del overrides[place : place + 2]
         load_recipe(ROOT / words[1], overrides)
+
+
+@pytest.mark.slow
+def test_the_commands_of_a_run_work_in_the_order_they_are_typed(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Those of the two blocks about a run, over a tiny pair."""
+    recipe = write_recipe(tmp_path, tiny_model_dir)
+    typed = [line for line in COMMANDS if line.split()[1] in ("run", "prompts", "generate", "curate", "launch") and "0.6b.yaml" in line]
+    assert len(typed) == 9 and "--redo train" in typed[-1]
+    for line in typed:
+        line = line.replace("recipes/qwen3-8b-to-0.6b.yaml", str(recipe)).replace("accelerate launch", sys.executable)
+        program = [sys.executable, "-m", "distill"] if line.startswith("distill") else []
+        words = [
+            *program,
+            *shlex.split(line)[bool(program) :],
+            "--run_dir",
+            str(tmp_path / "run"),
+            *(["--yes"] if "--redo" in line else []),
+        ]
+        result = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+        assert result.returncode == 0, (line, result.stderr[-2000:])
 
 
 def test_the_quickstart_recipe_is_what_the_makefile_runs() -> None:
