@@ -38,9 +38,9 @@ def test_a_command_of_the_readme_works(command: str) -> None:
     else:
         known = subprocess.run([sys.executable, "-m", "distill", words[0], "--help"], capture_output=True, text=True, cwd=ROOT)
         assert known.returncode == 0
-        overrides = [word for word in words[2:] if word != "--dry-run"]
-        for place in [i for i, word in enumerate(overrides) if f" {word} " in known.stdout]:  # options of the command itself
-            del overrides[place : place + 2]
+        own = set(re.findall(r"--[a-z]+(?:-[a-z]+)*", known.stdout))  # options of the command itself
+        rest = [word for word in words[2:] if word != "--dry-run"]
+        overrides = [word for name, value in zip(rest[::2], rest[1::2], strict=True) if name not in own for word in (name, value)]
         load_recipe(ROOT / words[1], overrides)
 
 
