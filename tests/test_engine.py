@@ -11,6 +11,7 @@ import torch
 
 from distill.engines import Completion, Request, TraceTable, request_seed, requests_for, write_traces
 from distill.engines.batching import MemoryGuard, by_length
+from distill.engines.earlier import EarlierTraces
 from distill.engines.hf import HFEngine, SeededSampler
 from distill.errors import IntegrityError
 from distill.models.chat import ChatFormat
@@ -21,6 +22,7 @@ from distill.run import files
 from distill.run.folder import StageFolder
 from distill.run.journal import Journal
 from distill.run.manifest import JOURNAL, read_manifest
+from distill.run.plan import Growth
 from distill.run.schema import TRACE, prompt_id
 from distill.run.tables import read_rows
 
@@ -260,3 +262,49 @@ def test_out_of_memory_for_one_sequence_is_an_error() -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         list(MemoryGuard(work, lambda: None).run([1, 2]))
+
+
+class Counting:
+    """An engine whose completions say what was asked; it dies when it has been asked so often."""
+
+    def __init__(self, dies_after: int | None = None) -> None:
+        self.asked: list[tuple[str, int]] = []
+        self._dies_after = dies_after
+
+    def prompt_length(self, request: Request) -> int:
+        return len(request.messages[0]["content"])
+
+    def complete(self, batch: list[Request]) -> list[Completion]:
+        if self._dies_after is not None and len(self.asked) >= self._dies_after:
+            raise KeyboardInterrupt
+        self.asked += [(request.prompt_id, request.sample_index) for request in batch]
+        return [Completion(str(request.seed), [1], [2, request.sample_index], "stop") for request in batch]
+
+
+@pytest.mark.parametrize("dies_after", [0, 4, 9, 21])
+def test_a_table_that_grows_asks_only_for_what_is_new(tmp_path: Path, dies_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More prompts and more samples, killed on the way: in the end it is what one run would have written, and nothing was asked twice."""
+    monkeypatch.setattr("distill.engines._LEAST_ROWS", 8)
+    monkeypatch.setattr("distill.engines._TOKENS_PER_WINDOW", 8)
+
+    def grown(place: str, samples: int, count: int, dies_after: int | None = None) -> list[tuple[str, int]]:
+        sampling = Sampling(samples_per_prompt=samples, max_new_tokens=1, batch_size=3)
+        engine = Counting(dies_after)
+        growth = Growth({"samples": 0, "count": 0})
+        with StageFolder(tmp_path / place, "generate", {"samples": samples, "count": count}, growth=growth) as out:
+            earlier = EarlierTraces(out.earlier, {"teacher"}) if out.earlier else None
+            table = TraceTable(out.table("traces", TRACE, resume=True), out.journal(), sampling, 1, earlier)
+            try:
+                table.write(engine, prompts(count), count, "teacher", "test")
+                out.finish()
+            except KeyboardInterrupt:
+                pass
+        return engine.asked
+
+    few = grown("grown", 2, 9)
+    killed = grown("grown", 3, 15, dies_after)
+    rest = grown("grown", 3, 15)
+    assert len(few) == 18 and set(few).isdisjoint(killed) and set(few).isdisjoint(rest) and set(killed).isdisjoint(rest)
+    whole = grown("whole", 3, 15)
+    assert sorted([*few, *killed, *rest]) == sorted(whole)
+    assert read_rows(tmp_path / "grown", "traces") == read_rows(tmp_path / "whole", "traces")

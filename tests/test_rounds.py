@@ -202,3 +202,19 @@ def test_damaged_recipes_of_rounds(old: str, new: str, says: str, tmp_path: Path
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ValueError, match=says):
         load_recipe(path)
+
+
+@pytest.mark.slow
+def test_more_rounds_go_on_from_those_there_are(tmp_path: Path, tiny_model_dir: Path, teacher: Path) -> None:
+    """Where the schedule and the horizon are each round's own; else the key that stands in the way is named, before anything is spent."""
+    recipe = write_recipe(tmp_path, tiny_model_dir, teacher, rollouts=", schedule_over: each_round", start="base")
+    assert distill("run", recipe, "--rounds", "1").returncode == 0
+    before = {name: read_manifest(tmp_path / "run" / "rounds" / "01" / name) for name in ("rollouts", "targets", "student")}
+    more = distill("run", recipe)
+    assert more.returncode == 0, more.stderr[-2000:]
+    assert {name: read_manifest(tmp_path / "run" / "rounds" / "01" / name) for name in before} == before
+    assert read_manifest(tmp_path / "run" / "eval").inputs.keys() == {"prompts", "rounds/02/student"}
+    assert "2 on-policy rounds" in (tmp_path / "run" / "report" / "report.md").read_text()
+    refused = distill("run", recipe, "--rounds", "3", "--rollouts.schedule_over", "all_rounds")
+    assert refused.returncode == 1 and "rollouts.schedule_over is 'part 1 of 1' there and 'part 1 of 3' here" in refused.stderr
+    assert not (tmp_path / "run" / "rounds" / "03").exists()

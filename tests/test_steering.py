@@ -17,6 +17,7 @@ from distill.run.folder import EARLIER
 from distill.run.manifest import read_manifest
 from distill.run.tables import read_rows
 
+pytestmark = pytest.mark.slow
 TRAINING = ("prompts", "traces", "curated", "student")
 
 
@@ -142,6 +143,6 @@ def test_an_evaluation_keeps_what_the_other_models_answered(made: tuple[Path, Pa
     ok("train", *words, "--seed", "7", "--train.trainer_args.max_steps", "4")
     record = [tmp_path / "run" / "recipe.yaml", "--run_dir", run]
     said = ok("evaluate", *record, "--evaluate.max_prompts", "8")
-    assert "12 traces were written before" in said  # of base and teacher; the student is another
+    assert said.count("6 traces were written before") == 2  # by base and teacher; the student is another
     after = {(row["author"], row["prompt_id"]): row for row in read_rows(run / "eval", "traces")}
     assert len(after) == 24 and all(after[key] == row for key, row in before.items() if key[0] != "student")

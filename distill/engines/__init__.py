@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distill.engines.batching import by_length
+from distill.engines.earlier import EarlierTraces
 from distill.recipe.base import Sampling
 from distill.run.journal import Journal
-from distill.run.log import Progress, progress
+from distill.run.log import Progress, progress, say
 from distill.run.schema import TRACE, Message
 from distill.run.tables import ROWS_PER_SHARD, TableWriter
 
@@ -92,10 +93,11 @@ class TraceTable:
         journal: Of its window.
         sampling: How tokens are drawn, how often, and how many sequences at once.
         seed: Of the stage.
+        earlier: Traces that need not be written again, where the stage grows.
     """
 
-    def __init__(self, table: TableWriter, journal: Journal, sampling: Sampling, seed: int) -> None:
-        self._table, self._journal, self._sampling, self._seed = table, journal, sampling, seed
+    def __init__(self, table: TableWriter, journal: Journal, sampling: Sampling, seed: int, earlier: EarlierTraces | None = None) -> None:
+        self._table, self._journal, self._sampling, self._seed, self._earlier = table, journal, sampling, seed, earlier
         self._asked = 0  # rows that belong into the table so far
         self.tokens = 0
         self.finish_reasons: Counter[str] = Counter()
@@ -120,6 +122,8 @@ class TraceTable:
         samples = self._sampling.samples_per_prompt
         total, there = num_prompts * samples, self.num_rows - self._asked
         source = iter(prompts)
+        if self._earlier is not None and self._earlier.count(author):
+            say(f"{description}: {self._earlier.count(author):,} traces were written before, and are not written again")
         done = min(max(there, 0) + _journalled(self._journal, author), total)
         with progress(total, "traces", description, done=done) as bar:
             while window := list(itertools.islice(source, self._window)):
@@ -128,7 +132,8 @@ class TraceTable:
                 if missing <= 0:
                     continue
                 requests = requests_for(window, samples, self._seed)
-                rows = _written(engine, requests, self._sampling, self._journal, author, bar)
+                known = self._earlier.rows(author, [_key_of(request) for request in requests]) if self._earlier is not None else []
+                rows = _written(engine, requests, self._sampling, self._journal, author, bar, known)
                 for piece in rows[len(rows) - missing :].to_batches():  # a kill between two shards of a window leaves the first
                     self._table.add(piece)
                     self._count(piece)
@@ -159,9 +164,17 @@ def write_traces(
         return rows
 
 
-def _written(engine: Engine, requests: Sequence[Request], sampling: Sampling, journal: Journal, author: str, bar: Progress) -> pa.Table:
-    """Trace rows for all requests, in their order: those in the journal, and others, which go there a batch at a time."""
-    place = {(request.prompt_id, request.sample_index): index for index, request in enumerate(requests)}
+def _written(
+    engine: Engine,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    journal: Journal,
+    author: str,
+    bar: Progress,
+    known: Sequence[dict[str, Any]] = (),
+) -> pa.Table:
+    """Trace rows for all requests, in their order: known ones, those in the journal, and others, which go there a batch at a time."""
+    place = {_key_of(request): index for index, request in enumerate(requests)}
     pieces: list[pa.RecordBatch] = []  # Arrow's, because ids take nine times as much as Python's integers
     places: list[int] = []
 
@@ -169,6 +182,9 @@ def _written(engine: Engine, requests: Sequence[Request], sampling: Sampling, jo
         pieces.append(pa.RecordBatch.from_pylist(rows, schema=TRACE))
         places.extend(place[_key(row)] for row in rows)
 
+    if known:
+        keep([row | {"reference": requests[place[_key(row)]].reference} for row in known])
+        bar.update(len(known))
     there = (row for row in journal.rows() if row["author"] == author and _key(row) in place)
     while rows := list(itertools.islice(there, sampling.batch_size)):
         keep(rows)
@@ -187,6 +203,10 @@ def _written(engine: Engine, requests: Sequence[Request], sampling: Sampling, jo
 
 def _journalled(journal: Journal, author: str) -> int:
     return sum(row["author"] == author for row in journal.rows())
+
+
+def _key_of(request: Request) -> tuple[str, int]:
+    return request.prompt_id, request.sample_index
 
 
 def _key(row: dict[str, Any]) -> tuple[str, int]:

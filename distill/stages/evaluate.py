@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -21,10 +21,13 @@ from distill.run.clock import Clock
 from distill.run.folder import StageFolder
 from distill.run.log import progress
 from distill.run.manifest import Manifest, check_files, read_manifest
-from distill.run.plan import StagePlan
+from distill.run.plan import NO_LIMIT, Growth, StagePlan, name_in_run
 from distill.run.schema import ANSWER, SCORE, TRACE
 from distill.run.tables import TableWriter, rows_at
 from distill.stages import Step, folder, open_stage, plan_of, student_folder
+
+if TYPE_CHECKING:
+    from distill.engines.earlier import EarlierTraces
 
 TASK = "heldout"
 
@@ -40,7 +43,12 @@ def plan(recipe: Recipe) -> StagePlan:
     if recipe.teacher is not None and "teacher" in evaluate.models:
         specs["teacher"] = recipe.teacher.identity()
     inputs = [folder(recipe, "prompts"), *([student_folder(recipe)] if "student" in evaluate.models else [])]
-    return plan_of(recipe, Step("evaluate"), {**specs, "evaluate": evaluate.identity(), "seed": recipe.seed}, inputs)
+    growth = Growth(
+        {"evaluate.max_prompts": NO_LIMIT, "evaluate.samples_per_prompt": 0},
+        free=frozenset({"evaluate.models", "evaluate.confidence", "teacher"}),  # a teacher that comes or goes; another is refused
+        other_inputs=True,
+    )
+    return plan_of(recipe, Step("evaluate"), {**specs, "evaluate": evaluate.identity(), "seed": recipe.seed}, inputs, growth)
 
 
 def run(recipe: Recipe) -> Manifest:
@@ -65,7 +73,8 @@ def _evaluate(recipe: Recipe, evaluate: Evaluate, out: StageFolder) -> Manifest:
     wanted = range(heldout if evaluate.max_prompts is None else min(evaluate.max_prompts, heldout))
     prompts = list(rows_at(source, "heldout", wanted, ["prompt_id", "messages", "reference"]))
     table = out.table("traces", TRACE, resume=True)
-    traces = TraceTable(table, out.journal(), evaluate, recipe.seed)
+    earlier = _earlier(recipe, out)
+    traces = TraceTable(table, out.journal(), evaluate, recipe.seed, earlier)
     models: dict[str, dict[str, Any]] = {}
     for role in evaluate.models:
         engine, models[role] = _engine(recipe, evaluate, role)
@@ -84,6 +93,17 @@ def _evaluate(recipe: Recipe, evaluate: Evaluate, out: StageFolder) -> Manifest:
             tokens=traces.tokens,
         ),
     )
+
+
+def _earlier(recipe: Recipe, out: StageFolder) -> EarlierTraces | None:
+    """What was answered before, where the stage grows: by base and teacher, and by this student, not by one before it."""
+    from distill.engines.earlier import EarlierTraces
+
+    if out.earlier is None:
+        return None
+    trained = student_folder(recipe) if "student" in _evaluate_of(recipe).models else None
+    same = trained is not None and read_manifest(out.earlier).inputs.get(name_in_run(trained)) == read_manifest(trained).digest
+    return EarlierTraces(out.earlier, {"base", "teacher", *(["student"] if same else [])})
 
 
 def _engine(recipe: Recipe, evaluate: Evaluate, role: str) -> tuple[Any, dict[str, Any]]:

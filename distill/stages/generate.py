@@ -8,7 +8,7 @@ from distill.recipe.traces import Generate
 from distill.run.clock import Clock
 from distill.run.folder import StageFolder
 from distill.run.manifest import Manifest, read_manifest
-from distill.run.plan import StagePlan
+from distill.run.plan import Growth, StagePlan
 from distill.run.schema import TRACE
 from distill.run.tables import iter_rows
 from distill.stages import Step, folder, open_stage, plan_of
@@ -18,7 +18,7 @@ def plan(recipe: Recipe) -> StagePlan:
     """What the stage is asked to make."""
     assert recipe.teacher is not None and recipe.generate is not None  # the recipe was validated
     settings = {"teacher": recipe.teacher.identity(), "generate": recipe.generate.identity(), "seed": recipe.seed}
-    return plan_of(recipe, Step("generate"), settings, [folder(recipe, "prompts")])
+    return plan_of(recipe, Step("generate"), settings, [folder(recipe, "prompts")], Growth({"generate.samples_per_prompt": 0}))
 
 
 def run(recipe: Recipe) -> Manifest:
@@ -33,6 +33,7 @@ def _generate(recipe: Recipe, teacher: ModelSpec, sampling: Generate, out: Stage
     # Imported here, so that a finished stage answers without loading torch.
     from distill.data.licences import licence_of
     from distill.engines import TraceTable
+    from distill.engines.earlier import EarlierTraces
     from distill.engines.hf import HFEngine
     from distill.models.loading import load_chat_format, load_model, model_record, pick_device
 
@@ -42,7 +43,8 @@ def _generate(recipe: Recipe, teacher: ModelSpec, sampling: Generate, out: Stage
     chat = load_chat_format(teacher)
     device = pick_device()
     model = load_model(teacher, device)
-    traces = TraceTable(out.table("traces", TRACE, resume=True), out.journal(), sampling, recipe.seed)
+    earlier = EarlierTraces(out.earlier, {"teacher"}) if out.earlier else None
+    traces = TraceTable(out.table("traces", TRACE, resume=True), out.journal(), sampling, recipe.seed, earlier)
     rows = iter_rows(prompts, "train", columns=["prompt_id", "messages", "reference"])
     traces.write(HFEngine(model, chat, sampling), rows, num_prompts, "teacher", "generate")
     return out.finish(

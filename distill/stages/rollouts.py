@@ -18,7 +18,7 @@ from distill.recipe.learning import Rollouts
 from distill.run.clock import Clock
 from distill.run.folder import StageFolder
 from distill.run.manifest import Manifest, check_files, read_manifest
-from distill.run.plan import StagePlan
+from distill.run.plan import Growth, StagePlan
 from distill.run.schema import TRACE
 from distill.run.tables import rows_at
 from distill.stages import Step, folder, open_stage, plan_of, previous_student
@@ -42,7 +42,7 @@ def plan(recipe: Recipe, number: int) -> StagePlan:
     }
     writer = previous_student(recipe, number)
     inputs = [folder(recipe, "prompts"), *([] if writer is None else [writer])]
-    return plan_of(recipe, Step("rollouts", number), settings, inputs)
+    return plan_of(recipe, Step("rollouts", number), settings, inputs, Growth(inputs="ignore"))  # a round that is over stays as it is
 
 
 def run(recipe: Recipe, number: int) -> Manifest:

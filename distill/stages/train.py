@@ -65,7 +65,7 @@ def plan(recipe: Recipe, number: int = 0) -> StagePlan:
     if number:
         assert recipe.rollouts is not None
         settings["rollouts"] = {name: getattr(recipe.rollouts, name) for name in ("teacher_share", "stop_kl")}
-        settings["schedule_part"] = material.part._asdict()
+        settings["rollouts"]["schedule_over"] = _name_of(material.part)
     return plan_of(recipe, Step("train", number), settings, material.inputs, _growth(material.train, number))
 
 
@@ -116,14 +116,18 @@ def _material(recipe: Recipe, number: int) -> _Material:
     )
 
 
+def _name_of(part: SchedulePart) -> str:
+    return f"part {part.number} of {part.of}"
+
+
 def _check_part_before(student: Path, part: SchedulePart) -> None:
     """Refuses to go on from a round of another schedule, whose learning rate has come to its end, say."""
-    before = read_manifest(student).settings.get("schedule_part")
-    expected = part._replace(number=max(part.number - 1, 1))
-    if before != expected._asdict():
+    before = read_manifest(student).settings.get("rollouts", {}).get("schedule_over")
+    expected = _name_of(part._replace(number=max(part.number - 1, 1)))
+    if before != expected:
         raise RecipeError(
-            f"{student}: was trained as part {before} of a learning-rate schedule, but this round goes on from {expected._asdict()}. Keep "
-            "rounds and rollouts.schedule_over as they were, or give another run_dir."
+            f"{student}: its learning rate ran over {before} of a schedule, but this round goes on from {expected}. Keep rounds and "
+            "rollouts.schedule_over as they were, or give another run_dir."
         )
 
 
