@@ -28,7 +28,7 @@ from distill.run.log import Progress, progress
 from distill.run.manifest import Manifest, read_manifest
 from distill.run.plan import Growth, StagePlan
 from distill.run.schema import DROPPED_TRACE, TRACE, VERDICT
-from distill.run.tables import iter_pieces, iter_rows
+from distill.run.tables import iter_pieces
 from distill.stages import Step, folder, open_stage, plan_of
 
 _READ = ["prompt_id", "sample_index", "reference", "completion", "finish_reason"]
@@ -83,16 +83,19 @@ def _questions(traces: Path, evidence: Evidence, bar: Progress) -> Iterator[tupl
     """Number, completion and reference of the traces whose answer is to be judged; all else is noted of each on the way."""
     checks = evidence.checks
     judged = evidence.has("math") if "math" in checks else None
-    for row, trace in enumerate(iter_rows(traces, "traces", columns=_READ)):
-        evidence.describe(row, trace)
-        if "finish" in checks:
-            evidence.note(row, check_finish(trace["finish_reason"], trace["completion"]))
-        if "think" in checks:
-            evidence.note(row, check_think(trace["completion"]))
+    start = 0
+    for piece in iter_pieces(traces, "traces", _READ):
+        for row, trace in enumerate(piece.to_pylist(), start):
+            evidence.describe(row, trace)
+            if "finish" in checks:
+                evidence.note(row, check_finish(trace["finish_reason"], trace["completion"]))
+            if "think" in checks:
+                evidence.note(row, check_think(trace["completion"]))
+            if judged is not None and not judged[row]:
+                yield row, (trace["completion"], trace["reference"])
+        start += len(piece)
         if judged is None:
-            bar.update()
-        elif not judged[row]:
-            yield row, (trace["completion"], trace["reference"])
+            bar.update(len(piece))
 
 
 def _write(out: StageFolder, traces: Path, evidence: Evidence, choice: Choice) -> int | None:
