@@ -110,12 +110,13 @@ def run_all(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask before --redo deletes what cost something.")] = False,
 ) -> None:
     """All stages of a recipe: goes on with what was begun, skips what is done, adds to it where more is asked for."""
-    from distill.before import outlook
+    from distill.before import outlook, quick
     from distill.pipeline import delete_from, run_pipeline
 
     loaded = _load(recipe, context)
     if dry_run:
-        if not outlook.dry_run(loaded, first, last, redo):
+        proved = quick.run(loaded)
+        if not (outlook.dry_run(loaded, first, last, redo) and proved):
             raise typer.Exit(1)
         return
     if redo:

@@ -49,7 +49,7 @@ def copied(made: tuple[Path, Path], tmp_path: Path) -> tuple[Path, list[str | Pa
 
 def table_of(dry_run: str) -> dict[str, str]:
     """Step and what would be done with it, of what `--dry-run` printed."""
-    lines = dry_run.splitlines()[2:]
+    lines = [line for line in dry_run.splitlines() if not line.startswith(("step ", "run folder"))]
     return {match[1]: match[2] for line in lines if (match := re.match(r"(round \d \w+|\w+)\s{2,}(made anew|gone on with|\w+)\s", line))}
 
 
