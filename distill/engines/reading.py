@@ -25,7 +25,7 @@ WINDOW_ROWS = 2048
 """Traces that are sorted by length together: a batch of 64 is padded by some 2 % more than if all were."""
 WINDOW_CHARS = 16 * 2**20
 """Or fewer, of long traces: about 150 MB when they are aligned."""
-_BYTES_AT_ONCE = 4 * 2**20  # of traces that are Python objects at once
+_BYTES_AT_ONCE = 2 * 2**20  # of traces that are Python objects at once
 
 
 class LeftOut(NamedTuple):
