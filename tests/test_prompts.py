@@ -17,7 +17,7 @@ from distill.run.files import digest_file
 from distill.run.manifest import MANIFEST, Manifest
 from distill.run.schema import prompt_id
 from distill.run.tables import read_rows
-from distill.stages.prompts import run, split, survey
+from distill.stages.prompts import run, survey
 
 COUNT = 60
 
@@ -238,7 +238,6 @@ def test_a_survey_says_what_the_stage_does(tmp_path: Path) -> None:
     assert found.with_reference == sum(row["reference"] is not None for row in tables["train"])
     assert found.ids.tolist() == [int(row["prompt_id"], 16) for row in tables["train"]]
     assert survey(section, 0, 1000).sample == tables["train"]
-    assert split(section, 0)[0] == tables["train"] and split(section, 0)[1] == tables["heldout"]
 
 
 def test_memory_does_not_hold_the_rows(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from distill.run.clock import Clock as Clock
 from distill.run.clock import is_main_process, keep_running_clocks
 from distill.run.manifest import Manifest
 

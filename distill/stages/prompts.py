@@ -128,17 +128,6 @@ def survey(prompts: Prompts, seed: int, sample: int, *, spread: bool = False) ->
     )
 
 
-def split(prompts: Prompts, seed: int) -> tuple[list[Row], list[Row], list[Row], int]:
-    """Prompt rows for training, held-out ones, dropped ones with their reason, and the number of rows read; all in memory."""
-    with tempfile.TemporaryFile() as waiting:
-        fates = _read(prompts, problems(prompts), heldout_problems(prompts), waiting).fates(prompts, seed)
-        waiting.seek(0)
-        rows = [row for piece in pa.ipc.open_stream(waiting) for row in piece.to_pylist()]
-    train, heldout = ([rows[place] for place in np.flatnonzero(fates == fate)] for fate in (_TRAIN, _HELDOUT))
-    dropped = [{**rows[place], "reason": _REASONS[fates[place] - 2]} for place in np.flatnonzero(fates > _HELDOUT)]
-    return train, heldout, dropped, len(rows)
-
-
 class _Index:
     """What is kept of every row read: 17 bytes. Rows of the held-out source come behind the others."""
 
