@@ -69,7 +69,7 @@ def main() -> None:
 
 def _with_stage_to_redo(words: list[str]) -> list[str]:
     """Makes `--redo` without a stage, which `run` takes for all of them, an option with a value as the parser knows it."""
-    if "run" not in words or "--redo" not in words:
+    if "--redo" not in words or next((word for word in words if not word.startswith("-")), "") != "run":
         return words
     from distill.stages import FOLDERS
 
@@ -111,6 +111,7 @@ def run_all(
 ) -> None:
     """All stages of a recipe: goes on with what was begun, skips what is done, adds to it where more is asked for."""
     from distill.before import outlook, quick
+    from distill.errors import RecipeError
     from distill.pipeline import delete_from, run_pipeline
 
     loaded = _load(recipe, context)
@@ -119,11 +120,13 @@ def run_all(
         if not (outlook.dry_run(loaded, first, last, redo) and proved):
             raise typer.Exit(1)
         return
+    if redo and first is not None:
+        raise RecipeError("--redo and --from exclude each other: what is deleted is made anew from there on. Leave --from out.")
+    outlook.refuse_what_cannot_end(loaded, first, last, redo)
     if redo:
         if not outlook.agree_to_redo(loaded, redo, yes=yes):
             raise typer.Exit(1)
         delete_from(loaded, redo)
-    outlook.refuse_what_cannot_end(loaded, first, last)
     run_pipeline(loaded, first, last)
 
 
@@ -135,11 +138,21 @@ def rounds(context: typer.Context, recipe: RecipePath) -> None:
     run_rounds(_load(recipe, context))
 
 
+def _run_one(name: str, recipe: Recipe, *, number: int = 0, redo: bool = False) -> None:
+    """Runs a stage alone, unless what was made from it would be lost by that."""
+    from distill.before.outlook import refuse_what_follows
+    from distill.pipeline import run_stage
+    from distill.run.clock import is_main_process
+    from distill.stages import Step
+
+    if is_main_process() and not redo:
+        refuse_what_follows(recipe, Step(name, number))
+    run_stage(name, recipe, number=number, redo=redo)
+
+
 def _stage_command(name: str, help_text: str) -> None:
     def command(context: typer.Context, recipe: RecipePath, redo: Redo = False) -> None:
-        from distill.pipeline import run_stage
-
-        run_stage(name, _load(recipe, context), redo=redo)
+        _run_one(name, _load(recipe, context), redo=redo)
 
     app.command(name, help=help_text, context_settings=_OVERRIDES, epilog=_EPILOG)(command)
 
@@ -154,7 +167,7 @@ def score(context: typer.Context, recipe: RecipePath, redo: Redo = False, number
     """Let the teacher read finished traces, and store its distributions; in several processes: accelerate launch -m distill score."""
     from distill.errors import RecipeError
     from distill.models.processes import leave
-    from distill.pipeline import run_score_shard, run_stage
+    from distill.pipeline import run_score_shard
 
     loaded = _load(recipe, context)
     if shard and redo:
@@ -162,24 +175,20 @@ def score(context: typer.Context, recipe: RecipePath, redo: Redo = False, number
     if shard:
         run_score_shard(loaded, shard, number=number)
     else:
-        run_stage("score", loaded, number=number, redo=redo)
+        _run_one("score", loaded, number=number, redo=redo)
         leave()
 
 
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
 def train(context: typer.Context, recipe: RecipePath, redo: Redo = False, number: Round = 0) -> None:
     """Train the student, in this process; for several: accelerate launch -m distill.train --config RECIPE [--round N]."""
-    from distill.pipeline import run_stage
-
-    run_stage("train", _load(recipe, context), number=number, redo=redo)
+    _run_one("train", _load(recipe, context), number=number, redo=redo)
 
 
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
 def rollouts(context: typer.Context, recipe: RecipePath, redo: Redo = False, number: Round = 1) -> None:
     """Let the current student write the traces of an on-policy round."""
-    from distill.pipeline import run_stage
-
-    run_stage("rollouts", _load(recipe, context), number=number, redo=redo)
+    _run_one("rollouts", _load(recipe, context), number=number, redo=redo)
 
 
 _stage_command("evaluate", "Measure base, student and teacher on the held-out prompts.")

@@ -44,7 +44,9 @@ def run_stage(name: str, recipe: Recipe, *, number: int = 0, redo: bool = False,
 def run_all(recipe: Recipe, *, talk: bool = False) -> None:
     """Runs all stages of a recipe, going on where an earlier run stopped."""
     from distill import pipeline
+    from distill.before.outlook import refuse_what_cannot_end
 
+    refuse_what_cannot_end(recipe)
     with _voice(talk):
         pipeline.run_pipeline(recipe)
 

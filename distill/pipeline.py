@@ -40,7 +40,7 @@ def run_stage(name: str, recipe: Recipe, *, number: int = 0, redo: bool = False)
         if is_main_process():
             delete_stage(target)
         Processes().wait()  # else another process could find the old manifest, and take the stage for done
-    done_before = (target / MANIFEST).exists() and read_manifest(target).digest
+    done_before = read_manifest(target).digest if is_main_process() and (target / MANIFEST).exists() else None
     manifest: Manifest = call(Step(name, number), recipe, "run")
     nothing_done = manifest.digest == done_before
     say(nothing_to_do(manifest, target) if nothing_done else ledger(manifest, unit=_UNITS.get(name, "rows")), result=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,10 @@ def test_a_kill_while_the_folder_begins_to_grow_loses_nothing(tmp_path: Path, st
     except Killed:
         assert (tmp_path / "n" / PLAN).exists()
     monkeypatch.undo()
-    with pytest.raises(StageConflictError, match="is under way with other settings or inputs: count is 5 there and 3 here"):
-        StageFolder(*plan_of(tmp_path / "n")).__enter__()
+    try:
+        assert make(plan_of(tmp_path / "n")) == []  # it comes back, as nothing was made yet
+    except StageConflictError as refused:
+        assert "is under way with other settings or inputs: count is 5 there and 3 here" in str(refused)
     assert make(asked) == [0, 1, 2]
     assert relation(asked).kind == "complete" and not (tmp_path / "n" / EARLIER).exists()
 
@@ -153,3 +156,34 @@ def test_a_plan_of_which_nothing_was_made_binds_nobody(tmp_path: Path) -> None:
     assert relation(plan_of(tmp_path / "n", count=1)).kind == "new"
     assert relation(plan_of(tmp_path / "n", count=1), shared=True).kind == "refused"
     assert not (tmp_path / "n" / MANIFEST).exists()
+
+
+def test_what_was_there_comes_back_if_it_is_asked_for_before_anything_was_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the way back was cut short; what was added meanwhile is not thrown away for it."""
+    old, more = plan_of(tmp_path / "n"), plan_of(tmp_path / "n", count=5)
+    make(old)
+    before = read_manifest(tmp_path / "n")
+    for kills in (0, 1, 2, 3):
+        with pytest.raises(ZeroDivisionError), StageFolder(*more):
+            raise ZeroDivisionError  # the model could not be loaded, say
+        left, rename = [kills], Path.rename
+
+        def counted(self: Path, target: Path, left: list[int] = left, rename: Any = rename) -> Path:
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            return rename(self, target)  # type: ignore[no-any-return]
+
+        if kills:
+            monkeypatch.setattr(Path, "rename", counted)
+            with contextlib.suppress(Killed):
+                StageFolder(*old).__enter__()
+            monkeypatch.undo()
+        assert make(old) == [] and read_manifest(tmp_path / "n") == before
+        assert not (tmp_path / "n" / PLAN).exists() and not (tmp_path / "n" / EARLIER).exists()
+    with pytest.raises(ZeroDivisionError), StageFolder(*more) as out:
+        out.journal().append([{"paid": 1}])
+        raise ZeroDivisionError
+    with pytest.raises(StageConflictError, match=r"count is 5 there and 3 here.* comes back if it is asked for"):
+        StageFolder(*old).__enter__()
+    assert make(more) == [0, 1, 2]

@@ -105,6 +105,8 @@ def test_what_is_refused_later_is_refused_before_anything_is_spent(made: tuple[P
 
 def test_redo_asks_before_it_deletes_what_cost_something(made: tuple[Path, Path], tmp_path: Path) -> None:
     run, words = copied(made, tmp_path)
+    for wrong in (["--from", "trian"], ["--until", "trian"], ["--from", "train"], ["--prompts.heldout_size", "30"]):
+        assert distill("run", *words, "--redo", "train", "--yes", *wrong).returncode == 1 and (run / "student" / "manifest.json").exists()
     refused = distill("run", *words, "--redo", "train")
     assert refused.returncode == 1 and "there is nobody to ask" in refused.stderr and str(run / "student") in refused.stderr
     assert (run / "student" / "manifest.json").exists()
@@ -127,6 +129,20 @@ def test_more_samples_and_epochs_go_on_from_what_is_there(made: tuple[Path, Path
     assert read_manifest(run / "student").facts["steps"] == 5 and read_manifest(run / "student" / EARLIER) == student
     fewer = distill("train", *words, "--generate.samples_per_prompt", "4", "--seed", "7", "--train.trainer_args.max_steps", "4")
     assert fewer.returncode == 1 and "train.trainer_args.max_steps is 5 there and 4 here" in fewer.stderr
+
+
+def test_traces_of_another_model_are_not_put_beside(made: tuple[Path, Path], tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Other weights in the same folder are noticed before anything is written; and what was there comes back."""
+    run, words = copied(made, tmp_path)
+    weights = tiny_model_dir / "model.safetensors"
+    whole, before = weights.read_bytes(), read_manifest(run / "traces")
+    weights.write_bytes(whole[:-64] + bytes(64))
+    try:
+        refused = distill("generate", *words, "--generate.samples_per_prompt", "4", "--seed", "5")
+    finally:
+        weights.write_bytes(whole)
+    assert refused.returncode == 1 and "teacher: is not the model that wrote what is there: files is" in refused.stderr
+    assert "nothing to do" in ok("generate", *words, "--seed", "5") and read_manifest(run / "traces") == before
 
 
 def test_what_shows_and_keeps_locks_no_folder(made: tuple[Path, Path], tmp_path: Path) -> None:

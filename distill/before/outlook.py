@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from rich.console import Console
@@ -13,10 +13,10 @@ from rich.text import Text
 from distill.errors import DistillError, MissingStageError, StageConflictError
 from distill.pipeline import call, made_from, select
 from distill.recipe.experiment import Recipe
-from distill.run.folder import refusal
+from distill.run.folder import EARLIER, refusal
 from distill.run.manifest import MANIFEST, PLAN, read_manifest
 from distill.run.plan import StagePlan, relation
-from distill.stages import Step, folder, run_dir, steps_of
+from distill.stages import Step, as_made, folder, run_dir, steps_of
 
 _COSTLY = ("generate", "score", "train", "rollouts", "evaluate")
 _STYLES = {"keep": "dim", "refuse": "bold red", "make anew": "yellow"}
@@ -31,7 +31,9 @@ class Outlook(NamedTuple):
     why: str
 
 
-def outlook(recipe: Recipe, steps: Sequence[Step], deleted: Collection[Step] = ()) -> list[Outlook]:
+def outlook(
+    recipe: Recipe, steps: Sequence[Step], deleted: Collection[Step] = (), moving: Mapping[str, Outlook] | None = None
+) -> list[Outlook]:
     """What a run would do, without doing any of it.
 
     What a step does whose inputs are yet to be made can't be known but by its settings; then it says which of them it waits for.
@@ -40,9 +42,10 @@ def outlook(recipe: Recipe, steps: Sequence[Step], deleted: Collection[Step] = (
         recipe: The recipe.
         steps: Of the run.
         deleted: Steps whose folders are deleted first.
+        moving: Folders of steps before these that change, and how.
     """
     found: list[Outlook] = []
-    pending: dict[str, Outlook] = {}
+    pending = dict(moving or {})
     for step in steps:
         place = folder(recipe, *step)
         try:
@@ -106,15 +109,37 @@ def dry_run(recipe: Recipe, first: str | None = None, last: str | None = None, r
     return all(action != "refuse" for _, action, _ in found)
 
 
-def refuse_what_cannot_end(recipe: Recipe, first: str | None = None, last: str | None = None) -> None:
-    """Refuses a run of which a later step is known to be refused, before an earlier one has cost anything.
+def refuse_what_cannot_end(recipe: Recipe, first: str | None = None, last: str | None = None, redo: str = "") -> None:
+    """Refuses a run of which a later step is known to be refused, before an earlier one has cost, or deleted, anything.
 
     Raises:
         StageConflictError: naming folder, keys and values.
+        RecipeError: the recipe has no such stage.
     """
-    for _, action, why in outlook(recipe, select(steps_of(recipe), first, last)):
+    for _, action, why in outlook(recipe, select(steps_of(recipe), first, last), made_from(recipe, redo) if redo else ()):
         if action == "refuse":
             raise StageConflictError(why)
+
+
+def refuse_what_follows(recipe: Recipe, step: Step) -> None:
+    """Refuses to let one stage grow, or be made anew, where what was made from it would be lost by that, or can't go on.
+
+    Raises:
+        StageConflictError: naming both.
+    """
+    try:
+        asked = call(step, recipe, "plan")
+        kind, changes = relation(asked)
+    except MissingStageError:  # the stage says so itself
+        return
+    if kind != "grows":
+        return
+    made = as_made(recipe)
+    steps = steps_of(made)
+    behind = steps[steps.index(step) + 1 :] if step in steps else []
+    for later, action, why in outlook(made, behind, moving={str(asked.path): Outlook(step, _growing(asked), "; ".join(changes))}):
+        if action == "refuse":
+            raise StageConflictError(f"{asked.path}: {'; '.join(changes)}, but {later} can't follow. {why}")
 
 
 def agree_to_redo(recipe: Recipe, stage: str, *, yes: bool) -> bool:
@@ -136,9 +161,10 @@ def agree_to_redo(recipe: Recipe, stage: str, *, yes: bool) -> bool:
 def _cost(recipe: Recipe, step: Step) -> str:
     """What was paid for a step: seconds and tokens, where its manifest knows them."""
     place = folder(recipe, *step)
-    if not (place / MANIFEST).exists():
+    there = [each for each in (place, place / EARLIER) if (each / MANIFEST).exists()]
+    if not there:
         return "unfinished"
-    facts = read_manifest(place).facts
+    facts = read_manifest(there[0]).facts
     seconds = [f"{facts['wall_s']:,.0f} s"] if "wall_s" in facts else []
     tokens = [f"{facts['tokens']:,} tokens"] if facts.get("tokens") else []
     return ", ".join([*seconds, *tokens]) or "its cost was not recorded"

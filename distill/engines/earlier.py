@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from distill.errors import StageConflictError
 from distill.run.tables import iter_rows, rows_at
 
 Key = tuple[str, int]
@@ -50,6 +51,25 @@ class EarlierTraces:
         asked = set(keys)  # 64 bits may be shared
         rows = rows_at(self._folder, "traces", places.tolist())
         return [row for row in rows if row["author"] == author and (row["prompt_id"], row["sample_index"]) in asked]
+
+
+def refuse_another(role: str, now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Refuses to put traces of another model beside those there are.
+
+    Args:
+        role: Whose.
+        now: What the model is known by.
+        before: The same of the one that wrote them; what was not recorded is not compared.
+
+    Raises:
+        StageConflictError: they differ.
+    """
+    other = [f"{name} is {before[name]} there and {now[name]} here" for name in sorted(now) if name in before and before[name] != now[name]]
+    if other:
+        raise StageConflictError(
+            f"{role}: is not the model that wrote what is there: {'; '.join(other)}. Set it back (a revision, or the files in its folder), "
+            "give another run_dir, or make the stage and all that follows from it anew with `distill run --redo`."
+        )
 
 
 def _number_of(author: str, key: Key) -> int:

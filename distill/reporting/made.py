@@ -17,12 +17,16 @@ _USES = {
     "generate": ("teacher", "generate", "traces", "seed"),
     "curate": ("curate",),
     "score": ("teacher", "score"),
-    "train": ("student", "train", "seed"),
+    "train": ("student", "train", "seed", "teacher"),
     "rollouts": ("student", "rounds", "rollouts", "seed"),
-    "evaluate": ("evaluate", "seed"),
+    "evaluate": ("evaluate", "seed", "teacher"),
     "report": ("report",),
     "export": ("export",),
 }
+
+
+_WHOLE = ("trainer_args", "chat_template_kwargs")
+"""Mappings whose keys are not the recipe's own: where one of them is absent, it can't be set to null."""
 
 
 class MadeStep(NamedTuple):
@@ -55,7 +59,7 @@ def _made(steps: Sequence[MadeStep]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     owners: dict[str, str] = {}
     for step in steps:
-        for key in _USES[step.stage]:
+        for key in _used(step):
             if key in step.made_with and owners.setdefault(key, step.stage) == step.stage:
                 found[key] = step.made_with[key]
     return found
@@ -70,7 +74,9 @@ def repeat_commands(recipe: Recipe, steps: Sequence[MadeStep], file: str = "reci
         file: Where the recipe is.
     """
     whole = recipe.model_dump(mode="json")
-    other = [list(_overrides(_used(step.stage, whole), step.made_with)) if step.made_with else [] for step in steps]
+    # More rounds can be added only where their number decides nothing of those before.
+    used = [[key for key in _used(step) if key != "rounds"] if step.made_with else [] for step in steps]
+    other = [list(_overrides({key: whole[key] for key in keys}, step.made_with)) for keys, step in zip(used, steps, strict=True)]
     if not any(other):
         return [f"distill run {file}"]
     return [
@@ -79,16 +85,21 @@ def repeat_commands(recipe: Recipe, steps: Sequence[MadeStep], file: str = "reci
     ]
 
 
-def _used(stage: str, whole: dict[str, Any]) -> dict[str, Any]:
-    # More rounds can be added only where their number decides nothing of those before.
-    return {key: whole[key] for key in _USES[stage] if key != "rounds"}
+def _used(step: MadeStep) -> list[str]:
+    """The keys that a step is made with: a teacher only where it had a part in it."""
+    made_with = step.made_with
+    writes = made_with.get("traces") is None
+    judges = (made_with.get("train") or {}).get("on_policy") is not None
+    answers = "teacher" in ((made_with.get("evaluate") or {}).get("models") or [])
+    has_teacher = {"generate": writes, "train": judges, "evaluate": answers}.get(step.stage, True)
+    return [key for key in _USES[step.stage] if key != "teacher" or has_teacher]
 
 
 def _overrides(whole: dict[str, Any], made_with: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Words of a command line that make the values of `made_with` of those in `whole`."""
+    """Words of a command line that make the values of `made_with` of those in `whole`; values are written as JSON, which is YAML."""
     for key, value in whole.items():
         made = made_with.get(key)
-        if isinstance(value, dict) and isinstance(made, dict):
-            yield from _overrides(dict.fromkeys(made) | value, made, f"{prefix}{key}.")
+        if isinstance(value, dict) and isinstance(made, dict) and set(value) == set(made) and key not in _WHOLE:
+            yield from _overrides(value, made, f"{prefix}{key}.")
         elif made != value:
-            yield from (f"--{prefix}{key}", shlex.quote(made if isinstance(made, str) else json.dumps(made, ensure_ascii=False)))
+            yield from (f"--{prefix}{key}", shlex.quote(json.dumps(made, ensure_ascii=False)))

@@ -24,7 +24,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from distill.errors import StageConflictError
-from distill.run.files import digest_file, write_text
+from distill.run.files import digest_file, read_json, write_text
 from distill.run.journal import Journal
 from distill.run.manifest import CLOCK, JOURNAL, LOCK, MANIFEST, PLAN, SCHEMA_VERSION, Manifest, read_manifest
 from distill.run.plan import NO_GROWTH, Growth, StagePlan, input_digests, relation
@@ -137,6 +137,7 @@ class StageFolder:
             lock.release()
 
     def _resume(self) -> None:
+        self._go_back()
         found = relation(self._plan, shared=self._part is not None)
         if found.kind == "refused":
             raise StageConflictError(refusal(self._plan, found.changes))
@@ -150,6 +151,30 @@ class StageFolder:
             (self.path / CLOCK).unlink(missing_ok=True)  # of a run with other settings that made nothing
         if (self.path / PLAN).exists() or not self._plan.growth.looks_itself:
             self.grow()
+
+    def _go_back(self) -> None:
+        """Puts what was there into its place again, where that is asked for and the growth has made nothing yet."""
+        earlier = self.path / EARLIER
+        if (self.path / MANIFEST).exists() or not (earlier / MANIFEST).exists():
+            return
+        before, plan = read_manifest(earlier), read_json(self.path / PLAN) if (self.path / PLAN).exists() else {}
+        asked = relation(self._plan._replace(path=earlier)).kind == "complete"
+        own = {PLAN, CLOCK, EARLIER}
+        others = [file for file in self.path.iterdir() if file.name not in own and not file.name.startswith(LOCK)]
+        if not asked or (others and not plan.get("goes_back")):
+            return
+        # The plan says so first, so that a restart goes on with it; the manifest comes last.
+        write_text(self.path / PLAN, json.dumps({"settings": before.settings, "inputs": before.inputs, "goes_back": True}))
+        for file in sorted(earlier.iterdir(), key=lambda file: file.name == MANIFEST):
+            if file.name != EARLIER:
+                file.rename(self.path / file.name)
+        (self.path / PLAN).unlink()
+        if (earlier / EARLIER).is_dir():  # a student before the one before
+            (earlier / EARLIER).rename(self.path / f"{EARLIER}.tmp")
+            earlier.rmdir()
+            (self.path / f"{EARLIER}.tmp").rename(earlier)
+        else:
+            earlier.rmdir()
 
     def _write_plan(self, grows_from: str | None = None) -> None:
         plan = {"schema_version": SCHEMA_VERSION, "stage": self.stage, "settings": self.settings, "inputs": self._inputs}
@@ -239,7 +264,7 @@ class StageFolder:
             rows_in=rows_in,
             rows_kept=rows_kept,
             drops=drops or {},
-            facts=facts or {},
+            facts=self._with_earlier_cost(facts or {}),
             made_with=self._plan.made_with,
             grew_from=self._grew_from(),
         )
@@ -250,6 +275,13 @@ class StageFolder:
             shutil.rmtree(self.path / EARLIER, ignore_errors=True)
         return self.manifest
 
+    def _with_earlier_cost(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Facts whose seconds are those of what was taken over, too."""
+        growth = self._plan.growth
+        if self.earlier is None or "wall_s" not in facts or not growth.adds or growth.anything:
+            return facts
+        return facts | {"wall_s": round(facts["wall_s"] + read_manifest(self.earlier).facts.get("wall_s", 0), 2)}
+
     def _grew_from(self) -> list[str]:
         if self.earlier is None or not self._plan.growth.adds:
             return []
@@ -259,6 +291,8 @@ class StageFolder:
 
 def refusal(plan: StagePlan, changes: Sequence[str]) -> str:
     """Why a plan is refused, and what to do, for people."""
+    if (plan.path / EARLIER / MANIFEST).exists() and not (plan.path / MANIFEST).exists():
+        changes = [*changes, "what was there before stands in its folder earlier/, and comes back if it is asked for as it was made"]
     state = "is under way with other settings or inputs" if (plan.path / PLAN).exists() else "was made with other settings or inputs"
     more = f"; and {len(changes) - 5} more" if len(changes) > 5 else ""
     return (

@@ -5,6 +5,7 @@ A run's stages stand side by side in its folder. An on-policy round repeats some
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,16 +127,18 @@ def as_made(recipe: Recipe) -> Recipe:
 
 def made_steps(recipe: Recipe) -> list[MadeStep]:
     """The steps of a run that are finished or under way, with the recipes they were made with; whatever this recipe asks for."""
-    numbers = sorted(int(place.name) for place in (run_dir(recipe) / ROUNDS).glob("[0-9]*"))
+    numbers = sorted(int(place.name) for place in (run_dir(recipe) / ROUNDS).glob("*") if place.name.isdigit())
     steps = [Step(name) for name in FOLDERS if name not in ("rollouts", *_MEASURING)]
     steps += [Step(name, number) for number in numbers for name in ROUND_STAGES]
     found = []
     for step in [*steps, *map(Step, _MEASURING)]:
         place = folder(recipe, *step)
-        if (place / PLAN).exists():
-            found.append(MadeStep(*step, read_json(place / PLAN).get("made_with", {})))
-        elif (place / MANIFEST).exists():
-            found.append(MadeStep(*step, read_manifest(place).made_with))
+        # Another process may be finishing a part of it just now.
+        with contextlib.suppress(FileNotFoundError):
+            if (place / PLAN).exists():
+                found.append(MadeStep(*step, read_json(place / PLAN).get("made_with", {})))
+            elif (place / MANIFEST).exists():
+                found.append(MadeStep(*step, read_manifest(place).made_with))
     return found
 
 

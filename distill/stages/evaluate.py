@@ -65,6 +65,7 @@ def _evaluate_of(recipe: Recipe) -> Evaluate:
 
 def _evaluate(recipe: Recipe, evaluate: Evaluate, out: StageFolder) -> Manifest:
     from distill.engines import TraceTable
+    from distill.engines.earlier import refuse_another
     from distill.models.loading import pick_device
 
     clock = Clock(out.path)
@@ -73,11 +74,13 @@ def _evaluate(recipe: Recipe, evaluate: Evaluate, out: StageFolder) -> Manifest:
     wanted = range(heldout if evaluate.max_prompts is None else min(evaluate.max_prompts, heldout))
     prompts = list(rows_at(source, "heldout", wanted, ["prompt_id", "messages", "reference"]))
     table = out.table("traces", TRACE, resume=True)
-    earlier = _earlier(recipe, out)
+    earlier, before = _earlier(recipe, out), read_manifest(out.earlier).facts if out.earlier else {"models": {}}
     traces = TraceTable(table, out.journal(), evaluate, recipe.seed, earlier)
     models: dict[str, dict[str, Any]] = {}
     for role in evaluate.models:
         engine, models[role] = _engine(recipe, evaluate, role)
+        if earlier is not None and earlier.count(role):
+            refuse_another(role, models[role], before["models"].get(role, {}))
         traces.write(engine, prompts, len(prompts), role, f"evaluate {role}")
         del engine
     answers = _judge(table, evaluate)
@@ -86,6 +89,7 @@ def _evaluate(recipe: Recipe, evaluate: Evaluate, out: StageFolder) -> Manifest:
     return out.finish(
         rows_in=len(prompts) * evaluate.samples_per_prompt * len(evaluate.models),
         rows_kept=len(answers),
+        keep_earlier=not set(before["models"]) <= set(models),  # a model that is asked for no more has been paid for
         facts=clock.facts(
             device=str(pick_device()),
             models=models,

@@ -50,7 +50,7 @@ def plan(recipe: Recipe) -> StagePlan:
     Raises:
         DataError: the recipe leaves it out.
     """
-    export = _export_of(recipe)
+    export, recipe = _export_of(recipe), _as_made(recipe)
     settings = {"export": export.identity(), "student": recipe.student.identity(), "name": model_name(recipe, export)}
     inputs = [student_folder(recipe), *([folder(recipe, "evaluate")] if recipe.evaluate is not None else [])]
     return plan_of(recipe, Step("export"), settings, inputs, Growth(anything=True, adds=False))
@@ -59,8 +59,12 @@ def plan(recipe: Recipe) -> StagePlan:
 def run(recipe: Recipe) -> Manifest:
     """Writes the merged model, the adapter and the card, and the comparison into the manifest."""
     with open_stage(recipe, plan(recipe)) as out:
-        made = as_made(recipe)
-        return out.manifest or _export(made, _export_of(made), out)
+        return out.manifest or _export(_as_made(recipe), _export_of(recipe), out)
+
+
+def _as_made(recipe: Recipe) -> Recipe:
+    """The recipe of the student that is exported, and how this command wants it exported."""
+    return as_made(recipe).model_copy(update={"export": recipe.export})
 
 
 def _export_of(recipe: Recipe) -> Export:
@@ -98,7 +102,7 @@ def _export(recipe: Recipe, export: Export, out: StageFolder) -> Manifest:
     _refuse_difference(export, parity, out.path)
     facts = clock.facts(device=str(device), parity=parity, parameters=parameters, notes=notes, author=author, licence=licence)
     write_text(out.path / "README.md", _card(recipe, export, facts))
-    files = [path for path in out.path.rglob("*") if path.is_file() and path.parent != out.path] + [out.path / "README.md"]
+    files = [path for name in ("model", "adapter") for path in (out.path / name).rglob("*") if path.is_file()] + [out.path / "README.md"]
     return out.finish(files=files, facts=facts)
 
 

@@ -33,7 +33,7 @@ def _generate(recipe: Recipe, teacher: ModelSpec, sampling: Generate, out: Stage
     # Imported here, so that a finished stage answers without loading torch.
     from distill.data.licences import licence_of
     from distill.engines import TraceTable
-    from distill.engines.earlier import EarlierTraces
+    from distill.engines.earlier import EarlierTraces, refuse_another
     from distill.engines.hf import HFEngine
     from distill.models.loading import load_chat_format, load_model, model_record, pick_device
 
@@ -43,7 +43,13 @@ def _generate(recipe: Recipe, teacher: ModelSpec, sampling: Generate, out: Stage
     chat = load_chat_format(teacher)
     device = pick_device()
     model = load_model(teacher, device)
-    earlier = EarlierTraces(out.earlier, {"teacher"}) if out.earlier else None
+    record = model_record(teacher, model)
+    rendering = {"tokenizer_digest": chat.tokenizer_digest, "template_digest": chat.template_digest}
+    earlier = None
+    if out.earlier:
+        before = read_manifest(out.earlier).facts
+        refuse_another("teacher", record | rendering, before.get("author", {}) | before)
+        earlier = EarlierTraces(out.earlier, {"teacher"})
     traces = TraceTable(out.table("traces", TRACE, resume=True), out.journal(), sampling, recipe.seed, earlier)
     rows = iter_rows(prompts, "train", columns=["prompt_id", "messages", "reference"])
     traces.write(HFEngine(model, chat, sampling), rows, num_prompts, "teacher", "generate")
@@ -52,10 +58,9 @@ def _generate(recipe: Recipe, teacher: ModelSpec, sampling: Generate, out: Stage
         rows_kept=traces.num_rows,
         facts=clock.facts(
             device=str(device),
-            author=model_record(teacher, model),
+            author=record,
             licence=licence_of(teacher.model, teacher.licence),
-            tokenizer_digest=chat.tokenizer_digest,
-            template_digest=chat.template_digest,
+            **rendering,
             tokens=traces.tokens,
             finish_reasons=dict(traces.finish_reasons),
         ),

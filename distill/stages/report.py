@@ -46,6 +46,7 @@ _PASSED = {True: "passed", False: "failed", None: "not judged"}
 
 def plan(recipe: Recipe) -> StagePlan:
     """What the stage is asked to make; it takes seconds, so any change makes it anew."""
+    recipe = _as_made(recipe)
     stages, rounds = folders_to_show(recipe)
     inputs = [*stages.values(), *(place for places in rounds for place in places.values())]
     return plan_of(recipe, Step("report"), {"report": recipe.report.identity()}, inputs, Growth(anything=True))
@@ -54,7 +55,12 @@ def plan(recipe: Recipe) -> StagePlan:
 def run(recipe: Recipe) -> Manifest:
     """Writes `report.html`, `report.md` and `summary.txt`."""
     with open_stage(recipe, plan(recipe)) as out:
-        return out.manifest or _report(as_made(recipe), out)
+        return out.manifest or _report(_as_made(recipe), out)
+
+
+def _as_made(recipe: Recipe) -> Recipe:
+    """The recipe of what the report is about, and how this command wants the report."""
+    return as_made(recipe).model_copy(update={"report": recipe.report})
 
 
 def _report(recipe: Recipe, out: StageFolder) -> Manifest:
