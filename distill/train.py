@@ -71,15 +71,21 @@ def main(arguments: list[str]) -> None:
     try:
         asked = parse(arguments)
         # Imported here, so that a wrong command line is answered at once.
+        from distill.before.outlook import refuse_what_follows
         from distill.models.processes import leave
         from distill.pipeline import run_stage
         from distill.recipe.reading import load_recipe
+        from distill.run.clock import is_main_process
         from distill.run.log import be_quiet, calm_libraries
+        from distill.stages import Step
 
         if asked.quiet:
             be_quiet()
         calm_libraries()
-        run_stage("train", load_recipe(asked.recipe, asked.overrides), number=asked.number, redo=asked.redo)
+        recipe = load_recipe(asked.recipe, asked.overrides)
+        if is_main_process() and not asked.redo:
+            refuse_what_follows(recipe, Step("train", asked.number))
+        run_stage("train", recipe, number=asked.number, redo=asked.redo)
         leave()
     except DistillError as error:
         print(f"error: {error}", file=sys.stderr)
