@@ -116,7 +116,7 @@ def run_all(
 
     loaded = _load(recipe, context)
     if dry_run:
-        proved = quick.run(loaded)
+        proved = quick.run(loaded, there=False)  # which the outlook says step by step
         if not (outlook.dry_run(loaded, first, last, redo) and proved):
             raise typer.Exit(1)
         return

@@ -16,7 +16,7 @@ from distill.recipe.experiment import Recipe
 from distill.run.folder import EARLIER, refusal
 from distill.run.manifest import MANIFEST, PLAN, read_manifest
 from distill.run.plan import StagePlan, relation
-from distill.stages import Step, as_made, folder, run_dir, steps_of
+from distill.stages import Step, folder, made_steps, run_dir, steps_of
 
 _COSTLY = ("generate", "score", "train", "rollouts", "evaluate")
 _STYLES = {"keep": "dim", "refuse": "bold red", "make anew": "yellow"}
@@ -32,7 +32,11 @@ class Outlook(NamedTuple):
 
 
 def outlook(
-    recipe: Recipe, steps: Sequence[Step], deleted: Collection[Step] = (), moving: Mapping[str, Outlook] | None = None
+    recipe: Recipe,
+    steps: Sequence[Step],
+    deleted: Collection[Step] = (),
+    moving: Mapping[str, Outlook] | None = None,
+    recipes: Mapping[Step, Recipe] | None = None,
 ) -> list[Outlook]:
     """What a run would do, without doing any of it.
 
@@ -43,6 +47,7 @@ def outlook(
         steps: Of the run.
         deleted: Steps whose folders are deleted first.
         moving: Folders of steps before these that change, and how.
+        recipes: Of steps that have another one.
     """
     found: list[Outlook] = []
     pending = dict(moving or {})
@@ -52,7 +57,7 @@ def outlook(
             if step in deleted:
                 found.append(Outlook(step, "make anew", f"--redo deletes it ({_cost(recipe, step)})"))
             else:
-                found.append(_look(step, call(step, recipe, "plan"), pending))
+                found.append(_look(step, call(step, (recipes or {}).get(step, recipe), "plan"), pending))
         except MissingStageError:  # the rounds decide which student is measured
             state = "make anew" if (place / MANIFEST).exists() else "go on" if (place / PLAN).exists() else "make"
             found.append(Outlook(step, state, "follows from what comes before it"))
@@ -134,10 +139,13 @@ def refuse_what_follows(recipe: Recipe, step: Step) -> None:
         return
     if kind != "grows":
         return
-    made = as_made(recipe)
-    steps = steps_of(made)
-    behind = steps[steps.index(step) + 1 :] if step in steps else []
-    for later, action, why in outlook(made, behind, moving={str(asked.path): Outlook(step, _growing(asked), "; ".join(changes))}):
+    # Each as it was made: what this command says of it is no matter here.
+    place = {"run_dir": str(run_dir(recipe))}
+    recipes = {Step(*made[:2]): Recipe.model_validate(made.made_with | place) for made in made_steps(recipe) if made.made_with}
+    known = list(recipes)
+    behind = known[known.index(step) + 1 :] if step in known else []
+    moving = {str(asked.path): Outlook(step, _growing(asked), "; ".join(changes))}
+    for later, action, why in outlook(recipe, behind, moving=moving, recipes=recipes):
         if action == "refuse":
             raise StageConflictError(f"{asked.path}: {'; '.join(changes)}, but {later} can't follow. {why}")
 

@@ -25,14 +25,20 @@ MIN_FREE_GIB = 1.0
 _FIRST_ROWS = 100  # of each source
 
 
-def run(recipe: Recipe) -> bool:
-    """Prints every finding; true if none refutes the recipe."""
+def run(recipe: Recipe, *, there: bool = True) -> bool:
+    """Prints every finding; true if none refutes the recipe.
+
+    Args:
+        recipe: The recipe.
+        there: Whether to look at what is in the run's folder, too.
+    """
     found = Findings()
     common(recipe, found)
     given = len(recipe.train.trainer_args)
     found.good("trainer arguments", f"{given} are given, of known names and types" if given else "the kit's own")
     _check_sources(recipe, found)
-    _check_what_is_there(recipe, found)
+    if there:
+        _check_what_is_there(recipe, found)
     return found.end("nothing was found that speaks against this recipe; `distill check` also reads all rows, and tokenises some")
 
 
