@@ -10,7 +10,7 @@ from distill.errors import RecipeError
 from distill.models.processes import Processes
 from distill.recipe.experiment import Recipe
 from distill.run.clock import is_main_process
-from distill.run.folder import delete_stage
+from distill.run.folder import EARLIER, delete_stage
 from distill.run.log import ledger, nothing_to_do, say
 from distill.run.manifest import MANIFEST, Manifest, read_manifest
 from distill.stages import ROUND_STAGES, Step, folder, steps_of
@@ -40,7 +40,9 @@ def run_stage(name: str, recipe: Recipe, *, number: int = 0, redo: bool = False)
         if is_main_process():
             delete_stage(target)
         Processes().wait()  # else another process could find the old manifest, and take the stage for done
-    done_before = read_manifest(target).digest if is_main_process() and (target / MANIFEST).exists() else None
+    # In `earlier` stands what comes back if it is asked for.
+    there = [place for place in (target, target / EARLIER) if (place / MANIFEST).exists()] if is_main_process() else []
+    done_before = read_manifest(there[0]).digest if there else None
     manifest: Manifest = call(Step(name, number), recipe, "run")
     nothing_done = manifest.digest == done_before
     say(nothing_to_do(manifest, target) if nothing_done else ledger(manifest, unit=_UNITS.get(name, "rows")), result=True)
