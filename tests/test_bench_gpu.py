@@ -176,7 +176,15 @@ def test_runs_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_rehearsal_measures_every_case(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "bench_gpu.py"), "--rehearse", "--out", str(tmp_path / "rows.json")]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "bench_gpu.py"),
+        "--rehearse",
+        "--minutes",
+        "30",
+        "--out",
+        str(tmp_path / "rows.json"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     [run] = json.loads((tmp_path / "rows.json").read_text())
