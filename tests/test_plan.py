@@ -187,3 +187,13 @@ def test_what_was_there_comes_back_if_it_is_asked_for_before_anything_was_added(
     with pytest.raises(StageConflictError, match=r"count is 5 there and 3 here.* comes back if it is asked for"):
         StageFolder(*old).__enter__()
     assert make(more) == [0, 1, 2]
+
+
+def test_nothing_comes_back_while_others_work_on_parts(tmp_path: Path) -> None:
+    """A process that reads its first batch has left no file but the lock of its part."""
+    old, more = plan_of(tmp_path / "n"), plan_of(tmp_path / "n", count=5)
+    make(old)
+    with StageFolder(*more, part="0-of-2"):
+        with pytest.raises(StageConflictError, match="count is 5 there and 3 here"):
+            StageFolder(*old).__enter__()
+        assert (tmp_path / "n" / EARLIER / MANIFEST).exists()

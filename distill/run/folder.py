@@ -159,8 +159,8 @@ class StageFolder:
             return
         before, plan = read_manifest(earlier), read_json(self.path / PLAN) if (self.path / PLAN).exists() else {}
         asked = relation(self._plan._replace(path=earlier)).kind == "complete"
-        own = {PLAN, CLOCK, EARLIER}
-        others = [file for file in self.path.iterdir() if file.name not in own and not file.name.startswith(LOCK)]
+        own = {PLAN, CLOCK, EARLIER, LOCK}  # not the lock of a part, on which another process may be working
+        others = [file for file in self.path.iterdir() if file.name not in own]
         if not asked or (others and not plan.get("goes_back")):
             return
         # The plan says so first, so that a restart goes on with it; the manifest comes last.
