@@ -3,6 +3,12 @@
 One root exception, so that an entry point catches one class; each child is also the standard class it refines.
 """
 
+import unicodedata
+
+_CONTROLS = frozenset({"Cc", "Cf", "Zl", "Zp", "Cs"})
+"""Categories of Unicode that can move a cursor, hide or turn around what follows."""
+_JOINERS = "\u200c\u200d"  # of category Cf, but letters of Persian, Hindi and emoji hang on them
+
 
 class DistillError(Exception):
     """Root of all errors that are reported to the user without a traceback."""
@@ -34,3 +40,19 @@ class ModelError(DistillError, RuntimeError):
 
 class LicenceError(DistillError, PermissionError):
     """The terms of a model or data set do not allow what the recipe asks for."""
+
+
+def visible(text: str, limit: int | None = None) -> str:
+    r"""Foreign text as it may be shown: control characters (ESC, C1, bidi marks, half surrogates) as escapes, line ends and tabs kept.
+
+    Args:
+        text: From a prompt, a trace, a key, a file's name.
+        limit: Characters of it that are shown; what was cut is counted behind them.
+    """
+    shown = text if limit is None or len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in _CONTROLS and character not in "\n\t" + _JOINERS
+        else character
+        for character in shown
+    )
