@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distill.errors import RecipeError
-from distill.losses.settings import likelihood
 from distill.models.processes import Processes
 from distill.recipe.experiment import Recipe
 from distill.recipe.learning import DEFAULT_EPOCHS, SchedulePart, Train
@@ -26,6 +24,8 @@ from distill.run.plan import NO_LIMIT, Growth, StagePlan
 from distill.stages import Step, folder, open_stage, plan_of, previous_student, run_dir
 
 if TYPE_CHECKING:
+    import torch
+
     from distill.models.chat import ChatFormat
     from distill.trainers.rows import TrainingRows
     from distill.trainers.targets import StoredTargets
@@ -133,17 +133,20 @@ def _check_part_before(student: Path, part: SchedulePart) -> None:
 
 def _train(recipe: Recipe, material: _Material, number: int, out: StageFolder, processes: Processes) -> Manifest:
     # Imported here, so that a finished stage answers without loading torch.
-    from distill.models.loading import free_memory, load_chat_format, num_parameters, pick_device
-    from distill.trainers.arguments import precision_name, training_arguments
-    from distill.trainers.callbacks import last_logged, last_whole_checkpoint, loss_of_all_pieces
+    from distill.models.loading import free_memory, load_chat_format, pick_device
+    from distill.trainers.building import build_trainer, trainer_arguments
+    from distill.trainers.callbacks import (
+        CheckpointMark,
+        MetricsFile,
+        ProgressBar,
+        StopOnNonFinite,
+        last_logged,
+        last_whole_checkpoint,
+        loss_of_all_pieces,
+    )
 
     clock, device = Clock(out.path), pick_device()
-    if material.train.is_live:
-        from distill.trainers.live import live_arguments
-
-        arguments: Any = live_arguments(recipe, out.path / "checkpoints", device)
-    else:
-        arguments = training_arguments(recipe, material.train, out.path / "checkpoints", device)
+    arguments = trainer_arguments(recipe, material.train, out.path / "checkpoints", device)
     chat = load_chat_format(recipe.student)
     stored = _stored_targets(recipe, material, chat)
     with processes.first_alone():  # it reads and tokenises for longer than the others would wait for it in the trainer's group
@@ -152,31 +155,29 @@ def _train(recipe: Recipe, material: _Material, number: int, out: StageFolder, p
     if checkpoint:
         say(f"train     going on from step {checkpoint[1]}")
     start_step = checkpoint[1] if checkpoint else 0
-    trainer = _make_trainer(recipe, material, out.path, arguments, rows, chat, stored, start_step, processes)
-    trainer._total_train_tokens = last_logged(out.path / "metrics.jsonl", "num_tokens")  # which TRL counts anew in every piece
+    metrics = out.path / "metrics.jsonl"
+    callbacks = [MetricsFile(metrics, start_step), ProgressBar(len(rows.dataset)), StopOnNonFinite(), CheckpointMark(processes)]
+    student = _student_to_train(recipe, material)
+    trainer = build_trainer(recipe, material.train, student, arguments, rows, chat, stored, part=material.part, callbacks=callbacks)
+    del student
+    trainer._total_train_tokens = last_logged(metrics, "num_tokens")  # which TRL counts anew in every piece
     result = trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
     files = _save(recipe, out.path, trainer, processes)
-    model: Any = trainer.model
     facts = clock.facts(
-        device=str(device),
         method=material.train.method,
-        precision=precision_name(arguments),
         world_size=processes.count,
-        steps=trainer.state.global_step,
-        train_loss=loss_of_all_pieces(out.path / "metrics.jsonl", start_step, result.training_loss, trainer.state.global_step),
+        train_loss=loss_of_all_pieces(metrics, start_step, result.training_loss, trainer.state.global_step),
         tokens=trainer.state.num_input_tokens_seen if material.train.is_live else round(rows.num_tokens * (trainer.state.epoch or 0)),
-        parameters=num_parameters(model),
-        trainable_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        peak_memory_gib=_peak_memory_gib(device.type),
         tokenizer_digest=chat.tokenizer_digest,
         template_digest=chat.template_digest,
+        **_measured(trainer, device),
     )
-    del trainer, model
+    del trainer
     if processes.rank:
         processes.wait()  # for the manifest, which a next stage of this process may read
         return read_manifest(out.path)
     free_memory()
-    facts |= _stop(recipe, number, out.path / "metrics.jsonl")
+    facts |= _stop(recipe, number, metrics)
     kept = rows.rows_in - sum(rows.drops.values())
     manifest = out.finish(rows_in=rows.rows_in, rows_kept=kept, drops=rows.drops, files=files, facts=facts)
     shutil.rmtree(out.path / "checkpoints", ignore_errors=True)
@@ -184,6 +185,21 @@ def _train(recipe: Recipe, material: _Material, number: int, out: StageFolder, p
         leftover.unlink()
     processes.wait()
     return manifest
+
+
+def _measured(trainer: Any, device: torch.device) -> dict[str, Any]:
+    """What the trainer itself can tell."""
+    from distill.models.loading import num_parameters
+    from distill.trainers.arguments import precision_name
+
+    return {
+        "device": str(device),
+        "precision": precision_name(trainer.args),
+        "steps": trainer.state.global_step,
+        "parameters": num_parameters(trainer.model),
+        "trainable_parameters": sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad),
+        "peak_memory_gib": _peak_memory_gib(device.type),
+    }
 
 
 def _stored_targets(recipe: Recipe, material: _Material, chat: ChatFormat) -> StoredTargets | None:
@@ -220,68 +236,6 @@ def _rows(recipe: Recipe, material: _Material, number: int, chat: ChatFormat, st
         for index, (place, table) in enumerate(material.tables)
     ]
     return training_rows(tables, chat, material.train, _cache(recipe), recipe.seed, stored)
-
-
-def _make_trainer(
-    recipe: Recipe,
-    material: _Material,
-    target: Path,
-    arguments: Any,
-    rows: TrainingRows,
-    chat: ChatFormat,
-    stored: StoredTargets | None,
-    start_step: int,
-    processes: Processes,
-) -> Any:
-    """TRL's trainer on rows that are already token ids and labels."""
-    from transformers import PrinterCallback, ProgressCallback
-
-    from distill.models.loading import lora_config
-    from distill.trainers.callbacks import CheckpointMark, MetricsFile, ProgressBar, StopOnNonFinite
-    from distill.trainers.traces import TraceTrainer
-
-    student = recipe.student
-    common: dict[str, Any] = {
-        "model": _student_to_train(recipe, material),
-        "args": arguments,
-        "train_dataset": rows.dataset,
-        "eval_dataset": rows.validation,
-        "processing_class": chat.tokenizer,
-        "peft_config": lora_config(student.adapter) if student.adapter.type == "lora" and material.start is None else None,
-        "callbacks": [
-            MetricsFile(target / "metrics.jsonl", start_step),
-            ProgressBar(len(rows.dataset)),
-            StopOnNonFinite(),
-            CheckpointMark(processes),
-        ],
-    }
-    if material.train.is_live:
-        from distill.trainers.live import live_trainer
-
-        trainer: Any = live_trainer(recipe, chat, common)
-    elif stored is None:
-        trainer = TraceTrainer(**common)
-    else:
-        settings, follows = material.train.kd, material.train.method == "sft"
-        objective = likelihood(stored.target.kind) if follows else settings.objective(stored.target)
-        half_life = None if follows else settings.early_half_life
-        trainer = TraceTrainer(stored=stored, objective=objective, half_life=half_life, part=material.part, **common)
-    trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
-    trained: Any = trainer.model
-    if student.adapter.type == "lora":
-        # The name others load it by, not the path it was found at. peft would look for the embedded one on the Hub.
-        warnings.filterwarnings("ignore", message="Could not find a config file in embedded:")
-        trained.peft_config["default"].base_model_name_or_path = student.model
-    plugin = trainer.accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
-        # Without it a folder of shards would be saved in place of a model.
-        plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
-    if arguments.fp16:
-        # TRL puts a quantised model's adapter into bf16, which the gradient scaler of fp16 training can't handle.
-        for parameter in trained.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-    return trainer
 
 
 def _student_to_train(recipe: Recipe, material: _Material) -> Any:

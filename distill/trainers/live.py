@@ -189,7 +189,7 @@ def live_rows(recipe: Recipe, prompts: Path, chat: ChatFormat) -> TrainingRows:
     )
 
 
-def live_trainer(recipe: Recipe, chat: ChatFormat, common: dict[str, Any]) -> Trainer:
+def live_trainer(recipe: Recipe, chat: ChatFormat, common: dict[str, Any], teacher: PreTrainedModel | None = None) -> Trainer:
     """TRL's trainer for the method, with the teacher loaded beside the student.
 
     Args:
@@ -197,6 +197,7 @@ def live_trainer(recipe: Recipe, chat: ChatFormat, common: dict[str, Any]) -> Tr
         chat: The student's tokenizer and template.
         common: What every trainer of the kit is given: `model`, `args`, `train_dataset`, `processing_class`, `callbacks`, ...
             The model is cut to its tokens in place; see `restore_head` for whole weights.
+        teacher: The teacher, which is cut likewise; None loads the recipe's.
 
     Raises:
         DataError: there are fewer prompts than an optimizer step takes.
@@ -221,24 +222,25 @@ def live_trainer(recipe: Recipe, chat: ChatFormat, common: dict[str, Any]) -> Tr
         from distill.trainers.gold import CrossTokenizerTrainer
 
         assert recipe.teacher is not None  # the recipe was validated
-        trainer = CrossTokenizerTrainer(teacher_model=_teacher(recipe), pair=(chat, load_chat_format(recipe.teacher)), **common)
+        trainer = CrossTokenizerTrainer(teacher_model=_teacher(recipe, teacher), pair=(chat, load_chat_format(recipe.teacher)), **common)
     elif settings.teacher_server:
         from trl.experimental.server_distillation import ServerDistillationTrainer
 
         trainer = ServerDistillationTrainer(**common)
     else:
-        trainer = DistillationTrainer(teacher_model=_teacher(recipe), **common)
+        trainer = DistillationTrainer(teacher_model=_teacher(recipe, teacher), **common)
     if recipe.student.adapter.type == "lora":
         config.vocab_size = rows  # else peft takes the embedding for a trained one, and saves it with the adapter
     return trainer
 
 
-def _teacher(recipe: Recipe) -> PreTrainedModel:
+def _teacher(recipe: Recipe, model: PreTrainedModel | None) -> PreTrainedModel:
     """The teacher, with no row in its head that is no token."""
     spec, device = recipe.teacher, pick_device()
     assert spec is not None  # the recipe was validated
-    # The trainer moves plain weights to the device itself; 4-bit ones must be loaded there.
-    model = load_model(spec, device if spec.quantization == "nf4" else torch.device("cpu"), pick_dtype(device, spec.dtype))
+    if model is None:
+        # The trainer moves plain weights to the device itself; 4-bit ones must be loaded there.
+        model = load_model(spec, device if spec.quantization == "nf4" else torch.device("cpu"), pick_dtype(device, spec.dtype))
     cut_head(model, load_chat_format(spec), spec.model)
     return model
 
