@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +26,7 @@ from distill.stages import Step, folder, open_stage, plan_of, previous_student, 
 
 if TYPE_CHECKING:
     import torch
+    from transformers import TrainerCallback
 
     from distill.models.chat import ChatFormat
     from distill.trainers.rows import TrainingRows
@@ -76,12 +78,13 @@ def _growth(train: Train, number: int) -> Growth:
     return Growth(rising, inputs="ignore" if number else "follow", adds=False)
 
 
-def run(recipe: Recipe, number: int = 0) -> Manifest:
+def run(recipe: Recipe, number: int = 0, watchers: Sequence[TrainerCallback] = ()) -> Manifest:
     """Trains and writes `adapter/` (or `model/`), `tokenizer/` and `metrics.jsonl`.
 
     Args:
         recipe: The recipe.
         number: As in `plan`.
+        watchers: Callbacks of the trainer besides the kit's own, called behind them.
     """
     # Only the main process takes the lock; the others wait until it has looked at the folder, and find the same files.
     with open_stage(recipe, plan(recipe, number), hold=is_main_process()) as out:
@@ -89,7 +92,7 @@ def run(recipe: Recipe, number: int = 0) -> Manifest:
         processes.wait()
         if (out.path / MANIFEST).exists():
             return out.manifest or read_manifest(out.path)
-        return _train(recipe, _material(recipe, number), number, out, processes)
+        return _train(recipe, _material(recipe, number), number, out, processes, watchers)
 
 
 def _material(recipe: Recipe, number: int) -> _Material:
@@ -131,7 +134,9 @@ def _check_part_before(student: Path, part: SchedulePart) -> None:
         )
 
 
-def _train(recipe: Recipe, material: _Material, number: int, out: StageFolder, processes: Processes) -> Manifest:
+def _train(
+    recipe: Recipe, material: _Material, number: int, out: StageFolder, processes: Processes, watchers: Sequence[TrainerCallback]
+) -> Manifest:
     # Imported here, so that a finished stage answers without loading torch.
     from distill.models.loading import free_memory, load_chat_format, pick_device
     from distill.trainers.building import build_trainer, trainer_arguments
@@ -156,7 +161,7 @@ def _train(recipe: Recipe, material: _Material, number: int, out: StageFolder, p
         say(f"train     going on from step {checkpoint[1]}")
     start_step = checkpoint[1] if checkpoint else 0
     metrics = out.path / "metrics.jsonl"
-    callbacks = [MetricsFile(metrics, start_step), ProgressBar(len(rows.dataset)), StopOnNonFinite(), CheckpointMark(processes)]
+    callbacks = [MetricsFile(metrics, start_step), ProgressBar(len(rows.dataset)), StopOnNonFinite(), CheckpointMark(processes), *watchers]
     student = _student_to_train(recipe, material)
     trainer = build_trainer(recipe, material.train, student, arguments, rows, chat, stored, part=material.part, callbacks=callbacks)
     del student
