@@ -95,7 +95,8 @@ class _Trial:
             room = limit_gib - CONTEXT_GIB - line["base_gib"]
             predicted = 64 if self._bench.rehearse else int(1000 * room / line["gib_per_1k_tokens"])
             step = 1 if self._bench.rehearse else STEP
-            lengths = [min(int(share * predicted), LONGEST) // step * step for share in SHARES]
+            # Shares that are all above the longest are one length.
+            lengths = list(dict.fromkeys(min(int(share * predicted), LONGEST) // step * step for share in SHARES))
             for length in (length for length in lengths if length >= step):
                 with contextlib.suppress(torch.OutOfMemoryError):
                     return {"peak_gib": self._peak_gib(length, target), "tokens": length}
