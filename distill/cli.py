@@ -55,16 +55,13 @@ Shard = Annotated[str, typer.Option("--shard", metavar="I/N", help="Only the I-t
 
 
 def main() -> None:
-    """Entry point: errors of the kit become one message on stderr and exit code 1, without a traceback."""
-    from distill.errors import DistillError
+    """Entry point: whatever goes wrong becomes one message on stderr and exit code 1, without a traceback."""
+    from distill.run.failures import one_message
 
-    try:
+    with one_message():
         # An option of the program itself, which is found wherever it stands; behind a command it would be taken for a key.
         words = sorted(sys.argv[1:], key=lambda word: word != "--quiet")
         app(args=_with_stage_to_redo(words))
-    except DistillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 def _with_stage_to_redo(words: list[str]) -> list[str]:
@@ -264,10 +261,14 @@ def recipes_cp(
 
 def _load(path: Path, context: typer.Context) -> Recipe:
     from distill.recipe.reading import load_recipe
+    from distill.run.failures import works_on
     from distill.run.log import calm_libraries
+    from distill.stages import run_dir
 
     calm_libraries()
-    return load_recipe(path, context.args)
+    recipe = load_recipe(path, context.args)
+    works_on(run_dir(recipe))
+    return recipe
 
 
 if __name__ == "__main__":

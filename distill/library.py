@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.errors import RecipeError
+from distill.errors import RecipeError, plain_storage_errors
 from distill.recipe.experiment import Recipe
 from distill.recipe.models import ModelSpec
 from distill.recipe.reading import load_recipe as load_recipe
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from distill.targets.spec import TargetSpec
 
 
+@plain_storage_errors()
 def run_stage(name: str, recipe: Recipe, *, number: int = 0, redo: bool = False, talk: bool = False) -> Manifest:
     """Runs one stage, goes on with it, or finds it done; returns its manifest, with rows, drops and facts.
 
@@ -41,6 +42,7 @@ def run_stage(name: str, recipe: Recipe, *, number: int = 0, redo: bool = False,
         return pipeline.run_stage(name, recipe, number=number, redo=redo)
 
 
+@plain_storage_errors()
 def run_all(recipe: Recipe, *, talk: bool = False) -> None:
     """Runs all stages of a recipe, going on where an earlier run stopped."""
     from distill import pipeline
@@ -51,6 +53,7 @@ def run_all(recipe: Recipe, *, talk: bool = False) -> None:
         pipeline.run_pipeline(recipe)
 
 
+@plain_storage_errors()
 def read_table(folder: str | Path, table: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The rows of a finished stage's table, after its digests were checked.
 
@@ -74,6 +77,7 @@ def read_table(folder: str | Path, table: str, columns: Sequence[str] | None = N
     return read_rows(Path(folder), table, columns)
 
 
+@plain_storage_errors()
 def score_rows(
     rows: Sequence[dict[str, Any]],
     teacher: str | ModelSpec,

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from distill.errors import RecipeError
+from distill.errors import IntegrityError, RecipeError
 from distill.models.processes import Processes
 from distill.recipe.experiment import Recipe
 from distill.run.clock import is_main_process
@@ -78,7 +78,10 @@ def run_pipeline(recipe: Recipe, first: str | None = None, last: str | None = No
     _run(steps, recipe)
     report = folder(recipe, "report")
     if any(step.stage == "report" for step in steps):
-        say("\n" + (report / "summary.txt").read_text(encoding="utf-8"), result=True)
+        summary = report / "summary.txt"
+        if not summary.is_file():
+            raise IntegrityError(f"{summary}: is gone. Make the report anew: `distill report` with --redo.")
+        say("\n" + summary.read_text(encoding="utf-8"), result=True)
         say(f"report: {report / 'report.html'}", result=True)
 
 

@@ -23,7 +23,8 @@ from typing import NamedTuple
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from distill.errors import DistillError, RecipeError
+from distill.errors import RecipeError, shown
+from distill.run.failures import one_message, works_on
 
 
 class Asked(NamedTuple):
@@ -59,7 +60,9 @@ def parse(arguments: list[str]) -> Asked:
     if not found["--config"]:
         raise RecipeError("command line: no recipe is named. Write --config RECIPE; --help says more.")
     if not found["--round"].isdecimal():
-        raise RecipeError(f"command line: --round must be a whole number ≥ 0, got {found['--round']!r}. Leave it out outside the rounds.")
+        raise RecipeError(
+            f"command line: --round must be a whole number ≥ 0, got {shown(found['--round'])}. Leave it out outside the rounds."
+        )
     return Asked(found["--config"], int(found["--round"]), flags["--redo"], flags["--quiet"], overrides)
 
 
@@ -68,7 +71,7 @@ def main(arguments: list[str]) -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         sys.exit(0 if arguments else 2)
-    try:
+    with one_message():
         asked = parse(arguments)
         # Imported here, so that a wrong command line is answered at once.
         from distill.before.outlook import refuse_what_follows
@@ -77,19 +80,17 @@ def main(arguments: list[str]) -> None:
         from distill.recipe.reading import load_recipe
         from distill.run.clock import is_main_process
         from distill.run.log import be_quiet, calm_libraries
-        from distill.stages import Step
+        from distill.stages import Step, run_dir
 
         if asked.quiet:
             be_quiet()
         calm_libraries()
         recipe = load_recipe(asked.recipe, asked.overrides)
+        works_on(run_dir(recipe))
         if is_main_process() and not asked.redo:
             refuse_what_follows(recipe, Step("train", asked.number))
         run_stage("train", recipe, number=asked.number, redo=asked.redo)
         leave()
-    except DistillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

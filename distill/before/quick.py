@@ -53,6 +53,9 @@ def _check_folder(recipe: Recipe, found: Findings) -> None:
     place = run_dir(recipe).absolute()
     while not place.exists():
         place = place.parent
+    if not place.is_dir():
+        found.bad("run folder", f"{place} is a file, so nothing can be written below it. Set run_dir.")
+        return
     free_gib = shutil.disk_usage(place).free / 2**30
     if not os.access(place, os.W_OK):
         found.bad("run folder", f"{place} can't be written to. Set run_dir.")

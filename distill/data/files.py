@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill.data.names import top_levels
-from distill.errors import DataError
+from distill.errors import DataError, shown, visible
 from distill.run.files import digest_file
 from distill.run.log import say
 
@@ -32,6 +32,8 @@ PACKED = {".gz": "gzip", ".zst": "zstd"}
 _CHUNK = 2**20  # bytes read at once
 _ROWS = 512  # of a Parquet file, decoded at once
 _LARGE_JSON = 2**29  # bytes, from which reading a .json file whole deserves a word
+# What readers raise of a file that is damaged, beside the system's errors: Arrow has a kind of its own for each matter.
+_UNREADABLE = (OSError, ValueError, EOFError, ArithmeticError, LookupError, RecursionError, MemoryError, TypeError, pa.ArrowException)
 csv.field_size_limit(sys.maxsize)  # a long trace is over the 128 KiB that the module allows for a field
 
 
@@ -95,8 +97,10 @@ class DataFile:
             raise
         except UnicodeDecodeError as error:
             raise DataError(f"{self.path}: {_not_utf8(error)}") from None
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{self.path}: can't be read{' as parquet' * (kind == '.parquet')}: {error}.") from None
+        except _UNREADABLE as error:
+            what = visible(str(error).strip().split("\n")[0] or type(error).__name__, 200).rstrip(".")
+            as_kind = " as parquet" * (kind == ".parquet")
+            raise DataError(f"{self.path}: can't be read{as_kind}: {what}. Make the file anew, or leave it out.") from None
         state = self.path.stat()
         if (state.st_size, state.st_mtime_ns) != (self.size, self.mtime_ns):
             raise DataError(f"{self.path}: was changed while it was read. Run this again when nobody writes to it.")
@@ -139,7 +143,7 @@ def _parquet(path: Path, tap: _Tap, columns: Sequence[str] | None) -> Iterator[P
     """Row groups as they stand; each is hashed just before it is decoded, so that the disk is read once."""
     number = 0
     # With a buffer a column is read page by page; without, whole column chunks would be in memory.
-    with pq.ParquetFile(path, buffer_size=_CHUNK, pre_buffer=False) as file:
+    with pq.ParquetFile(path, buffer_size=_CHUNK, pre_buffer=False, page_checksum_verification=True) as file:
         names = top_levels(columns, file.schema_arrow.names) if columns is not None else None
         for group in range(file.num_row_groups):
             meta = file.metadata.row_group(group)
@@ -172,10 +176,12 @@ def _json_lines(path: Path, lines: IO[bytes]) -> Iterator[Placed]:
             row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
             raise DataError(f"{name}:{number}: {_not_utf8(error)}") from None
+        except RecursionError:
+            raise DataError(f"{name}:{number}: is nested too deeply to be read. Correct or remove the line.") from None
         except ValueError as error:
             if not line.strip():
                 continue
-            raise DataError(f"{name}:{number}: not valid JSON: {error}. Correct or remove the line.") from None
+            raise DataError(f"{name}:{number}: not valid JSON: {visible(str(error), 200)}. Correct or remove the line.") from None
         if not isinstance(row, dict):
             raise DataError(f"{name}:{number}: holds {type(row).__name__}, not an object with columns. Correct or remove the line.")
         yield f"{name}:{number}", row
@@ -188,8 +194,10 @@ def _json(path: Path, file: IO[str]) -> Iterator[Placed]:
         content = json.load(file)
     except UnicodeDecodeError:
         raise
+    except RecursionError:
+        raise DataError(f"{path}: is nested too deeply to be read. Write it flatter.") from None
     except ValueError as error:
-        raise DataError(f"{path}: not valid JSON: {error}. One object a line belongs into a .jsonl file.") from None
+        raise DataError(f"{path}: not valid JSON: {visible(str(error), 200)}. One object a line belongs into a .jsonl file.") from None
     lists = [value for value in content.values() if isinstance(value, list)] if isinstance(content, dict) else [content]
     if len(lists) != 1 or not isinstance(lists[0], list) or not all(isinstance(row, dict) for row in lists[0]):
         raise DataError(f"{path}: must hold a list of objects, or an object with one such list.")
@@ -202,7 +210,7 @@ def _csv(path: Path, file: IO[str]) -> Iterator[Placed]:
     try:
         names = reader.fieldnames or []
         if len(set(names)) < len(names):
-            raise DataError(f"{path}:1: two columns have the same name, got {names!r:.200}. Rename one.")
+            raise DataError(f"{path}:1: two columns have the same name, got {shown(names, 200)}. Rename one.")
         for row in reader:
             where = f"{path}:{reader.line_num}"
             if None in row or None in row.values():  # how the module marks too many and too few fields

@@ -9,7 +9,9 @@ import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from distill.errors import DataError
+from distill.errors import DataError, shown
+
+_NAMES = 20  # of columns, shown in an error
 
 
 def value_at(row: dict[str, Any], name: str, where: str) -> Any:
@@ -45,8 +47,11 @@ def text_at(row: dict[str, Any], name: str, where: str) -> str | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int | float):
-        raise DataError(f"{where}: {name} must be text or a number, got {type(value).__name__}: {value!r:.80}.")
-    return str(value)
+        raise DataError(f"{where}: {name} must be text or a number, got {type(value).__name__}: {shown(value)}.")
+    try:
+        return str(value)
+    except ValueError:  # thousands of digits, which Parquet's decimals and JSON can hold
+        raise DataError(f"{where}: {name} is a number of too many digits to be written out. Give it as text.") from None
 
 
 def whole_text(text: str, name: str, where: str) -> str:
@@ -90,12 +95,20 @@ def _step(value: Any, rest: str) -> tuple[str | int | None, str]:
 
 
 def _absent(value: Any, way: str, rest: str) -> str:
-    inside = f" in {way!r}" if way else ""
+    inside = f" in {shown(way)}" if way else ""
     if isinstance(value, dict):
         head = rest if not way and "." not in rest else rest.partition(".")[0]
-        close = difflib.get_close_matches(head, value, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else "Name the right one in the recipe."
-        return f"there is no column {head!r}{inside}, only {', '.join(map(repr, value))}. {hint}"
+        close = difflib.get_close_matches(head, map(str, value), n=1)
+        hint = f"Did you mean {shown(close[0])}?" if close else "Name the right one in the recipe."
+        return f"there is no column {shown(head)}{inside}, only {_listed(value)}. {hint}"
     if isinstance(value, list):
         return f"there is no place {rest.partition('.')[0]!r}{inside}, which has {len(value)} entries. Count from 0, or back from -1."
-    return f"there is nothing{inside} to look for {rest!r} in: it is {type(value).__name__} {value!r:.80}. Shorten the name in the recipe."
+    found = f"{type(value).__name__} {shown(value)}"
+    return f"there is nothing{inside} to look for {shown(rest)} in: it is {found}. Shorten the name in the recipe."
+
+
+def _listed(names: Iterable[Any]) -> str:
+    """Names of columns, of which a file may have thousands."""
+    known = list(names)
+    more = f" and {len(known) - _NAMES:,} more" if len(known) > _NAMES else ""
+    return ", ".join(shown(name) for name in known[:_NAMES]) + more

@@ -10,7 +10,8 @@ from typing import Any
 from distill import embedded
 from distill.data.files import KINDS, PACKED, DataFile, Placed, Row, kind_of
 from distill.data.names import top_levels
-from distill.errors import DataError
+from distill.errors import DataError, of_system, shown, visible
+from distill.recipe.base import expanded
 from distill.recipe.prompts import Prompts
 from distill.recipe.traces import Traces
 from distill.run.folder import EARLIER
@@ -99,8 +100,9 @@ class Source:
             yield from ((f"{self.name}: row {number}", dict(row)) for number, row in enumerate(rows, start=1))
         except Exception as error:  # the library raises many kinds, of which the message alone tells
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            part = f"subset {shown(self._subset)}, split {shown(self._split)}"
             raise DataError(
-                f"{self.name}: is no file here, and can't be loaded from the Hub (subset {self._subset!r}, split {self._split!r}): {reason}"
+                f"{visible(self.name, 200)}: is no file here, and can't be loaded from the Hub ({part}): {visible(reason, 300)}"
             ) from None
 
     def _opened_on_hub(self) -> Any:
@@ -136,6 +138,12 @@ def heldout_problems(prompts: Prompts) -> Source | None:
         DataError: there are no such files, or a key for the Hub is given with a file.
     """
     if prompts.heldout_source is None:
+        default = type(prompts).model_fields["heldout_split"].default
+        if prompts.heldout_split != default:
+            raise DataError(
+                f"prompts.heldout_split: is the split of prompts.heldout_source, which is not given, got {shown(prompts.heldout_split)}. "
+                f"Give that, or set it to {default}."
+            )
         return None
     source = Source(prompts.heldout_source, prompts.subset, prompts.heldout_split)
     return _refuse_hub_key(source, prompts, "prompts", "heldout_split")
@@ -156,31 +164,53 @@ def _refuse_hub_key(source: Source, section: Prompts | Traces, name: str, key: s
     value, default = getattr(section, key), type(section).model_fields[key].default
     if source.is_local and value != default:
         raise DataError(
-            f"{name}.{key}: is for data sets of the Hub, and {source.name} is read from files, got {value!r}. "
+            f"{name}.{key}: is for data sets of the Hub, and {source.name} is read from files, got {shown(value)}. "
             f"Leave it out, or set it to {default or 'null'}."
         )
     return source
 
 
 def _files(name: str) -> list[DataFile] | None:
-    """The files of a source, sorted; null for a data set of the Hub."""
-    path = Path(embedded.resolve(name)).expanduser()
-    if path.is_file():
-        return [DataFile(path, name)]
-    if path.is_dir():
-        return _checked(name, sorted(path.iterdir()), "Move them away, or name the data with a glob, e.g. 'folder/*.jsonl'.")
-    if any(sign in name for sign in "*?["):
-        found = sorted(each for each in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if not each.is_dir())
-        return _checked(name, found, "Write the glob so that it matches the data alone.")
-    if path.suffix in (*KINDS, *PACKED) or path.is_absolute() or name.startswith((".", "~")):
+    """The files of a source, sorted; null for a data set of the Hub.
+
+    A name is a path wherever one is there, whatever signs it has; what is no path may be a glob, of which the folders that are there
+    are taken as they are called: `exp[1]/*.jsonl` means those in `exp[1]`.
+    """
+    path = Path(expanded(embedded.resolve(name)))
+    try:
+        if path.is_file():
+            return [DataFile(path, name)]
+        if path.is_dir():
+            return _checked(name, sorted(path.iterdir()), "Move them away, or name the data with a glob, e.g. 'folder/*.jsonl'.")
+        if path.exists():
+            raise DataError(f"{name}: is a pipe or a device, which can be read once and without an end. Write its rows into a file.")
+        if any(sign in name for sign in "*?["):
+            return _checked(name, _matching(path), "Write the glob so that it matches the data alone.")
+    except OSError as error:
+        raise DataError(of_system(error) or f"{name}: can't be read: {error}. Name another file.") from None
+    if path.suffix in (*KINDS, *PACKED) or path.is_absolute() or name.startswith((".", "~")) or path.is_symlink():
+        why = "it is a link, and what it names is not there" if path.is_symlink() else "there is no such file"
         raise DataError(
-            f"{name}: there is no such file. Paths are relative to the folder the command is run in ({Path.cwd()}), or to the recipe's."
+            f"{visible(name, 200)}: {why}. Paths are relative to the folder the command is run in ({Path.cwd()}), or to the recipe's."
         )
     return None
 
 
+def _matching(path: Path) -> list[Path]:
+    """The files that a glob matches, sorted."""
+    start = next(folder for folder in path.parents if folder.exists())
+    pattern = str(path.relative_to(start))
+    try:
+        return sorted(each for each in start.glob(pattern) if not each.is_dir())
+    except (ValueError, NotImplementedError) as error:
+        raise DataError(f"{path}: is no glob: {error}. `*`, `?` and `[abc]` stand for parts of a name, `**` for folders.") from None
+
+
 def _checked(name: str, found: list[Path], advice: str) -> list[DataFile]:
     """The data among some files. What is certainly none is passed over; what may be is an error, lest rows go missing unseen."""
+    for path in found:
+        if not _is_text(path.name):
+            raise DataError(f"{name}: holds a file whose name is no UTF-8, {shown(path.name)}, which no record can hold. Rename it.")
     data = [path for path in found if path.is_file() and kind_of(path) and not path.name.startswith((".", "_"))]
     aside = [path for path in found if path.name.startswith((".", "_", *_NO_DATA)) or path.suffix == ".md"]
     others = [path.name + "/" * path.is_dir() for path in found if path not in {*data, *aside}]
@@ -191,9 +221,13 @@ def _checked(name: str, found: list[Path], advice: str) -> list[DataFile]:
     if others:
         raise DataError(f"{name}: holds files that are no data beside {len(data):,} that are: {_shown(others)}. {advice}")
     # Under the name that the recipe gives, so that a run that was moved knows its files again.
-    return [DataFile(path, str(Path(name) / path.name) if Path(name).expanduser().is_dir() else str(path)) for path in data]
+    return [DataFile(path, str(Path(name) / path.name) if Path(expanded(name)).is_dir() else str(path)) for path in data]
+
+
+def _is_text(name: str) -> bool:
+    return name.isprintable() or not any("\ud800" <= sign <= "\udfff" for sign in name)
 
 
 def _shown(names: list[str]) -> str:
     more = f" and {len(names) - _EXAMPLES:,} more" if len(names) > _EXAMPLES else ""
-    return ", ".join(map(repr, names[:_EXAMPLES])) + more
+    return ", ".join(shown(name) for name in names[:_EXAMPLES]) + more

@@ -38,8 +38,11 @@ def located_in(value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
 
 
 def _is_in(folder: Path, value: str) -> bool:
-    """Whether a relative path, or a pattern of paths, is found from a folder."""
-    return (folder / value).exists() or (glob.has_magic(value) and any(folder.glob(value)))
+    """Whether a relative path, or a pattern of paths, is found from a folder; what can't be looked for is not."""
+    try:
+        return (folder / value).exists() or (glob.has_magic(value) and any(folder.glob(value)))
+    except (OSError, ValueError, NotImplementedError):  # too long, a link to itself, no pattern: whoever reads it says so
+        return False
 
 
 _FILES_OF_TRAINERS = frozenset({"accelerator_config", "deepspeed", "fsdp_config"})
@@ -57,7 +60,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class Section(BaseModel):
     """Base of all recipe sections: unknown keys are errors, types are not coerced, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     decides_no_row: ClassVar[frozenset[str]] = frozenset()
     """Fields that say how fast rows are made, how long is waited, what is shown; never which rows. They lock no folder."""

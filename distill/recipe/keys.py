@@ -105,22 +105,51 @@ def find_keys(section: str = "", search: str = "", method: str = "sft") -> list[
     return found
 
 
-def suggest(key: str) -> str:
-    """The nearest valid key: a sibling if one is close, else one of that name elsewhere."""
+def suggest(key: str, loc: Sequence[str] = ()) -> str:
+    """What may have been meant by a key that its section doesn't know: one like it there, else one of that name elsewhere.
+
+    Args:
+        key: Dotted.
+        loc: Where pydantic found it: where sections stand for each other, the chosen one is named behind their key.
+    """
     *parents, last = key.split(".")
-    known = [info.key for info in keys()]
-    sections = {name.rsplit(".", 1)[0] for name in known if "." in name}
-    prefix = ".".join(parents)
-    siblings = {name.removeprefix(prefix + "." if prefix else "").split(".")[0] for name in [*known, *sections] if name.startswith(prefix)}
+    siblings, others = _beside(list(loc[:-1]) or parents)
+    if last in others:
+        asks = siblings[0]
+        return f"It goes with {asks} {' or '.join(sorted(others[last]))}, and here {asks} is {loc[-2]}. Leave it out, or change {asks}."
     close = difflib.get_close_matches(last, siblings, n=1)
     if close:
         return f"Did you mean {'.'.join([*parents, close[0]])}?"
-    elsewhere = [name for name in known if name.split(".")[-1] == last]
+    elsewhere = [info.key for info in keys() if info.key.split(".")[-1] == last and info.key != key]
     if last in trainer_fields():
         elsewhere.append(f"train.trainer_args.{last}")
     if elsewhere:
         return f"Did you mean {elsewhere[0]}?"
-    return f"`distill keys {parents[0] if parents else ''}` lists the valid ones.".replace(" `", "`")
+    known = parents[0] if parents and any(info.key.startswith(f"{parents[0]}.") for info in keys()) else ""
+    return f"`distill keys {known}` lists the valid ones.".replace(" `", "`")
+
+
+def _beside(loc: Sequence[str]) -> tuple[list[str], dict[str, set[str]]]:
+    """The keys of the section at a place; and those that it would have if another that stands for it were chosen, with its name."""
+    sections: list[type[BaseModel]] = [Recipe]
+    others: dict[str, set[str]] = {}
+    for name in loc:
+        found = [info for section in sections if (info := section.model_fields.get(name))]
+        if found:
+            sections, others = list(_sections_in(found[0].annotation)), {}
+            continue
+        chosen = [section for section in sections if name in _names_of(section)]
+        for section in sections:
+            for field in section.model_fields if section not in chosen else ():
+                others.setdefault(field, set()).update(_names_of(section))
+        sections = chosen
+    return [name for section in sections for name in section.model_fields], others
+
+
+def _names_of(section: type[BaseModel]) -> list[str]:
+    """The values by which a section is chosen among those that stand for each other."""
+    first = next(iter(section.model_fields.values())).annotation
+    return [str(value) for value in typing.get_args(first)] if typing.get_origin(first) is typing.Literal else []
 
 
 def kind_of(annotation: Any, metadata: Sequence[Any] = ()) -> str:

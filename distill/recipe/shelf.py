@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from ruamel.yaml import YAML
 
-from distill.errors import RecipeError
+from distill.errors import RecipeError, plain_storage_errors, shown, visible
 from distill.recipe.base import expanded
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -65,19 +65,26 @@ def find_recipe(name: str | Path) -> Path:
     Raises:
         RecipeError: it is neither.
     """
-    path = Path(expanded(str(name)))
-    if path.is_file():
+    path, why = Path(expanded(str(name))), "there is no such file"
+    try:
+        is_there, is_folder = path.exists(), path.is_dir()
+    except OSError as error:
+        is_there, is_folder, why = False, False, error.strerror or why
+    if is_there and not is_folder:
         return path
     known = {recipe.name: recipe.path for recipe in shipped()}
     if str(name) in known:
         return known[str(name)]
-    if path.is_dir():
+    if is_folder:
         raise RecipeError(f"{path}: can't be read: it is a folder. Give the path of a recipe, e.g. {path / 'recipe.yaml'}.")
+    if path.is_symlink():
+        raise RecipeError(f"{path}: can't be read: it is a link, and what it names is not there. Give the path of a recipe.")
     close = difflib.get_close_matches(path.stem, known, n=2)
     hint = f"Did you mean {' or '.join(close)}?" if close else "`distill recipes` lists those of the kit."
-    raise RecipeError(f"{path}: can't be read: there is no such file, and no recipe of the kit is called so. {hint}")
+    raise RecipeError(f"{visible(str(path), 200)}: can't be read: {why}, and no recipe of the kit is called so. {hint}")
 
 
+@plain_storage_errors()
 def copy_recipe(name: str, target: Path | None = None, *, force: bool = False) -> Path:
     """Copies a recipe of the kit, and returns where to.
 
@@ -93,7 +100,7 @@ def copy_recipe(name: str, target: Path | None = None, *, force: bool = False) -
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean {close[0]}?" if close else "`distill recipes` lists them."
-        raise RecipeError(f"recipes: there is no recipe {name!r} in the kit. {hint}")
+        raise RecipeError(f"recipes: there is no recipe {shown(name)} in the kit. {hint}")
     target = Path(expanded(str(target or ".")))
     if target.is_dir():
         target /= f"{name}.yaml"

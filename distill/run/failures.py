@@ -1,0 +1,139 @@
+"""How a command ends when something is wrong: one message on stderr and exit code 1, never a traceback. Imports no torch.
+
+What the kit did not foresee is written into a file, in the run's folder where there is one: a traceback says little to whoever
+started the run, and all to whoever mends the kit.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import platform
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from distill import __version__
+from distill.errors import DistillError, of_system, visible
+
+_LONGEST = 4000  # characters of a message
+_LONGEST_REASON = 300  # of what a library says
+_FULL_BYTES = 2**24  # so little space left may be what went wrong
+_SECRET = re.compile(r"(?i)(--\S*(?:token|key|secret|password))(=|\s+)\S+")
+"""A word of a command line that gives a secret, and its value."""
+_ASCII = dict(zip("─━│→▶≥≤±·…»«", ["-", "-", "|", "->", ">", ">=", "<=", "+-", "-", "...", ">", "<"]))
+
+_runs: list[Path] = []
+"""Folders of the runs that this process works on."""
+
+
+def works_on(run: Path) -> None:
+    """Says which run's folder this process works on, so that an error can say how to go on, and leave its record there."""
+    _runs.append(run)
+
+
+@contextmanager
+def one_message() -> Iterator[None]:
+    """Inside, whatever goes wrong ends the program with one message on stderr; stdout takes any text, whatever its encoding."""
+    speak_any_text()
+    try:
+        yield
+    except DistillError as error:
+        message, code = str(error), 1
+    except KeyboardInterrupt:
+        message, code = f"stopped by the keyboard. {_going_on()}", 130
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        message, code = of_system(error) or _unforeseen(error), 1
+    except Exception as error:  # the last place where one can be caught
+        message, code = _unforeseen(error), 1
+    else:
+        return
+    print(f"error: {visible(message, _LONGEST)}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def speak_any_text() -> None:
+    """Lets stdout and stderr take any text: what their encoding lacks is written in plain characters, or as an escape."""
+    codecs.register_error("distill-plain", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure") and (stream.encoding or "").replace("-", "").lower() != "utf8":
+            stream.reconfigure(errors="distill-plain")
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    return "".join(_ASCII.get(sign, sign.encode("ascii", "backslashreplace").decode()) for sign in lacking), error.end
+
+
+def _unforeseen(error: Exception) -> str:
+    """Of an error that nobody foresaw: what it is, how to go on, and what to send in a report."""
+    said = next(iter(str(error).strip().splitlines()), "")
+    what = visible(f"{type(error).__name__}{': ' * bool(said)}{said}", _LONGEST_REASON)
+    record = _record(error)
+    report = f"report it with {record} (look through it first, it may quote your data)" if record else "report it with this message"
+    where = f"{_place_of(error)}: something that was not foreseen, {what.rstrip('.')}."
+    return " ".join(filter(None, (where, _cause(error), _going_on(), f"If it comes again, {report}.")))
+
+
+def _cause(error: Exception) -> str:
+    """What is known to lie behind errors of libraries that say it badly."""
+    if isinstance(error, MemoryError):
+        return "The machine's memory was not enough."
+    if type(error).__name__ == "OutOfMemoryError":
+        return "The GPU's memory was not enough: lower the batch (train.trainer_args.per_device_train_batch_size, ...batch_size)."
+    for place in (*_runs, Path(tempfile.gettempdir())):
+        if place.is_dir() and shutil.disk_usage(place).free < _FULL_BYTES:
+            return f"The disk of {place} is full, which may be the cause."
+    return ""
+
+
+def _going_on() -> str:
+    there = [run for run in _runs if run.is_dir()]
+    return f"What is finished in {there[-1]} is kept: the same command goes on from there." if there else "No run was begun."
+
+
+def _place_of(error: Exception) -> str:
+    """Where in the kit it happened."""
+    package = Path(__file__).resolve().parents[1]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(package)]
+    if not frames:
+        return "distill"
+    return f"distill/{Path(frames[-1].filename).relative_to(package)}:{frames[-1].lineno}"
+
+
+def _record(error: Exception) -> Path | None:
+    """Writes traceback, versions and command to a file, and returns it; null where nothing can be written."""
+    from distill.run.clock import git_revision, versions
+
+    packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "pyarrow", "pydantic")
+    facts = {
+        "command": _SECRET.sub(r"\1\2...", shlex.join(sys.argv)),
+        "folder": os.environ.get("PWD", ""),
+        "distill-kit": f"{__version__} {git_revision() or ''}",
+        "machine": f"{platform.platform()}, python {platform.python_version()}",
+        "packages": ", ".join(f"{name} {version}" for name, version in versions(packages).items()),
+        "process": f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}",
+    }
+    text = "".join(f"{name}: {fact}\n" for name, fact in facts.items()) + "\n" + "".join(traceback.format_exception(error))
+    name = f"failed-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    for place in [*(run for run in reversed(_runs) if run.is_dir()), Path(tempfile.gettempdir())]:
+        try:
+            (place / name).write_text(visible(text), encoding="utf-8")
+        except OSError:
+            continue
+        return place / name
+    return None
