@@ -91,15 +91,20 @@ _ADVICE = {
 }
 
 
-def of_system(error: OSError) -> str | None:
-    """What the operating system refused, as one message; null where the error is none of the system's, but a library's."""
+def of_system(error: OSError, place: str = "a file") -> str | None:
+    """What the operating system refused, as one message; null where the error is none of the system's, but a library's.
+
+    Args:
+        error: The error.
+        place: What is named where the system names no file, as it does when a write fails.
+    """
     if error.errno is None or error.strerror is None:
         return None
     is_relative = error.filename is None or not os.path.isabs(error.filename)  # noqa: PTH117 (it may be bytes)
     if is_relative and error.errno == errno.ENOENT and not _has_working_folder():
         return "the folder this command is run in was deleted. Change into another one."
     names = [os.fsdecode(name) if isinstance(name, bytes) else str(name) for name in (error.filename, error.filename2) if name is not None]
-    where = visible(" -> ".join(names), 300) or "a file"
+    where = visible(" -> ".join(names), 300) or place
     advice = _ADVICE.get(error.errno, "Look into it, and run this again")
     return f"{where}: {visible(error.strerror, 200)[:1].lower()}{visible(error.strerror, 200)[1:].rstrip('.')}. {advice}."
 

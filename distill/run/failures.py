@@ -53,7 +53,7 @@ def one_message() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        message, code = of_system(error) or _unforeseen(error), 1
+        message, code = of_system(error, _some_file()) or _unforeseen(error), 1
     except Exception as error:  # the last place where one can be caught
         message, code = _unforeseen(error), 1
     else:
@@ -104,6 +104,10 @@ def _cause(error: Exception) -> str:
 def _going_on() -> str:
     there = [run for run in _runs if run.is_dir()]
     return f"What is finished in {there[-1]} is kept: the same command goes on from there." if there else "No run was begun."
+
+
+def _some_file() -> str:
+    return f"a file of {_runs[-1]}" if _runs else "a file"
 
 
 def _place_of(error: Exception) -> str:
