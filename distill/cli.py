@@ -205,6 +205,15 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def verify(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, e.g. runs/quickstart.")]) -> None:
+    """Compare every file of a run with the digest it was written with, and list what is missing, altered or extra."""
+    from distill.pipeline import verify_run
+
+    if not verify_run(run):
+        raise typer.Exit(1)
+
+
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
 def pair(
     context: typer.Context,

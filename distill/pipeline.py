@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from distill.errors import IntegrityError, RecipeError
+from distill.errors import IntegrityError, RecipeError, visible
 from distill.models.processes import Processes
 from distill.recipe.experiment import Recipe
 from distill.run.clock import is_main_process
-from distill.run.folder import EARLIER, delete_stage
+from distill.run.folder import delete_stage, refuse_to_delete
 from distill.run.log import ledger, nothing_to_do, say
 from distill.run.manifest import MANIFEST, Manifest, read_manifest
-from distill.stages import ROUND_STAGES, Step, folder, steps_of
+from distill.run.owned import EARLIER
+from distill.run.verify import Layout, verify
+from distill.stages import CACHE, RECIPE, ROUND_STAGES, WRITES, Step, folder, steps_of
 
 _UNITS = {
     "prompts": "prompts",
@@ -38,7 +42,7 @@ def run_stage(name: str, recipe: Recipe, *, number: int = 0, redo: bool = False)
     target = folder(recipe, name, number)
     if redo:
         if is_main_process():
-            delete_stage(target)
+            delete_stage(target, WRITES[name])
         Processes().wait()  # else another process could find the old manifest, and take the stage for done
     # In `earlier` stands what comes back if it is asked for.
     there = [place for place in (target, target / EARLIER) if (place / MANIFEST).exists()] if is_main_process() else []
@@ -117,10 +121,36 @@ def _run(steps: Sequence[Step], recipe: Recipe) -> None:
                 say("the learning rate has not come to the end of its schedule; see rollouts.schedule_over")
 
 
+def verify_run(run: Path) -> bool:
+    """Says what of a run is missing, altered or extra; true if nothing is.
+
+    Args:
+        run: Its folder.
+
+    Raises:
+        MissingStageError: it holds no stage.
+    """
+    found = verify(run, Layout(RECIPE, CACHE, WRITES))
+    for kind, path, why in found.faults:
+        say(f"{kind:<8}  {visible(str(path))}" + (f"  ({why})" if why else ""), result=True)
+    under_way = f"; {found.unknown:,} of stages under way have no digest yet" if found.unknown else ""
+    faults = Counter(fault.kind for fault in found.faults)
+    summary = ", ".join(f"{count:,} {kind}" for kind, count in sorted(faults.items())) or "all as they were written"
+    say(f"verify    {found.files:,} files: {summary}{under_way}", result=True)
+    return not found.faults
+
+
 def delete_from(recipe: Recipe, stage: str) -> None:
-    """Deletes a stage and all that follows from it, the last first; `all` deletes every stage."""
-    for step in reversed(made_from(recipe, stage)):
-        delete_stage(folder(recipe, *step))
+    """Deletes a stage and all that follows from it, the last first; `all` deletes every stage.
+
+    Raises:
+        StageConflictError: one of them holds what no stage wrote; then none is deleted.
+    """
+    steps = made_from(recipe, stage)
+    for step in steps:
+        refuse_to_delete(folder(recipe, *step), WRITES[step.stage])
+    for step in reversed(steps):
+        delete_stage(folder(recipe, *step), WRITES[step.stage])
 
 
 def made_from(recipe: Recipe, stage: str) -> list[Step]:

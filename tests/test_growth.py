@@ -10,8 +10,8 @@ import pytest
 
 from distill.errors import StageConflictError
 from distill.recipe.experiment import Recipe
-from distill.run.folder import EARLIER
 from distill.run.manifest import PLAN, read_manifest
+from distill.run.owned import EARLIER
 from distill.run.plan import relation
 from distill.run.tables import read_rows
 from distill.stages import import_traces, prompts

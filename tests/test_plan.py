@@ -11,8 +11,9 @@ import pyarrow as pa
 import pytest
 
 from distill.errors import StageConflictError
-from distill.run.folder import EARLIER, StageFolder
+from distill.run.folder import StageFolder
 from distill.run.manifest import MANIFEST, PLAN, read_manifest
+from distill.run.owned import EARLIER
 from distill.run.plan import NO_LIMIT, Growth, StagePlan, relation
 from distill.run.tables import read_rows
 

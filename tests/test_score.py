@@ -30,8 +30,9 @@ from distill.errors import IntegrityError
 from distill.models.chat import IGNORE, ChatFormat, chat_format
 from distill.models.vocabulary import AlignedRow, VocabularyMap, align, vocabulary_map
 from distill.run.files import digest_file
-from distill.run.folder import EARLIER, StageFolder
+from distill.run.folder import StageFolder
 from distill.run.manifest import check_files, read_manifest
+from distill.run.owned import EARLIER
 from distill.run.plan import Growth
 from distill.run.schema import TRACE
 from distill.targets.codec import Targets

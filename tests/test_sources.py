@@ -24,7 +24,8 @@ from distill.errors import DataError
 from distill.recipe.prompts import Prompts
 from distill.recipe.traces import Traces
 from distill.run.files import digest_file
-from distill.run.folder import EARLIER, StageFolder
+from distill.run.folder import StageFolder
+from distill.run.owned import EARLIER
 
 ROWS = [{"question": "What is 1+1?", "answer": "2"}, {"question": 'He said: "a, b"\nand c {x}', "answer": "007"}]
 

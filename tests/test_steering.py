@@ -13,8 +13,8 @@ import pytest
 from test_pipeline import content, distill, write_recipe
 
 from distill.recipe.reading import load_recipe
-from distill.run.folder import EARLIER
 from distill.run.manifest import read_manifest
+from distill.run.owned import EARLIER
 from distill.run.tables import read_rows
 
 pytestmark = pytest.mark.slow
@@ -141,7 +141,7 @@ def test_traces_of_another_model_are_not_put_beside(made: tuple[Path, Path], tmp
         refused = distill("generate", *words, "--generate.samples_per_prompt", "4", "--seed", "5")
     finally:
         weights.write_bytes(whole)
-    assert refused.returncode == 1 and "teacher: is not the model that wrote what is there: files is" in refused.stderr
+    assert refused.returncode == 1 and "teacher.files: its content has changed" in refused.stderr
     back = ok("generate", *words, "--seed", "5", "--generate.samples_per_prompt", "3")
     assert "nothing to do" in back and read_manifest(run / "traces") == before
 

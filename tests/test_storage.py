@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pytest
 
 from distill.errors import IntegrityError, MissingStageError, StageConflictError
+from distill.run.files import read_json, write_json
 from distill.run.folder import StageFolder, delete_stage
 from distill.run.manifest import JOURNAL, MANIFEST, check_files, read_manifest
 from distill.run.schema import TRACE
@@ -171,7 +171,8 @@ def test_an_altered_file_and_a_damaged_manifest_are_noticed(tmp_path: Path) -> N
     (folder / MANIFEST).write_text(text[: len(text) // 2])
     with pytest.raises(IntegrityError, match="is damaged"):
         read_manifest(folder)
-    (folder / MANIFEST).write_text(json.dumps(json.loads(text) | {"schema_version": 99}))
+    (folder / MANIFEST).write_text(text)
+    write_json(folder / MANIFEST, read_json(folder / MANIFEST) | {"schema_version": 99})
     with pytest.raises(IntegrityError, match="schema version 99"):
         read_manifest(folder)
 

@@ -13,8 +13,9 @@ from rich.text import Text
 from distill.errors import DistillError, MissingStageError, StageConflictError
 from distill.pipeline import call, made_from, select
 from distill.recipe.experiment import Recipe
-from distill.run.folder import EARLIER, refusal
+from distill.run.folder import refusal
 from distill.run.manifest import MANIFEST, PLAN, read_manifest
+from distill.run.owned import EARLIER
 from distill.run.plan import StagePlan, relation
 from distill.stages import Step, folder, made_steps, run_dir, steps_of
 

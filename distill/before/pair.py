@@ -36,6 +36,7 @@ from distill.run.clock import Clock
 from distill.run.files import write_text
 from distill.run.folder import StageFolder, delete_stage
 from distill.run.log import progress, say
+from distill.run.manifest import check_files
 from distill.run.schema import TRACE
 from distill.stages import run_dir
 from distill.stages.prompts import survey
@@ -44,6 +45,7 @@ from distill.targets.spec import ChosenToken, TopK
 
 Row = dict[str, Any]
 _FOLDER, _FINDINGS = "pair", "findings.json"
+_WRITES = ("traces-*.parquet", _FINDINGS)
 _CONFIDENCE = 0.95
 _WIDTH = 100  # of the tables, where the output is no terminal
 
@@ -72,10 +74,11 @@ def run(recipe: Recipe, num_prompts: int, *, redo: bool = False) -> None:
         "seed": recipe.seed,
     }
     if redo:
-        delete_stage(run_dir(recipe) / _FOLDER)
-    with StageFolder(run_dir(recipe) / _FOLDER, _FOLDER, settings) as out:
+        delete_stage(run_dir(recipe) / _FOLDER, _WRITES)
+    with StageFolder(run_dir(recipe) / _FOLDER, _FOLDER, settings, writes=_WRITES) as out:
         if out.manifest is None:
             _measure(recipe, recipe.teacher, sampling, survey(recipe.prompts, recipe.seed, num_prompts).sample, out)
+        check_files(out.path)
         found = json.loads((out.path / _FINDINGS).read_text(encoding="utf-8"))
     _print(found)
     say(f"\nkept in {out.path / _FINDINGS}")

@@ -14,9 +14,9 @@ from distill.errors import DataError, of_system, shown, visible
 from distill.recipe.base import expanded
 from distill.recipe.prompts import Prompts
 from distill.recipe.traces import Traces
-from distill.run.folder import EARLIER
 from distill.run.log import progress
 from distill.run.manifest import MANIFEST, read_manifest
+from distill.run.owned import EARLIER
 
 _NO_DATA = ("README", "LICENSE", "LICENCE")  # what lies beside data without being any, with names in `.md`, `.` and `_`
 _EXAMPLES = 3  # names shown in an error

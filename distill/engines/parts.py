@@ -22,8 +22,10 @@ from distill.errors import StageConflictError
 from distill.models.vocabulary import AlignedRow
 from distill.run.clock import is_main_process
 from distill.run.journal import Journal
-from distill.run.log import progress
-from distill.targets.files import TargetReader, TargetWriter, key_hash
+from distill.run.log import progress, say
+from distill.run.manifest import read_manifest
+from distill.run.plan import binding
+from distill.targets.files import TargetReader, TargetWriter, key_hash, reopen
 from distill.targets.spec import TargetHeader
 
 Hashes = NDArray[np.uint64]
@@ -44,10 +46,13 @@ def score_part(
         writer: The shard.
         size: Of a batch.
     """
-    left_out = {entry["key"] for entry in journal.rows() if "skipped" in entry}
+    left_out: set[str] = set()
+    noted: set[str] = set()
+    for entry in journal.rows():
+        (left_out if "skipped" in entry else noted).add(entry["key"])
 
     def known(key: str) -> bool:
-        return key in writer or key in left_out
+        return key in left_out or (key in noted and key in writer)
 
     with ThreadPoolExecutor(1) as disk, contextlib.ExitStack() as stack:
         bar = None
@@ -80,7 +85,7 @@ def score_part(
 
 
 def take_over(
-    earlier: TargetReader, journals: Iterable[Path], header: TargetHeader, wanted: Hashes, journal: Journal, writer: TargetWriter
+    earlier: TargetReader, journals: Iterable[Journal], header: TargetHeader, wanted: Hashes, journal: Journal, writer: TargetWriter
 ) -> int:
     """Puts rows of a finished scoring into a part, as they are, and what they gave into its journal; returns their number.
 
@@ -103,7 +108,7 @@ def take_over(
             "model's folder changed? Set it back, or make everything that follows from it anew with `distill run --redo score`."
         )
     taken = 0
-    entries = (entry for path in journals for entry in Journal(path).rows() if "skipped" not in entry)
+    entries = (entry for each in journals for entry in each.rows() if "skipped" not in entry)
     for batch in iter(lambda: list(itertools.islice(entries, _TAKEN_AT_ONCE)), []):
         hashes = np.array([key_hash(entry["key"]) for entry in batch], np.uint64)
         new = {
@@ -116,6 +121,17 @@ def take_over(
             writer.append(key, earlier[earlier.find(key)])
         taken += len(new)
     return taken
+
+
+def journals_in(folder: Path) -> list[Journal]:
+    """What the rows of a finished scoring gave.
+
+    Args:
+        folder: Of the stage.
+    """
+    made = read_manifest(folder)
+    belongs_to = binding(made.stage, made.settings, made.inputs) if made.records else ""  # an earlier kit bound none
+    return [Journal(path, belongs_to) for path in sorted(folder.glob("journal-*.jsonl"))]
 
 
 def _store(scored: list[ScoredRow], journal: Journal, writer: TargetWriter) -> None:
@@ -136,14 +152,31 @@ class Gathered(NamedTuple):
     """(rows,) `key_hash` of the others, rising."""
 
 
-def gathered(journals: list[Path]) -> Gathered:
+def is_whole(shard: Path, journal: Journal, keys: Iterable[str]) -> bool:
+    """Whether the journal of a finished shard says of every trace what it gave, or why it was left out.
+
+    Else the shard is opened again: the traces of which that is lost are read once more. 8 bytes of a key are in memory.
+
+    Args:
+        shard: Under its own name.
+        journal: Beside it.
+        keys: Of the part's traces.
+    """
+    noted = np.array(array("Q", (key_hash(entry["key"]) for entry in journal.rows())), np.uint64)
+    found = bool(np.isin(np.array(array("Q", map(key_hash, keys)), np.uint64), noted).all())
+    if not found:
+        reopen(shard)
+    return found
+
+
+def gathered(journals: list[Journal]) -> Gathered:
     """What the rows of all parts gave; twice read, so that 17 bytes of a row are in memory.
 
     A batch that was cut off by a kill is there twice; the later one counts.
     """
 
     def entries() -> Iterator[dict[str, Any]]:
-        return (entry for journal in journals for entry in Journal(journal).rows())
+        return (entry for journal in journals for entry in journal.rows())
 
     hashes = np.array(array("Q", (key_hash(entry["key"]) for entry in entries())), np.uint64)
     _, from_behind = np.unique(hashes[::-1], return_index=True)
@@ -170,3 +203,21 @@ def first_twice(keys: Iterable[str], again: Iterable[str]) -> str | None:
     suspects = set(hashes[counts > 1].tolist())
     found = Counter(key for key in again if key_hash(key) in suspects) if suspects else Counter[str]()
     return next((key for key, count in found.items() if count > 1), None)
+
+
+def tell(measured: dict[str, Any], *, identical: bool) -> None:
+    """Says by which lines k and the teacher are chosen.
+
+    Args:
+        measured: `Statistics.facts`.
+        identical: Whether both models have one vocabulary.
+    """
+    if measured["captured_mass"]:
+        held = " · ".join(f"{k}: {mass:.3f}" for k, mass in measured["captured_mass"].items())
+        seen = ", ".join(f"{draws} draws see {number:.1f} tokens" for draws, number in measured["distinct_ids"].items())
+        say(f"score     probability in the k most probable tokens, by k: {held}; {seen}")
+    if not identical:
+        say(
+            f"score     other tokenizers: {measured['aligned_share']:.1%} of the tokens have a target, "
+            f"{measured['carried_mass']:.2%} of the teacher's probability lies on tokens that the student has"
+        )

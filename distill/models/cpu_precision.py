@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock
 
 from distill.errors import ModelError
-from distill.run.files import write_text
+from distill.run.files import user_cache, write_text
 
 OVERRIDE = "DISTILL_CPU_DTYPE"
 WORDS = ("float32", "bfloat16")
@@ -89,8 +89,7 @@ def least_times() -> tuple[float, float]:
 
 def _recorded(cpu: str) -> dict[str, Any]:
     """The entry of a CPU; measured and written by the first process that asks, while the others wait."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    file = (Path(cache) if cache else Path.home() / ".cache") / "distill-kit" / "cpu-precision.json"
+    file = user_cache() / "cpu-precision.json"
     if (entry := _entries(file).get(cpu)) is None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_suffix(".lock"), timeout=_WAIT_S):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -19,7 +18,6 @@ from distill.models.chat import ChatFormat, chat_format
 from distill.models.cpu_precision import cpu_computes_in_bf16
 from distill.recipe.models import Adapter, LoraAdapter, ModelSpec
 
-_STRETCH = 2**16  # bytes of a file that are read where only another one is to be noticed
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -146,22 +144,10 @@ def load_trained(
 def model_record(spec: ModelSpec, model: torch.nn.Module) -> dict[str, Any]:
     """Name, revision and size of a loaded model, for the manifest; of one in a folder also what its files are known again by."""
     commit = getattr(model.config, "_commit_hash", None)
-    folder = Path(embedded.resolve(spec.model))
-    files = {"files": _weights_digest(folder)} if folder.is_dir() else {}
-    return {"model": spec.model, "revision": commit or spec.revision, "parameters": num_parameters(model)} | files
-
-
-def _weights_digest(folder: Path) -> str:
-    """SHA-256 of names and sizes of a model's files and of a stretch at the start, middle and end of each: other weights show there."""
-    digest = hashlib.sha256()
-    for path in sorted(file for kind in ("*.safetensors", "*.bin", "config.json") for file in folder.glob(kind)):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            for start in (0, size // 2, max(size - _STRETCH, 0)):
-                file.seek(start)
-                digest.update(file.read(_STRETCH))
-    return digest.hexdigest()
+    files = spec.identity()["files"]
+    return {"model": spec.model, "revision": commit or spec.revision, "parameters": num_parameters(model)} | (
+        {"files": files} if files else {}
+    )
 
 
 def num_parameters(model: torch.nn.Module) -> int:

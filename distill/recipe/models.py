@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from distill import embedded
 from distill.recipe.base import PathOrName, PositiveInt, Section
+from distill.run.digests import digests_of
+from distill.run.files import digest_json
+
+_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
+_WORDS = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"})
+"""Suffixes of a model's files besides its weights: configs, tokenizer, template, code."""
+
+
+def _digest(model: str, suffixes: frozenset[str]) -> str | None:
+    """SHA-256 of names and contents of a local model's files; null where it is none."""
+    folder = Path(embedded.resolve(model))
+    if not folder.is_dir():
+        return None
+    files = sorted(file for file in folder.iterdir() if file.suffix in suffixes and file.is_file() and not file.name.startswith("."))
+    return digest_json([[file.name, digest] for file, digest in zip(files, digests_of(files), strict=True)])
 
 
 class ModelSpec(Section):
@@ -35,6 +52,15 @@ class ModelSpec(Section):
     """Attention kernel; auto takes what transformers takes."""
     trust_remote_code: bool = False
     """Run code that a model repository brings along."""
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the rows; of a local folder also what its files hold, so that other weights at its path are noticed."""
+        tokenizer = {} if self.tokenizer is None else {"tokenizer_files": _digest(self.tokenizer, _WORDS)}
+        return super().identity() | {"files": _digest(self.model, _WEIGHTS | _WORDS)} | tokenizer
+
+    def tokenizer_identity(self) -> dict[str, Any]:
+        """What the tokenizer's files hold, where they are in a local folder."""
+        return {"tokenizer_files": _digest(self.tokenizer or self.model, _WORDS)}
 
 
 class LoraAdapter(Section):

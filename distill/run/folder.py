@@ -2,12 +2,14 @@
 
     <stage>/plan.json          settings and inputs, written first: a restart must match it
     <stage>/journal.jsonl      finished batches of a stage that is under way and that are in no shard yet, one a line
+    <stage>/shards.jsonl       digests of the shards that such a stage has finished
     <stage>/<table>-00000.parquet
     <stage>/manifest.json      written last and atomically: its presence means "complete"
     <stage>/earlier/           the finished stage that this one grows from, while it grows; of a student also afterwards
 
 Every file is written under a temporary name, flushed to disk and renamed, so a killed process leaves either the whole
-file or none. Digests in the manifest are checked whenever a table is read.
+file or none. Digests in the manifest are checked whenever a table is read. Files that are not the stage's are left alone, and a
+folder that holds only such is refused.
 """
 
 from __future__ import annotations
@@ -24,13 +26,13 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from distill.errors import StageConflictError
-from distill.run.files import digest_file, read_json, write_text
+from distill.run.files import digest_file, read_json, write_json
 from distill.run.journal import Journal
-from distill.run.manifest import CLOCK, JOURNAL, LOCK, MANIFEST, PLAN, SCHEMA_VERSION, Manifest, read_manifest
-from distill.run.plan import NO_GROWTH, Growth, StagePlan, input_digests, relation
+from distill.run.manifest import CLOCK, JOURNAL, LOCK, MANIFEST, PLAN, SCHEMA_VERSION, SHARDS, Manifest, read_manifest
+from distill.run.owned import EARLIER, listed, names_in, remove, strangers
+from distill.run.plan import HOLDS, NO_GROWTH, Growth, StagePlan, binding, in_the_way, input_digests, relation
 from distill.run.tables import TableWriter, whole_shards
 
-EARLIER = "earlier"
 _WAIT_S = 60.0  # for another part of the same stage to read or write the plan
 
 
@@ -48,10 +50,13 @@ class StageFolder:
         inputs: Folders of the stages read, which must be complete.
         growth: Which changes only add to what is there.
         made_with: The whole recipe, for the record.
+        writes: Patterns of the files it may write.
+        scratch: A folder in it that goes when the stage is finished.
         part: Hold this part alone.
 
     Raises:
-        StageConflictError: the folder was made with other settings or inputs, or another process holds it, or the part.
+        StageConflictError: the folder was made with other settings or inputs, holds what no stage made, or another process holds it,
+            or the part.
         MissingStageError: an input is absent or unfinished.
     """
 
@@ -63,6 +68,8 @@ class StageFolder:
         inputs: Sequence[Path] = (),
         growth: Growth = NO_GROWTH,
         made_with: dict[str, Any] | None = None,
+        writes: Sequence[str] = StagePlan._field_defaults["writes"],
+        scratch: str | None = None,
         *,
         part: str | None = None,
     ) -> None:
@@ -70,8 +77,9 @@ class StageFolder:
         self.stage = stage
         self.settings = json.loads(json.dumps(settings))
         self.manifest: Manifest | None = None
-        self._plan = StagePlan(path, stage, self.settings, inputs, growth, made_with or {})
+        self._plan = StagePlan(path, stage, self.settings, inputs, growth, made_with or {}, writes, scratch)
         self._inputs = input_digests(self._plan)
+        self._binding = binding(stage, self.settings, self._inputs)
         self._part = part
         self._writers: dict[str, TableWriter] = {}
 
@@ -87,6 +95,8 @@ class StageFolder:
         return next(there, None) if self.manifest is None else None
 
     def __enter__(self) -> StageFolder:
+        if others := in_the_way(self.path):  # no lock is put among them
+            raise StageConflictError(refusal(self._plan, [f"{HOLDS} {listed(others)}"]))
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = self._acquire(LOCK, "this stage", _WAIT_S if self._part else 0)
         try:
@@ -143,6 +153,7 @@ class StageFolder:
             raise StageConflictError(refusal(self._plan, found.changes))
         if found.kind == "complete":
             self.manifest = read_manifest(self.path)
+            self._tidy()  # a kill may have come in between
             return
         if found.kind == "grows":  # by a plan of its own, not by one that a kill left behind
             (self.path / PLAN).unlink(missing_ok=True)
@@ -158,13 +169,14 @@ class StageFolder:
         if (self.path / MANIFEST).exists() or not (earlier / MANIFEST).exists():
             return
         before, plan = read_manifest(earlier), read_json(self.path / PLAN) if (self.path / PLAN).exists() else {}
-        asked = relation(self._plan._replace(path=earlier)).kind == "complete"
-        own = {PLAN, CLOCK, EARLIER, LOCK}  # not the lock of a part, on which another process may be working
+        asked = relation(self._plan._replace(path=earlier), files=False).kind == "complete"  # a kill may have moved some already
+        # The lock of a part counts, on which another process may be working.
+        own = {PLAN, CLOCK, EARLIER, LOCK, *self._strangers()}
         others = [file for file in self.path.iterdir() if file.name not in own]
         if not asked or (others and not plan.get("goes_back")):
             return
         # The plan says so first, so that a restart goes on with it; the manifest comes last.
-        write_text(self.path / PLAN, json.dumps({"settings": before.settings, "inputs": before.inputs, "goes_back": True}))
+        write_json(self.path / PLAN, {"settings": before.settings, "inputs": before.inputs, "goes_back": True})
         for file in sorted(earlier.iterdir(), key=lambda file: file.name == MANIFEST):
             if file.name != EARLIER:
                 file.rename(self.path / file.name)
@@ -179,7 +191,7 @@ class StageFolder:
     def _write_plan(self, grows_from: str | None = None) -> None:
         plan = {"schema_version": SCHEMA_VERSION, "stage": self.stage, "settings": self.settings, "inputs": self._inputs}
         more = {"grows_from": grows_from, "made_with": self._plan.made_with}
-        write_text(self.path / PLAN, json.dumps(plan | more, indent=2))
+        write_json(self.path / PLAN, plan | more)
 
     def grow(self) -> None:
         """Puts a finished stage that is there into `earlier`, the manifest last: until then, a restart moves the rest."""
@@ -194,13 +206,24 @@ class StageFolder:
             if earlier.is_dir():
                 earlier.rename(aside / EARLIER)
             aside.rename(earlier)
+        others = self._strangers()
         for file in sorted(self.path.iterdir(), key=lambda file: file.name == MANIFEST):
-            if file.name not in (PLAN, CLOCK, EARLIER) and not file.name.startswith(LOCK):
+            if file.name not in (PLAN, CLOCK, EARLIER, *others) and not file.name.startswith(LOCK):
                 file.rename(earlier / file.name)
 
-    def journal(self) -> Journal:
-        """Batches already finished by a killed run, and the place to add more."""
-        return Journal(self.path / JOURNAL)
+    def _strangers(self) -> set[str]:
+        """What stands in the folder itself and is not the stage's: files, and folders with nothing of it inside."""
+        others = set(strangers(self.path, self._plan.writes))
+        own = {name.partition("/")[0] for name in names_in(self.path) if name not in others}
+        return {name.partition("/")[0] for name in others} - own
+
+    def journal(self, name: str = JOURNAL) -> Journal:
+        """Batches already finished by a killed run, and the place to add more.
+
+        Args:
+            name: Of its file.
+        """
+        return Journal(self.path / name, self._binding)
 
     @contextmanager
     def in_one_go(self) -> Iterator[None]:
@@ -217,8 +240,16 @@ class StageFolder:
     def _remove_pieces(self) -> None:
         if (self.path / MANIFEST).exists():  # a stage that looks itself has not begun to grow: they are whole
             return
-        for piece in self.path.glob("*.parquet*"):
-            piece.unlink()
+        for pattern in self._plan.writes:
+            for piece in self.path.glob(f"{pattern}*") if pattern.endswith(".parquet") else ():
+                piece.unlink()
+
+    def _tidy(self) -> None:
+        """Removes what only a restart needed."""
+        for name in (PLAN, JOURNAL, SHARDS, CLOCK):
+            (self.path / name).unlink(missing_ok=True)
+        if self._plan.scratch is not None:
+            shutil.rmtree(self.path / self._plan.scratch, ignore_errors=True)
 
     def table(self, name: str, schema: pa.Schema, *, resume: bool = False) -> TableWriter:
         """A table of the result, to be given its rows one by one; `finish` ends it.
@@ -228,7 +259,8 @@ class StageFolder:
             schema: Of its rows.
             resume: Go on behind the whole shards that a killed run has left.
         """
-        self._writers[name] = TableWriter(self.path, name, schema, whole_shards(self.path, name) if resume else ())
+        record = self.journal(SHARDS) if resume else None
+        self._writers[name] = TableWriter(self.path, name, schema, whole_shards(self.path, name, record) if record else (), record)
         return self._writers[name]
 
     def write_table(self, name: str, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
@@ -242,6 +274,7 @@ class StageFolder:
         rows_kept: int | None = None,
         drops: dict[str, int] | None = None,
         files: Sequence[Path] = (),
+        records: Sequence[Path] = (),
         facts: dict[str, Any] | None = None,
         keep_earlier: bool = False,
     ) -> Manifest:
@@ -252,15 +285,20 @@ class StageFolder:
             rows_kept: Rows that go on.
             drops: Reason and number of the others.
             files: Files of the result besides the tables, inside the folder.
+            records: Files that tell how it was made, and differ with every making.
             facts: What was measured.
             keep_earlier: Leave what it grew from beside it, because not all of that was taken over.
         """
+        tables = {name: writer.close() for name, writer in self._writers.items()}
+        paths = [*files, *records, *(self.path / shard.file for shards in tables.values() for shard in shards)]
         self.manifest = Manifest(
             stage=self.stage,
             settings=self.settings,
             inputs=self._inputs,
-            tables={name: writer.close() for name, writer in self._writers.items()},
+            tables=tables,
             files={str(file.relative_to(self.path)): digest_file(file) for file in sorted(files)},
+            records={str(file.relative_to(self.path)): digest_file(file) for file in sorted(records)},
+            sizes={str(file.relative_to(self.path)): file.stat().st_size for file in sorted(paths)},
             rows_in=rows_in,
             rows_kept=rows_kept,
             drops=drops or {},
@@ -268,11 +306,12 @@ class StageFolder:
             made_with=self._plan.made_with,
             grew_from=self._grew_from(),
         )
-        write_text(self.path / MANIFEST, self.manifest.model_dump_json(indent=2))
-        for leftover in (self.path / PLAN, self.path / JOURNAL, self.path / CLOCK, *self.path.glob(f"{LOCK}-*")):
-            leftover.unlink(missing_ok=True)
-        if self._plan.growth.adds and not keep_earlier:  # what was there is a part of what is there now
-            shutil.rmtree(self.path / EARLIER, ignore_errors=True)
+        write_json(self.path / MANIFEST, json.loads(self.manifest.model_dump_json()))
+        self._tidy()
+        for lock in self.path.glob(f"{LOCK}-*"):
+            lock.unlink(missing_ok=True)
+        if self._plan.growth.adds and not keep_earlier and (self.path / EARLIER).is_dir():  # it is a part of what is there now
+            remove(self.path / EARLIER, self._plan.writes)
         return self.manifest
 
     def _with_earlier_cost(self, facts: dict[str, Any]) -> dict[str, Any]:
@@ -291,6 +330,8 @@ class StageFolder:
 
 def refusal(plan: StagePlan, changes: Sequence[str]) -> str:
     """Why a plan is refused, and what to do, for people."""
+    if changes[0].startswith(HOLDS):
+        return f"{plan.path}: {changes[0]}, which would be in the way. Move the folder away, or give another run_dir."
     if (plan.path / EARLIER / MANIFEST).exists() and not (plan.path / MANIFEST).exists():
         changes = [*changes, "what was there before stands in its folder earlier/, and comes back if it is asked for as it was made"]
     state = "is under way with other settings or inputs" if (plan.path / PLAN).exists() else "was made with other settings or inputs"
@@ -302,10 +343,34 @@ def refusal(plan: StagePlan, changes: Sequence[str]) -> str:
     )
 
 
-def delete_stage(folder: Path) -> None:
-    """Deletes a stage's folder, refusing one that this kit did not make."""
+def refuse_to_delete(folder: Path, writes: Sequence[str]) -> None:
+    """Refuses to delete a folder that holds what its stage hasn't written.
+
+    Raises:
+        StageConflictError: naming it.
+    """
+    others = strangers(folder, writes) if folder.exists() else []
+    if others:
+        raise StageConflictError(
+            f"{folder}: is not deleted, because it holds what no stage wrote: {listed(others)}. Move that away, or delete it yourself."
+        )
+
+
+def delete_stage(folder: Path, writes: Sequence[str] = StagePlan._field_defaults["writes"]) -> None:
+    """Deletes a stage's folder, the manifest last.
+
+    Args:
+        folder: Of the stage; it need not be there.
+        writes: Patterns of the files it may write.
+
+    Raises:
+        StageConflictError: it holds what the stage hasn't written, or another process is working on it.
+    """
     if not folder.exists():
         return
-    if not any((folder / name).exists() for name in (MANIFEST, PLAN, LOCK)):
-        raise StageConflictError(f"{folder}: holds no stage of a run, so it is not deleted. Move it away yourself.")
-    shutil.rmtree(folder)
+    refuse_to_delete(folder, writes)
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            remove(folder, writes)
+    except Timeout:
+        raise StageConflictError(f"{folder}: another process is working on this stage. Wait for it, or stop it; then delete it.") from None

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from distill.errors import IntegrityError, MissingStageError
-from distill.run.files import digest_file
+from distill.run.files import digest_file, digest_json, read_json
 
 SCHEMA_VERSION = 1
-MANIFEST, PLAN, JOURNAL, CLOCK, LOCK = "manifest.json", "plan.json", "journal.jsonl", "clock.json", ".lock"
+MANIFEST, PLAN, JOURNAL, SHARDS, CLOCK, LOCK = "manifest.json", "plan.json", "journal.jsonl", "shards.jsonl", "clock.json", ".lock"
 
 
 class Shard(BaseModel):
@@ -37,6 +36,10 @@ class Manifest(BaseModel):
     tables: dict[str, list[Shard]] = {}
     files: dict[str, str] = {}
     """Path within the folder and SHA-256 of every other file that belongs to the result."""
+    records: dict[str, str] = {}
+    """The same of files that tell how it was made, as a training's metrics: seconds are in them, so no two makings have them alike."""
+    sizes: dict[str, int] = {}
+    """Bytes of all these files; empty where an earlier kit made them."""
     rows_in: int | None = None
     rows_kept: int | None = None
     drops: dict[str, int] = {}
@@ -52,7 +55,13 @@ class Manifest(BaseModel):
     def digest(self) -> str:
         """Digest of the content alone: equal rows give equal digests, whenever and wherever they were made."""
         content = {name: [shard.sha256 for shard in shards] for name, shards in self.tables.items()}
-        return _digest_json([self.stage, content, self.files])
+        return digest_json([self.stage, content, self.files])
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Path within the folder and SHA-256 of every file that it vouches for."""
+        shards = {shard.file: shard.sha256 for shards in self.tables.values() for shard in shards}
+        return shards | self.files | self.records
 
     def rows(self, table: str) -> int:
         """Number of rows of a table."""
@@ -70,15 +79,16 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.exists():
         state = "is not finished" if (folder / PLAN).exists() else "is not there"
         raise MissingStageError(f"{folder}: this stage {state}. Run it first, or `distill run` for all stages.")
-    try:
-        manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise IntegrityError(f"{path}: is damaged ({str(error).splitlines()[0]}). Make the stage again with --redo.") from None
-    if manifest.schema_version != SCHEMA_VERSION:
+    content = read_json(path)
+    if content.get("schema_version") != SCHEMA_VERSION:
         raise IntegrityError(
-            f"{path}: has schema version {manifest.schema_version}, this kit reads {SCHEMA_VERSION}. Make the stage again with --redo."
+            f"{path}: has schema version {content.get('schema_version')}, this kit reads {SCHEMA_VERSION}. "
+            "Make the stage again with --redo."
         )
-    return manifest
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        raise IntegrityError(f"{path}: is damaged ({str(error).splitlines()[0]}). Make the stage again with --redo.") from None
 
 
 def check_files(folder: Path) -> Manifest:
@@ -88,12 +98,27 @@ def check_files(folder: Path) -> Manifest:
         IntegrityError: a file is gone or altered.
     """
     manifest = read_manifest(folder)
-    for name, digest in manifest.files.items():
+    for name, digest in (manifest.files | manifest.records).items():
         path = folder / name
-        if not path.exists() or digest_file(path) != digest:
+        if not path.is_file() or digest_file(path) != digest:
             raise IntegrityError(f"{path}: is gone or was altered. Restore it, or make the stage again with --redo.")
     return manifest
 
 
-def _digest_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Looks whether every file that a manifest names is there and has its size; what is in it is looked at when it is read.
+
+    Raises:
+        IntegrityError: one is gone or has another size.
+    """
+    for path, what in _other_sizes(folder, manifest):
+        raise IntegrityError(f"{path}: {what}. Restore it, or make the stage again with --redo; `distill verify` lists all there is.")
+
+
+def _other_sizes(folder: Path, manifest: Manifest) -> Iterator[tuple[Path, str]]:
+    for name in manifest.named:
+        path, size = folder / name, manifest.sizes.get(name)
+        if not path.is_file():
+            yield path, "is gone"
+        elif size is not None and path.stat().st_size != size:
+            yield path, f"has {path.stat().st_size:,} bytes, not {size:,} as it was written"

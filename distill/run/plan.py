@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from distill.run.files import read_json
-from distill.run.manifest import CLOCK, LOCK, MANIFEST, PLAN, Manifest, read_manifest
+from distill.run.files import digest_json, read_json
+from distill.run.manifest import MANIFEST, PLAN, Manifest, check_sizes, read_manifest
+from distill.run.owned import is_bookkeeping, listed, strangers
 
 Kind = Literal["new", "begun", "complete", "grows", "refused"]
 NO_LIMIT = math.inf
+HOLDS = "holds no stage of a run, but"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -57,6 +59,10 @@ class StagePlan(NamedTuple):
     growth: Growth = NO_GROWTH
     made_with: dict[str, Any] = {}  # noqa: RUF012
     """The whole recipe, for the record."""
+    writes: Sequence[str] = ("*.parquet",)
+    """Patterns of the files that the stage may write, by their path within its folder."""
+    scratch: str | None = None
+    """A folder in it that a restart needs, and nobody once the stage is finished."""
 
 
 class Relation(NamedTuple):
@@ -67,21 +73,22 @@ class Relation(NamedTuple):
     """What differs, as clauses with key and values; of `grows` what is added, of `refused` what stands in the way."""
 
 
-def relation(plan: StagePlan, *, shared: bool = False, inputs: bool = True) -> Relation:
+def relation(plan: StagePlan, *, shared: bool = False, inputs: bool = True, files: bool = True) -> Relation:
     """How a plan stands to what is in its folder; all its inputs must be complete.
 
     Args:
         plan: What is asked.
         shared: Whether others may have begun a part of it, so that a plan alone counts.
         inputs: Whether to look at what it reads; False judges by the settings alone.
+        files: Whether to look if the files of a finished stage are there.
 
     Raises:
         MissingStageError: an input is absent or unfinished.
-        IntegrityError: a manifest or plan can't be read.
+        IntegrityError: a manifest or plan can't be read, or a file of a finished stage is gone or has another size.
     """
     if not plan.path.exists():
         return Relation("new")
-    made = any(file.name not in (PLAN, CLOCK) and not file.name.startswith(LOCK) for file in plan.path.iterdir())
+    made = any(not is_bookkeeping(file.name) for file in plan.path.iterdir())
     found = read_json(plan.path / PLAN) if (plan.path / PLAN).exists() and (made or shared) else None
     if found is not None and not _ended(plan.path, found):
         changes = list(_differences(found.get("settings"), plan.settings))
@@ -90,8 +97,18 @@ def relation(plan: StagePlan, *, shared: bool = False, inputs: bool = True) -> R
         return Relation("refused", clauses) if clauses else Relation("begun")
     if (plan.path / MANIFEST).exists():
         manifest = read_manifest(plan.path)
+        if files:
+            check_sizes(plan.path, manifest)
         return _to_finished(plan, manifest.settings, manifest.inputs if inputs else {})
-    return Relation("new")
+    others = in_the_way(plan.path)
+    return Relation("refused", [f"{HOLDS} {listed(others)}"]) if others else Relation("new")
+
+
+def in_the_way(folder: Path) -> list[str]:
+    """Files in a folder that holds no stage: nobody's but the user's."""
+    others = strangers(folder, ()) if folder.exists() else []
+    # Looked for afterwards, because another process may have begun meanwhile.
+    return [] if (folder / PLAN).exists() or (folder / MANIFEST).exists() else others
 
 
 def _ended(path: Path, found: dict[str, Any]) -> bool:
@@ -122,6 +139,11 @@ def _rises(rising: Mapping[str, float], key: str, there: Any, here: Any) -> bool
     return isinstance(before, int | float) and isinstance(after, int | float) and after > before
 
 
+def binding(stage: str, settings: dict[str, Any], inputs: dict[str, str]) -> str:
+    """What a journal's rows are made of and from, as a digest: no line of another journal is taken for one of it."""
+    return digest_json([stage, settings, inputs])
+
+
 def input_digests(plan: StagePlan) -> dict[str, str]:
     """Name of each stage that is read, and the digest of what it holds."""
     return {name_in_run(folder): read_manifest(folder).digest for folder in plan.inputs}
@@ -148,6 +170,8 @@ def _differences(found: Any, asked: Any, key: str = "") -> Iterator[tuple[str, s
     """Dotted keys at which two JSON values differ, each with a clause that names both values."""
     if isinstance(found, dict) and isinstance(asked, dict):
         for name in sorted(set(found) | set(asked)):
+            if name not in found and _DIGEST.fullmatch(str(asked[name])):  # an earlier kit did not record it
+                continue
             yield from _differences(found.get(name), asked.get(name), f"{key}.{name}" if key else name)
     elif found != asked:
         digests = all(value is None or _DIGEST.fullmatch(str(value)) for value in (found, asked))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from distill.errors import IntegrityError, MissingStageError
 from distill.run.files import commit, digest_file
+from distill.run.journal import Journal
 from distill.run.manifest import Shard, read_manifest
 
 ROWS_PER_SHARD = 4096
@@ -35,10 +36,11 @@ class TableWriter:
         name: Of the table.
         schema: Of its rows.
         before: Shards that are there already, behind which the new ones stand.
+        record: Where each shard is noted, for a restart that goes on behind it.
     """
 
-    def __init__(self, folder: Path, name: str, schema: pa.Schema, before: Sequence[Shard] = ()) -> None:
-        self._folder, self._name, self._schema = folder, name, schema
+    def __init__(self, folder: Path, name: str, schema: pa.Schema, before: Sequence[Shard] = (), record: Journal | None = None) -> None:
+        self._folder, self._name, self._schema, self._record = folder, name, schema, record
         self._columns = set(schema.names)
         self._dictionaries = [leaf for field in schema if field.name not in _LONG for leaf in _leaves(field)]
         self._shards = list(before)
@@ -160,8 +162,10 @@ class TableWriter:
 
     def _finish(self, file: pq.ParquetWriter, temporary: Path, path: Path, num_rows: int) -> None:
         file.close()
+        self._shards.append(Shard(file=path.name, rows=num_rows, sha256=digest_file(temporary)))
+        if self._record is not None:  # first, so that there is no shard without its digest
+            self._record.append([self._shards[-1].model_dump()])
         commit(temporary, path)
-        self._shards.append(Shard(file=path.name, rows=num_rows, sha256=digest_file(path)))
 
     def _in_thread(self, job: Callable[..., None], *arguments: Any) -> None:
         self._wait()
@@ -186,18 +190,27 @@ def _leaves(field: pa.Field, path: str = "") -> Iterator[str]:
         yield path
 
 
-def whole_shards(folder: Path, name: str) -> list[Shard]:
+def whole_shards(folder: Path, name: str, record: Journal) -> list[Shard]:
     """The shards of a table that a killed run has left: under their names are only whole ones.
 
+    Args:
+        folder: Of the stage.
+        name: Of the table.
+        record: Their digests. Where it is lost altogether, the shards are what they say they are.
+
     Raises:
-        IntegrityError: one can't be read.
+        IntegrityError: one was altered.
     """
+    known = {row["file"]: Shard(**row) for row in record.rows()}
     shards: list[Shard] = []
     while (path := folder / f"{name}-{len(shards):05d}.parquet").exists():
         try:
-            shards.append(Shard(file=path.name, rows=pq.read_metadata(path).num_rows, sha256=digest_file(path)))
-        except pa.ArrowInvalid:
-            raise IntegrityError(f"{path}: is damaged. Make the stage again with --redo.") from None
+            shard = Shard(file=path.name, rows=pq.read_metadata(path).num_rows, sha256=digest_file(path))
+        except (pa.ArrowException, OSError):
+            shard = None
+        if shard is None or (known and known.get(path.name) != shard):
+            raise IntegrityError(f"{path}: was altered after it was written. Delete it to have its rows made again, or add --redo.")
+        shards.append(shard)
     return shards
 
 

@@ -17,9 +17,10 @@ from distill.errors import DataError
 from distill.recipe.experiment import Recipe
 from distill.recipe.reading import recipe_text
 from distill.reporting.made import MadeStep, made_recipe
-from distill.run.files import read_json, write_text
+from distill.run.files import read_json, write_record
 from distill.run.folder import StageFolder
 from distill.run.manifest import LOCK, MANIFEST, PLAN, read_manifest
+from distill.run.owned import own_cache
 from distill.run.plan import NO_GROWTH, Growth, StagePlan
 
 FOLDERS = {
@@ -34,6 +35,33 @@ FOLDERS = {
     "export": "export",
 }
 """Stage name and the folder it writes inside the run or the round, in the order of the pipeline."""
+
+
+def _tables(*names: str) -> tuple[str, ...]:
+    return tuple(f"{name}-[0-9][0-9][0-9][0-9][0-9].parquet" for name in names)
+
+
+WRITES = {
+    "prompts": _tables("train", "heldout", "dropped"),
+    "generate": _tables("traces", "dropped"),
+    "curate": _tables("curated", "dropped", "verdicts"),
+    "score": ("targets-*-of-*.targets", "targets-*-of-*.targets.part", "journal-*-of-*.jsonl"),
+    "train": ("adapter/*", "model/*", "tokenizer/*", "checkpoints/*", "metrics.jsonl"),
+    "rollouts": _tables("traces"),
+    "evaluate": _tables("traces", "answers", "scores"),
+    "report": ("report.html", "report.md", "summary.txt"),
+    "export": ("model/*", "adapter/*", "README.md"),
+}
+"""Stage name and the files that it may write in its folder: what is not among them is never deleted."""
+
+SCRATCH = {"train": "checkpoints"}
+"""Stage name and the folder in its folder that a restart needs, and nobody afterwards."""
+
+CACHE = "cache"
+"""In a run's folder, what can be made anew from its stages."""
+
+RECIPE = "recipe.yaml"
+"""In a run's folder, the recipe that its stages were made with."""
 
 ROUND_STAGES = ("rollouts", "score", "train")
 """What an on-policy round consists of: the student writes, the teacher scores, the student trains."""
@@ -93,7 +121,8 @@ def steps_of(recipe: Recipe) -> list[Step]:
 
 def plan_of(recipe: Recipe, step: Step, settings: dict[str, Any], inputs: Sequence[Path] = (), growth: Growth = NO_GROWTH) -> StagePlan:
     """What a step is asked to make, in its folder, with the recipe for the record."""
-    return StagePlan(folder(recipe, *step), step.stage, settings, inputs, growth, recipe.model_dump(mode="json"))
+    made_with = recipe.model_dump(mode="json")
+    return StagePlan(folder(recipe, *step), step.stage, settings, inputs, growth, made_with, WRITES[step.stage], SCRATCH.get(step.stage))
 
 
 @contextmanager
@@ -114,9 +143,10 @@ def open_stage(recipe: Recipe, plan: StagePlan, part: str | None = None, hold: b
     if not hold:
         yield out
         return
+    own_cache(run_dir(recipe) / CACHE, make=False)
     with out:
         with FileLock(run_dir(recipe) / LOCK):
-            write_text(run_dir(recipe) / "recipe.yaml", recipe_text(as_made(recipe)))
+            write_record(run_dir(recipe) / RECIPE, recipe_text(as_made(recipe)))
         yield out
 
 

@@ -23,11 +23,12 @@ from distill.recipe.experiment import Recipe
 from distill.recipe.learning import Score
 from distill.recipe.models import ModelSpec
 from distill.run.clock import Clock, is_main_process
-from distill.run.folder import EARLIER, StageFolder
+from distill.run.folder import StageFolder
 from distill.run.journal import Journal
 from distill.run.log import ledger, nothing_to_do, say
 from distill.run.manifest import MANIFEST, Manifest, check_files, read_manifest
-from distill.run.plan import Growth, StagePlan
+from distill.run.owned import EARLIER
+from distill.run.plan import Growth, StagePlan, binding, input_digests
 from distill.run.schema import trace_key
 from distill.run.tables import iter_pieces, iter_rows
 from distill.stages import Step, folder, open_stage, plan_of
@@ -59,7 +60,7 @@ def run(recipe: Recipe, number: int = 0) -> Manifest:
         if not (out.path / MANIFEST).exists():
             work = _Work(recipe, number, _parts_of(out.path) or processes.count)
             for index in range(processes.rank, work.parts, processes.count):
-                if not work.shard(index).exists():
+                if not work.is_whole(index):
                     with out.part(work.name(index)):
                         _score_part(work, index)
             processes.wait()
@@ -97,12 +98,12 @@ def run_shard(recipe: Recipe, shard: str, number: int = 0) -> None:
             raise StageConflictError(
                 f"{out.path}: was begun in {begun} parts, asked for {work.parts}. Keep to {begun}, or finish it with `distill score` alone."
             )
-        if not work.shard(index).exists():
+        if not work.is_whole(index):
             _score_part(work, index)
         processes.wait()
         if is_main_process():
             with out.whole():
-                missing = [part for part in range(work.parts) if not work.shard(part).exists()]
+                missing = [part for part in range(work.parts) if not work.is_whole(part)]
                 if missing:
                     say(f"score     part {shard} is done, {len(missing)} of {work.parts} parts are not yet", result=True)
                 elif not out.complete:
@@ -123,6 +124,7 @@ def plan(recipe: Recipe, number: int = 0) -> StagePlan:
         "score": {key: value for key, value in score.identity().items() if key not in _LIMITS},
         "student": {
             "tokenizer": student.tokenizer or student.model,
+            **student.tokenizer_identity(),
             "revision": None if student.tokenizer else student.revision,
             "chat_template_kwargs": student.chat_template_kwargs,
         },
@@ -158,6 +160,7 @@ class _Work:
         self.recipe = recipe
         self.teacher: ModelSpec = recipe.teacher
         self.score: Score = recipe.score
+        self.number = number
         self.parts = parts
         self.path = folder(recipe, "score", number)
         self.source = _source(recipe, number)
@@ -170,9 +173,21 @@ class _Work:
         """The finished file of a part."""
         return self.path / f"targets-{self.name(index)}.targets"
 
-    def journal(self, index: int) -> Path:
+    def journal(self, index: int) -> Journal:
         """What the rows of a part gave, and which were left out."""
-        return self.path / f"journal-{self.name(index)}.jsonl"
+        return Journal(self.path / f"journal-{self.name(index)}.jsonl", self._binding)
+
+    @cached_property
+    def _binding(self) -> str:
+        asked = plan(self.recipe, self.number)
+        return binding(asked.stage, asked.settings, input_digests(asked))
+
+    def is_whole(self, index: int) -> bool:
+        """Whether a part is finished."""
+        from distill.engines.parts import is_whole
+
+        keys = itertools.islice(self.keys(), index, None, self.parts)
+        return self.shard(index).exists() and is_whole(self.shard(index), self.journal(index), keys)
 
     @cached_property
     def chats(self) -> tuple[Any, Any]:
@@ -273,20 +288,20 @@ def _score_part(work: _Work, index: int) -> None:
     _refuse_a_sample(work)
     total = len(range(index, work.total, work.parts))
     with TargetWriter(work.shard(index), work.header) as writer:
-        traces, journal = work.traces(index, work.parts), Journal(work.journal(index))
+        traces, journal = work.traces(index, work.parts), work.journal(index)
         _take_over(work, index, journal, writer)
         score_part(traces, total, work.reader, work.scorer, journal, writer, work.score.batch_size)
 
 
 def _take_over(work: _Work, index: int, journal: Journal, writer: TargetWriter) -> None:
     """Where the stage grows: the rows of a part that were scored before are not read again."""
-    from distill.engines.parts import take_over
+    from distill.engines.parts import journals_in, take_over
     from distill.targets.files import key_hash
 
     if work.earlier is None:
         return
     wanted = np.sort(np.array([key_hash(key) for key in itertools.islice(work.keys(), index, None, work.parts)], np.uint64))
-    taken = take_over(work.earlier, sorted((work.path / EARLIER).glob("journal-*")), work.header, wanted, journal, writer)
+    taken = take_over(work.earlier, journals_in(work.path / EARLIER), work.header, wanted, journal, writer)
     if taken:
         say(f"score     {taken:,} traces were scored before, and are not read again")
 
@@ -306,16 +321,19 @@ def _refuse_a_sample(work: _Work) -> None:
 def _complete(work: _Work, out: StageFolder, clock: Clock) -> Manifest:
     """Checks the parts together, compares a sample with the live teacher, and writes the manifest."""
     from distill.data.licences import licence_of
-    from distill.engines.parts import gathered
+    from distill.engines.parts import gathered, tell
     from distill.models.loading import pick_device
     from distill.targets.files import TargetReader, key_hash
 
     total = work.total
-    statistics, drops, hashes = gathered([work.journal(index) for index in range(work.parts)])
+    journals = [work.journal(index) for index in range(work.parts)]
+    statistics, drops, hashes = gathered(journals)
     if not len(hashes):
         raise DataError(f"train.max_length: none of {total:,} traces fits into {work.recipe.train.max_length:,} tokens. Raise it.")
     shards = [work.shard(index) for index in range(work.parts)]
     reader = TargetReader(shards)
+    if reader.header != work.header:
+        raise IntegrityError(f"{shards[0]}: belongs to another run. Delete it to have its traces read again, or add --redo.")
     found = np.sort(
         np.fromiter((key_hash(reader.key(row)) for row in range(len(reader))), np.uint64)
     )  # reads them all, and their checksums
@@ -324,7 +342,7 @@ def _complete(work: _Work, out: StageFolder, clock: Clock) -> Manifest:
     _refuse_below(work, statistics.aligned_share, "min_aligned", work.score.min_aligned)
     _refuse_below(work, statistics.carried_mass, "min_carried_mass", work.score.min_carried_mass)
     measured = statistics.facts(work.vocabulary.teacher_size)
-    _tell(work, measured)
+    tell(measured, identical=work.vocabulary.identical)
     size = sum(path.stat().st_size for path in shards)
     facts = clock.facts(
         device=str(pick_device()),
@@ -337,9 +355,10 @@ def _complete(work: _Work, out: StageFolder, clock: Clock) -> Manifest:
         **measured,
         **reader.header.model_dump(exclude={"target", "teacher_model", "teacher_revision"}),
     )
+    records = [journal.path for journal in journals]
     # Traces that are no longer among the curated ones stay beside: they were paid for.
     left = work.earlier is not None and not np.isin(work.earlier.hashes, hashes).all()
-    return out.finish(rows_in=total, rows_kept=len(hashes), drops=drops, files=shards, facts=facts, keep_earlier=left)
+    return out.finish(rows_in=total, rows_kept=len(hashes), drops=drops, files=shards, records=records, facts=facts, keep_earlier=left)
 
 
 def _refuse_below(work: _Work, share: float, name: str, limit: float, where: str = "") -> None:
@@ -378,16 +397,3 @@ def _verify(work: _Work, reader: TargetReader) -> dict[str, Any] | None:
         )
     say(f"score     read {count} traces once more, each alone: {verification}")
     return verification.facts(count)
-
-
-def _tell(work: _Work, measured: dict[str, Any]) -> None:
-    """The lines by which k and the teacher are chosen."""
-    if measured["captured_mass"]:
-        held = " · ".join(f"{k}: {mass:.3f}" for k, mass in measured["captured_mass"].items())
-        seen = ", ".join(f"{draws} draws see {number:.1f} tokens" for draws, number in measured["distinct_ids"].items())
-        say(f"score     probability in the k most probable tokens, by k: {held}; {seen}")
-    if not work.vocabulary.identical:
-        say(
-            f"score     other tokenizers: {measured['aligned_share']:.1%} of the tokens have a target, "
-            f"{measured['carried_mass']:.2%} of the teacher's probability lies on tokens that the student has"
-        )

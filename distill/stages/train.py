@@ -7,7 +7,6 @@ checkpoint, and ends with the weights of an undisturbed one.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,8 +20,9 @@ from distill.run.files import write_text
 from distill.run.folder import StageFolder
 from distill.run.log import say
 from distill.run.manifest import MANIFEST, Manifest, check_files, read_manifest
+from distill.run.owned import own_cache
 from distill.run.plan import NO_LIMIT, Growth, StagePlan
-from distill.stages import Step, folder, open_stage, plan_of, previous_student, run_dir
+from distill.stages import CACHE, Step, folder, open_stage, plan_of, previous_student, run_dir
 
 if TYPE_CHECKING:
     import torch
@@ -184,8 +184,8 @@ def _train(
     free_memory()
     facts |= _stop(recipe, number, metrics)
     kept = rows.rows_in - sum(rows.drops.values())
-    manifest = out.finish(rows_in=rows.rows_in, rows_kept=kept, drops=rows.drops, files=files, facts=facts)
-    shutil.rmtree(out.path / "checkpoints", ignore_errors=True)
+    records = [out.path / "metrics.jsonl"]
+    manifest = out.finish(rows_in=rows.rows_in, rows_kept=kept, drops=rows.drops, files=files, records=records, facts=facts)
     for leftover in _cache(recipe).glob("cache-*"):  # packs and orders that the trainer made of the rows
         leftover.unlink()
     processes.wait()
@@ -225,7 +225,7 @@ def _stored_targets(recipe: Recipe, material: _Material, chat: ChatFormat) -> St
 
 def _cache(recipe: Recipe) -> Path:
     """Where the rows of the last training of a run are kept, so that the next one on the same traces need not make them again."""
-    return run_dir(recipe) / "cache"
+    return own_cache(run_dir(recipe) / CACHE)
 
 
 def _rows(recipe: Recipe, material: _Material, number: int, chat: ChatFormat, stored: StoredTargets | None) -> TrainingRows:

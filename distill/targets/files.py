@@ -144,6 +144,11 @@ class TargetWriter:
         return offset
 
 
+def reopen(path: Path) -> None:
+    """Makes a complete shard one that was begun: a writer goes on behind its last row."""
+    path.replace(path.with_name(path.name + SUFFIX))
+
+
 class TargetReader:
     """Rows of one or more complete shards, in the order of the shards; any row is read from disk when asked for.
 

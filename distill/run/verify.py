@@ -1,0 +1,176 @@
+"""Whether a run is still what its stages made: all digests compared, of results, of manifests, of what a restart would go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from distill.errors import IntegrityError, MissingStageError
+from distill.run.files import digest_file, is_whole_record, read_json
+from distill.run.journal import check_journal
+from distill.run.log import progress
+from distill.run.manifest import JOURNAL, LOCK, MANIFEST, PLAN, SHARDS, Manifest, read_manifest
+from distill.run.owned import EARLIER, is_bookkeeping, names_in, strangers
+from distill.run.plan import binding, name_in_run
+
+_ROUNDS = "rounds"
+
+
+class Fault(NamedTuple):
+    """A file that is not as a stage left it."""
+
+    kind: Literal["missing", "altered", "extra"]
+    path: Path
+    why: str = ""
+
+
+class Verified(NamedTuple):
+    """What was found of a run."""
+
+    faults: list[Fault]
+    files: int
+    """Compared with their digests."""
+    unknown: int
+    """Of stages under way, which have no digest yet: the stage looks at them itself when it goes on."""
+
+
+class Layout(NamedTuple):
+    """What else is in a run besides the folders of stages."""
+
+    record: str
+    """Name of the recipe that is kept in it."""
+    cache: str
+    """Name of the folder that can be made anew; whoever reads it looks at it."""
+    writes: Mapping[str, Sequence[str]]
+    """Stage, and patterns of the files that it may write."""
+
+
+Check = Callable[[], Iterable[Fault]]
+
+
+def verify(run: Path, layout: Layout) -> Verified:
+    """Compares all there is of a run with what its manifests say; writes nothing.
+
+    Args:
+        run: Its folder.
+        layout: What is in it.
+
+    Raises:
+        MissingStageError: it holds no stage.
+    """
+    stages = list(_stages(run))
+    if not stages:
+        raise MissingStageError(f"{run}: holds no stage of a run. Give the folder of one, e.g. runs/quickstart.")
+    faults = list(_extra(run, stages, layout))
+    checks: list[Check] = [lambda: _of_record(run / layout.record)]
+    unknown = 0
+    for folder in stages:
+        try:
+            if (folder / PLAN).exists():
+                plan = read_json(folder / PLAN)
+                faults += [Fault("extra", folder / name) for name in strangers(folder, layout.writes.get(plan.get("stage", ""), ("*",)))]
+                found = list(_of_begun(folder, plan))
+                unknown += sum(each is None for each in found)
+                checks += [each for each in found if each is not None]
+            elif (folder / MANIFEST).exists():
+                checks += _of_finished(run, folder, read_manifest(folder))
+                faults += [Fault("extra", folder / name) for name in strangers(folder, ()) if not name.startswith(EARLIER)]
+        except (IntegrityError, KeyError) as error:
+            faults.append(_altered(error) if isinstance(error, IntegrityError) else Fault("altered", folder / PLAN))
+    with progress(len(checks), "files", "verify") as bar:
+        for check in checks:
+            faults += check()
+            bar.update()
+    return Verified(sorted(set(faults), key=lambda fault: fault.path), len(checks), unknown)
+
+
+def _stages(run: Path) -> Iterator[Path]:
+    """The folders of stages in a run, those of rounds and what a stage keeps of before among them."""
+    for place in sorted(path for path in run.iterdir() if path.is_dir()) if run.is_dir() else ():
+        if place.name == _ROUNDS:
+            for number in sorted(path for path in place.iterdir() if path.is_dir()):
+                yield from _stages(number)
+        elif any((place / name).exists() for name in (MANIFEST, PLAN)):
+            yield place
+            while (place := place / EARLIER).is_dir():
+                yield place
+
+
+def _extra(run: Path, stages: Sequence[Path], layout: Layout) -> Iterator[Fault]:
+    known = set(stages)
+    for name in names_in(run):
+        path = run / name
+        plain = name.removesuffix(".tmp")
+        if plain == layout.record or name.startswith((LOCK, f"{layout.cache}/")) or known.intersection(path.parents):
+            continue
+        yield Fault("extra", path, "" if path.parent == run else "its folder has no manifest")
+
+
+def _of_finished(run: Path, folder: Path, manifest: Manifest) -> Iterator[Check]:
+    for name, digest in manifest.named.items():
+        yield lambda path=folder / name, digest=digest: _of_file(path, digest)  # type: ignore[misc]
+    if EARLIER not in folder.relative_to(run).parts:  # of that the inputs may have grown
+        yield lambda: _of_inputs(run, folder, manifest)
+
+
+def _of_begun(folder: Path, plan: dict[str, object]) -> Iterator[Check | None]:
+    """What can be looked at of each file of a stage under way; null where that is nothing."""
+    belongs_to = binding(str(plan.get("stage", "")), plan["settings"], plan["inputs"])  # type: ignore[arg-type]
+    for name in names_in(folder):
+        path = folder / name
+        if name == SHARDS:
+            yield lambda path=path: _of_shards(path, belongs_to)  # type: ignore[misc]
+        elif name == JOURNAL or (name.startswith("journal-") and name.endswith(".jsonl")):
+            yield lambda path=path: _of_journal(path, belongs_to)  # type: ignore[misc]
+        elif not is_bookkeeping(name) and name != MANIFEST and not name.startswith(f"{EARLIER}/"):
+            yield None
+
+
+def _of_file(path: Path, digest: str) -> Iterator[Fault]:
+    if not path.is_file():
+        yield Fault("missing", path)
+    elif digest_file(path) != digest:
+        yield Fault("altered", path)
+
+
+def _of_journal(path: Path, belongs_to: str) -> Iterator[Fault]:
+    try:
+        for _ in check_journal(path, belongs_to):
+            pass
+    except IntegrityError as error:
+        yield _altered(error)
+
+
+def _of_shards(path: Path, belongs_to: str) -> Iterator[Fault]:
+    """The shards that a stage under way has finished; one that has been noted need not be there yet."""
+    yield from (faults := list(_of_journal(path, belongs_to)))
+    for row in () if faults else check_journal(path, belongs_to):
+        if (path.parent / row["file"]).exists():
+            yield from _of_file(path.parent / row["file"], row["sha256"])
+
+
+def _of_record(path: Path) -> Iterator[Fault]:
+    if not path.exists():
+        yield Fault("missing", path, "the next `distill run` writes it anew")
+    elif not is_whole_record(path):
+        yield Fault("altered", path, "the next `distill run` writes it anew")
+
+
+def _of_inputs(run: Path, folder: Path, manifest: Manifest) -> Iterator[Fault]:
+    """Whether what a stage was made from is there, as it was then, or grown."""
+    for name, digest in manifest.inputs.items():
+        try:
+            found = read_manifest(run / name)
+        except MissingStageError:
+            yield Fault("missing", run / name, f"{name_in_run(folder)} was made from it")
+        except IntegrityError:  # which is said of itself
+            continue
+        else:
+            if digest not in (found.digest, *found.grew_from):
+                yield Fault("altered", run / name, f"{name_in_run(folder)} was made from other contents")
+
+
+def _altered(error: IntegrityError) -> Fault:
+    where, _, what = str(error).partition(": ")
+    return Fault("altered", Path(where), what)

@@ -1,0 +1,124 @@
+"""The run that is tormented: all stages on the embedded pair, with two on-policy rounds, in seconds; and what counts as its result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distill.run.manifest import Manifest, read_manifest
+from distill.run.tables import read_rows
+from torment_parts.children import Kill, Outcome, command
+
+_RECIPE = """
+name: torment
+seed: {seed}
+teacher: {{model: embedded:teacher, dtype: float32}}
+student: {{model: embedded:student, dtype: float32, adapter: {{type: lora, r: 4}}}}
+prompts: {{source: {problems}, heldout_size: 6}}
+generate: {{samples_per_prompt: 4, max_new_tokens: 96, temperature: 1.0, top_p: 1.0, batch_size: 24}}
+curate: {{checks: [think, math], max_per_prompt: 2, keep_unjudged: true, workers: 1}}
+score: {{target: {{kind: top_k, k: 8}}, batch_size: 8, verify_rows: 2}}
+train:
+  method: kd
+  max_length: 256
+  trainer_args: {{max_steps: 6, save_steps: 2, logging_steps: 1, learning_rate: 1e-3, per_device_train_batch_size: 4}}
+rounds: 2
+rollouts: {{prompts_per_round: 8, max_new_tokens: 32, batch_size: 4, trainer_args: {{max_steps: 4}}}}
+evaluate: {{models: [base, student], max_new_tokens: 32, batch_size: 4}}
+export: {{parity_prompts: 2}}
+"""
+
+
+class Step(NamedTuple):
+    """A stage of the run."""
+
+    stage: str
+    number: int
+    folder: str
+    """In the run."""
+
+    def __str__(self) -> str:
+        return f"round {self.number} {self.stage}" if self.number else self.stage
+
+    @property
+    def words(self) -> list[str]:
+        """Of its command, without the recipe."""
+        return ["--round", str(self.number)] if self.number else []
+
+
+STEPS = [
+    *(Step(stage, 0, folder) for stage, folder in {"prompts": "prompts", "generate": "traces", "curate": "curated"}.items()),
+    *(Step(stage, 0, folder) for stage, folder in {"score": "targets", "train": "student"}.items()),
+    *(
+        Step(stage, number, f"rounds/{number:02d}/{folder}")
+        for number in (1, 2)
+        for stage, folder in {"rollouts": "rollouts", "score": "targets", "train": "student"}.items()
+    ),
+    *(Step(stage, 0, folder) for stage, folder in {"evaluate": "eval", "report": "report", "export": "export"}.items()),
+]
+"""All, in order."""
+
+
+class Scene(NamedTuple):
+    """A recipe, and the run that it makes undisturbed."""
+
+    recipe: Path
+    run: Path
+    seconds: dict[str, float]
+    """Of each step."""
+    processes: int
+    """That score and train."""
+
+    def do(self, step: Step, run: Path, *words: str, kill: Kill | None = None) -> Outcome:
+        """The command of a step, in a run's folder."""
+        processes = self.processes if step.stage in ("score", "train") else 1
+        return command(step.stage, self.recipe, "--run_dir", run, *step.words, *words, kill=kill, processes=processes)
+
+
+def write_recipe(place: Path, seed: int) -> Path:
+    """The recipe and its problems."""
+    from distill.embedded import resolve
+
+    place.mkdir(parents=True, exist_ok=True)
+    problems = Path(resolve("embedded:arithmetic")).read_text(encoding="utf-8").splitlines()[seed * 30 : (seed + 1) * 30]
+    (place / "problems.jsonl").write_text("\n".join(problems) + "\n", encoding="utf-8")
+    (place / "recipe.yaml").write_text(_RECIPE.format(seed=seed, problems=place / "problems.jsonl").lstrip(), encoding="utf-8")
+    return place / "recipe.yaml"
+
+
+def make_scene(place: Path, seed: int = 0, processes: int = 1) -> Scene:
+    """Makes the undisturbed run."""
+    scene = Scene(write_recipe(place, seed), place / "run", {}, processes)
+    for step in STEPS:
+        found = scene.do(step, scene.run)
+        if found.code:
+            raise RuntimeError(f"the undisturbed run failed in {step}:\n{found.said}")
+        scene.seconds[str(step)] = found.seconds
+    return scene
+
+
+def copy_until(scene: Scene, step: Step, target: Path) -> None:
+    """A copy of the undisturbed run as it was before a step."""
+    target.mkdir(parents=True)
+    for earlier in STEPS[: STEPS.index(step)]:
+        (target / earlier.folder).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(scene.run / earlier.folder, target / earlier.folder)
+
+
+def content(folder: Path) -> Any:
+    """All of a finished stage that must not depend on what happened on the way: rows, targets, weights."""
+    manifest: Manifest = read_manifest(folder)
+    pages = (".md", ".html", ".txt")  # with seconds in them
+    files = {name: digest for name, digest in manifest.files.items() if not name.endswith(pages)}
+    tables = {table: read_rows(folder, table) for table in manifest.tables}
+    return json.dumps([tables, files, manifest.rows_in, manifest.rows_kept, manifest.drops], sort_keys=True, default=str)
+
+
+def same(scene: Scene, run: Path, step: Step) -> str:
+    """Nothing if a step's folder holds what the undisturbed run has there, else what is wrong with it."""
+    try:
+        return "" if content(run / step.folder) == content(scene.run / step.folder) else "another result"
+    except Exception as error:  # whatever is wrong with it
+        return f"{type(error).__name__}: {error}"
