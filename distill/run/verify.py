@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -42,6 +43,8 @@ class Layout(NamedTuple):
     """Name of the recipe that is kept in it."""
     cache: str
     """Name of the folder that can be made anew; whoever reads it looks at it."""
+    notes: str
+    """Pattern of what commands leave in it for people."""
     writes: Mapping[str, Sequence[str]]
     """Stage, and patterns of the files that it may write."""
 
@@ -102,7 +105,8 @@ def _extra(run: Path, stages: Sequence[Path], layout: Layout) -> Iterator[Fault]
     for name in names_in(run):
         path = run / name
         plain = name.removesuffix(".tmp")
-        if plain == layout.record or name.startswith((LOCK, f"{layout.cache}/")) or known.intersection(path.parents):
+        ours = plain == layout.record or name.startswith((LOCK, f"{layout.cache}/")) or fnmatchcase(name, layout.notes)
+        if ours or known.intersection(path.parents):
             continue
         yield Fault("extra", path, "" if path.parent == run else "its folder has no manifest")
 
