@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
+from gpu_sections import memory, steps
 from gpu_sections.frame import CUT, ITSELF, Bench, Case, Cases, Figures, Row, Run, Section, against, load_runs, run_sections, save_runs
 from gpu_sections.table import write_table
 
@@ -172,6 +174,22 @@ def test_runs_come_back_as_they_were_written(tmp_path: Path) -> None:
     save_runs(tmp_path / "runs.json", runs)
     assert load_runs(tmp_path / "runs.json") == runs
     assert [path.name for path in tmp_path.iterdir()] == ["runs.json"]
+
+
+def test_a_length_that_finds_no_memory_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[set[str]] = []
+
+    def make_trainer(who: steps.Who, model: Any, *rest: Any, **options: Any) -> Any:
+        given.append({name for name, _ in model.named_parameters()})
+        trainer = steps.make_trainer(who, model, *rest, **options)
+        if len(given) == 1:  # the adapter is on the model
+            raise torch.OutOfMemoryError
+        return trainer
+
+    monkeypatch.setattr(memory, "make_trainer", make_trainer)
+    trial = memory._Trial(Bench(CPU, rehearse=True), "1.5B", in_4_bits=False)
+    assert trial.longest(None, {"base_gib": 0.0, "gib_per_1k_tokens": 1.0}, 24)["tokens"] == int(memory.SHARES[1] * 64)
+    assert len(given) == 2 and given[0] == given[1]
 
 
 @pytest.mark.slow

@@ -94,7 +94,8 @@ def _cause(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return "The machine's memory was not enough."
     if type(error).__name__ == "OutOfMemoryError":
-        return "The GPU's memory was not enough: lower the batch (train.trainer_args.per_device_train_batch_size, ...batch_size)."
+        lower = "lower the batch (train.trainer_args.per_device_train_batch_size, ...batch_size)"
+        return f"The GPU's memory was not enough: {lower}, or set PYTORCH_ALLOC_CONF=expandable_segments:True, which leaves fewer gaps."
     for place in (*_runs, Path(tempfile.gettempdir())):
         if place.is_dir() and shutil.disk_usage(place).free < _FULL_BYTES:
             return f"The disk of {place} is full, which may be the cause."

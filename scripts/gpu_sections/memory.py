@@ -1,9 +1,10 @@
 """Section 5: the longest sequence that a step takes under a limit of memory, found by a few steps and a straight line.
 
 With checkpointing and an attention that holds no scores, memory grows linearly with length. So the peaks at two lengths
-say where the limit will be met; the step is then tried there under the limit itself, and shortened until it runs. The
-limit is what the allocator may take, less what a driver's context takes; the kit sizes the loss's buffers by it, as it
-would on a card of that size.
+say where the limit will be met; the step is then tried there under the limit itself, and shortened until it runs. One
+that found no memory leaves gaps and half an adapter behind, so the next begins with a model built anew. The limit is what
+the allocator may take, less what a driver's context takes; the kit sizes the loss's buffers by it, as it would on a card
+of that size.
 """
 
 from __future__ import annotations
@@ -80,8 +81,7 @@ class _Trial:
     def line(self, target: Any) -> Figures:
         """GiB that are there at any length, and for every thousand tokens, under the largest limit."""
         lengths = (16, 64) if self._bench.rehearse else LENGTHS
-        with self._limit(LIMITS_GIB[0]):
-            peaks = [self._peak_gib(length, target) for length in lengths]
+        peaks = [self._peak_gib(length, target, LIMITS_GIB[0]) for length in lengths]
         slope = max((peaks[1] - peaks[0]) / (lengths[1] - lengths[0]), 1e-9)
         return {"base_gib": peaks[0] - slope * lengths[0], "gib_per_1k_tokens": 1000 * slope}
 
@@ -91,15 +91,14 @@ class _Trial:
         Raises:
             RuntimeError: none of those tried did.
         """
-        with self._limit(limit_gib):
-            room = limit_gib - CONTEXT_GIB - line["base_gib"]
-            predicted = 64 if self._bench.rehearse else int(1000 * room / line["gib_per_1k_tokens"])
-            step = 1 if self._bench.rehearse else STEP
-            # Shares that are all above the longest are one length.
-            lengths = list(dict.fromkeys(min(int(share * predicted), LONGEST) // step * step for share in SHARES))
-            for length in (length for length in lengths if length >= step):
-                with contextlib.suppress(torch.OutOfMemoryError):
-                    return {"peak_gib": self._peak_gib(length, target), "tokens": length}
+        room = limit_gib - CONTEXT_GIB - line["base_gib"]
+        predicted = 64 if self._bench.rehearse else int(1000 * room / line["gib_per_1k_tokens"])
+        step = 1 if self._bench.rehearse else STEP
+        # Shares that are all above the longest are one length.
+        lengths = list(dict.fromkeys(min(int(share * predicted), LONGEST) // step * step for share in SHARES))
+        for length in (length for length in lengths if length >= step):
+            with contextlib.suppress(torch.OutOfMemoryError):
+                return {"peak_gib": self._peak_gib(length, target, limit_gib), "tokens": length}
         if lengths[0] < step:
             return {"tokens": 0}
         raise RuntimeError(f"none of {', '.join(f'{length:,}' for length in lengths)} tokens fits")
@@ -118,27 +117,25 @@ class _Trial:
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
 
-    def _peak_gib(self, length: int, target: Any) -> float:
-        """Of the second of two steps: the optimizer's state is made in the first."""
-        if self.model is None:
-            self.model = build(self._bench, self._size, self._in_4_bits)
-        cuda, vocab_size = self._bench.device.type == "cuda", self.model.config.vocab_size
+    def _peak_gib(self, length: int, target: Any, limit_gib: float) -> float:
+        """Of the second of two steps: the optimizer's state is made in the first. Where they fail, `model` is none behind them."""
+        cuda = self._bench.device.type == "cuda"
+        gc.collect()  # a step that found no memory has left its model and trainer behind
+        if cuda:
+            torch.cuda.empty_cache()
+        model, self.model = self.model or build(self._bench, self._size, self._in_4_bits), None
+        vocab_size = model.config.vocab_size
         with tempfile.TemporaryDirectory() as folder:
             stored = None if target is None else shapes.store_targets(Path(folder), [length] * 2, target, vocab_size)
             rows = shapes.make_rows([length] * 2, vocab_size, stored)
             precision = {} if self._bench.rehearse else {"bf16": True}
             arguments: dict[str, Any] = {"max_length": length, "per_device_train_batch_size": 1, "warmup_steps": 0} | precision
             tokens = shapes.tokenizer(vocab_size)
-            gc.collect()  # a step that found no memory has left its trainer behind
-            if cuda:
-                torch.cuda.empty_cache()
-            trainer: Any = make_trainer("ours", self.model, rows, tokens, stored=stored, steps=2, warm_up=1, **arguments)
-            try:
-                with quiet():
-                    trainer.train()
-            finally:
-                self.model = trainer.model.unload()  # without its adapter; the next length takes the same base
-                trainer.optimizer = trainer.lr_scheduler = None
+            with self._limit(limit_gib), quiet():
+                trainer: Any = make_trainer("ours", model, rows, tokens, stored=stored, steps=2, warm_up=1, **arguments)
+                trainer.train()
+            self.model = trainer.model.unload()  # without its adapter; the next length takes the same base
+            trainer.optimizer = trainer.lr_scheduler = None
         return torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
 
 
