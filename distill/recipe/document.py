@@ -23,7 +23,8 @@ from distill.errors import RecipeError, shown, visible
 from distill.recipe.takes import Takes, takes_of_recipe
 
 LONGEST_BYTES = 2**19  # of a recipe; the parser, which is written in Python, takes a second for it
-_MOST_VALUES, _DEEPEST = 10_000, 50  # aliases counted as often as they are used
+DEEPEST = 50  # levels
+_MOST_VALUES = 10_000  # aliases counted as often as they are used
 _LARGEST_INT = 2**63
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -93,8 +94,8 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
     Raises:
         RecipeError: it holds itself, or what can't be in a recipe.
     """
-    if depth > _DEEPEST:
-        raise RecipeError(f"{where}: is nested more than {_DEEPEST} levels deep, or holds itself. Write it flatter.")
+    if depth > DEEPEST:
+        raise RecipeError(f"{where}: is nested more than {DEEPEST} levels deep, or holds itself. Write it flatter.")
     if isinstance(value, dict):
         return {str(key): plain(item, where, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -143,7 +144,7 @@ class _Reader:
         self.lines: dict[tuple[str, ...], int] = {}
         self._name, self._is_file = name, not name.startswith("command line")
         self._yaml = YAML(typ="safe", pure=True)
-        self._yaml.max_depth = _DEEPEST
+        self._yaml.max_depth = DEEPEST
         self._yaml.composer.warn_double_anchors = False
         self._count = 0
 
@@ -156,7 +157,7 @@ class _Reader:
         try:
             return self._yaml.compose(text)
         except MaxDepthExceededError as error:
-            raise RecipeError(f"{self._at_mark(error)}: is nested more than {_DEEPEST} levels deep. Write it flatter.") from None
+            raise RecipeError(f"{self._at_mark(error)}: is nested more than {DEEPEST} levels deep. Write it flatter.") from None
         except MarkedYAMLError as error:
             problem = visible(f"{error.problem or 'it ends too early'}. {error.context or ''}".rstrip(), 200)
             raise _NotYamlError(f"{self._at_mark(error)}: not valid YAML: {problem}") from None
@@ -185,8 +186,8 @@ class _Reader:
             raise RecipeError(
                 f"{where}: holds more than {_MOST_VALUES:,} values, each alias counted as often as it is used. Write less into a recipe."
             )
-        if len(path) > _DEEPEST:
-            raise RecipeError(f"{where}: is nested more than {_DEEPEST} levels deep, or an alias stands inside what it names.")
+        if len(path) > DEEPEST:
+            raise RecipeError(f"{where}: is nested more than {DEEPEST} levels deep, or an alias stands inside what it names.")
         tag = str(node.tag).removeprefix(_TAG)
         if isinstance(node, ScalarNode):
             return self._scalar(node, tag, takes, where)

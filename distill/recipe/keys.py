@@ -120,13 +120,15 @@ def suggest(key: str, loc: Sequence[str] = ()) -> str:
     close = difflib.get_close_matches(last, siblings, n=1)
     if close:
         return f"Did you mean {'.'.join([*parents, close[0]])}?"
-    elsewhere = [info.key for info in keys() if info.key.split(".")[-1] == last and info.key != key]
+    known = [info.key for info in keys()]
+    sections = {name.rsplit(".", 1)[0] for name in known if "." in name}
+    elsewhere = [name for name in [*known, *sorted(sections)] if name.split(".")[-1] == last and name != key]
     if last in trainer_fields():
         elsewhere.append(f"train.trainer_args.{last}")
     if elsewhere:
         return f"Did you mean {elsewhere[0]}?"
-    known = parents[0] if parents and any(info.key.startswith(f"{parents[0]}.") for info in keys()) else ""
-    return f"`distill keys {known}` lists the valid ones.".replace(" `", "`")
+    section = parents[0] if parents and parents[0] in sections else ""
+    return f"`distill keys {section}` lists the valid ones.".replace(" `", "`")
 
 
 def _beside(loc: Sequence[str]) -> tuple[list[str], dict[str, set[str]]]:

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 
 from distill.errors import RecipeError, shown, visible
-from distill.recipe.document import plain, read_document, read_override
+from distill.recipe.document import DEEPEST, plain, read_document, read_override
 from distill.recipe.experiment import Recipe
 from distill.recipe.keys import suggest
 from distill.recipe.secrets import refuse_secrets
@@ -72,6 +72,9 @@ class _Places(NamedTuple):
         for key, given in self.changed.items():
             if dotted == key or dotted.startswith(key + "."):
                 return given
+        for key, given in self.changed.items():  # what an override sets may be wrong about a section that it alone has made
+            if tuple(parts) not in self.lines and key.startswith(dotted + "."):
+                return given
         for end in range(len(parts), 0, -1):
             if tuple(parts[:end]) in self.lines:
                 return f"{self.path}:{self.lines[tuple(parts[:end])]}"
@@ -94,6 +97,8 @@ def _apply(values: dict[str, Any], overrides: Sequence[str] | Mapping[str, Any])
             if not words:
                 raise RecipeError(f"command line: --{visible(key, 80)} has no value. Write --{visible(key, 80)} VALUE.")
             text = words.pop(0)
+        if not all(key.split(".")) or key.count(".") > DEEPEST:
+            raise RecipeError(f"command line: --{visible(key, 80)} names no key. An override reads --section.key VALUE.")
         _set(values, key, read_override(text, key), "command line")
         changed[key] = "command line"
     return changed

@@ -17,7 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from distill import __version__
@@ -96,15 +96,24 @@ def _cause(error: Exception) -> str:
     if type(error).__name__ == "OutOfMemoryError":
         lower = "lower the batch (train.trainer_args.per_device_train_batch_size, ...batch_size)"
         return f"The GPU's memory was not enough: {lower}, or set PYTORCH_ALLOC_CONF=expandable_segments:True, which leaves fewer gaps."
-    for place in (*_runs, Path(tempfile.gettempdir())):
-        if place.is_dir() and shutil.disk_usage(place).free < _FULL_BYTES:
+    for place in _places():
+        if shutil.disk_usage(place).free < _FULL_BYTES:
             return f"The disk of {place} is full, which may be the cause."
     return ""
 
 
 def _going_on() -> str:
-    there = [run for run in _runs if run.is_dir()]
-    return f"What is finished in {there[-1]} is kept: the same command goes on from there." if there else "No run was begun."
+    there = [run for run in _places() if run in _runs]
+    return f"What is finished in {there[0]} is kept: the same command goes on from there." if there else "No run was begun."
+
+
+def _places() -> list[Path]:
+    """Folders that are there: the runs' own, the last first, and the one for temporary files."""
+    found = []
+    for place in (*reversed(_runs), Path(tempfile.gettempdir())):
+        with suppress(OSError):
+            found += [place] * place.is_dir()
+    return found
 
 
 def _some_file() -> str:
@@ -135,10 +144,8 @@ def _record(error: Exception) -> Path | None:
     }
     text = "".join(f"{name}: {fact}\n" for name, fact in facts.items()) + "\n" + "".join(traceback.format_exception(error))
     name = f"failed-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-    for place in [*(run for run in reversed(_runs) if run.is_dir()), Path(tempfile.gettempdir())]:
-        try:
+    for place in _places():
+        with suppress(OSError):
             (place / name).write_text(visible(text), encoding="utf-8")
-        except OSError:
-            continue
-        return place / name
+            return place / name
     return None
