@@ -263,9 +263,10 @@ def recipes_cp(
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
 ) -> None:
     """Copy a recipe of the kit, to change it."""
+    from distill.errors import visible
     from distill.recipe.shelf import copy_recipe
 
-    typer.echo(f"{copy_recipe(name, target, force=force)}: a copy of {name}")
+    typer.echo(visible(f"{copy_recipe(name, target, force=force)}: a copy of {name}"))
 
 
 def _load(path: Path, context: typer.Context) -> Recipe:

@@ -1,4 +1,4 @@
-"""Damaged recipes, overrides and files of rows: each gives one clear error, or is rightly accepted; through the command, in this process."""
+"""Damaged recipes, overrides and files of rows: each gives one clear error or is rightly accepted; by the command, in this process."""
 
 from __future__ import annotations
 

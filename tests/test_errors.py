@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import distill
-from distill.errors import DistillError, StorageError, plain_storage_errors, shown, visible
+from distill.errors import DistillError, RecipeError, StorageError, plain_storage_errors, shown, visible
 from distill.run import failures
 from distill.run.failures import one_message, works_on
 
@@ -101,6 +101,14 @@ def test_without_a_run_the_record_is_a_temporary_file(
 def test_every_error_ends_in_one_short_message(error: Exception, words: list[str], run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, message = ends(capsys, error)
     assert code == 1 and len(message) < 1000 and all(word in message for word in words), message
+
+
+def test_processes_of_a_launch_say_of_their_recipe_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as caught, one_message():
+        raise RecipeError("recipe.yaml: wrong.")
+    assert caught.value.code == 1 and capsys.readouterr().err == ""
+    assert "gone" in ends(capsys, DistillError("this one's file is gone."))[1]
 
 
 def test_the_keyboard_stops_without_a_word_about_an_error_of_the_kit(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

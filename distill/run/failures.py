@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from distill import __version__
-from distill.errors import DistillError, of_system, visible
+from distill.errors import DistillError, RecipeError, of_system, visible
 
 _LONGEST = 4000  # characters of a message
 _LONGEST_REASON = 300  # of what a library says
@@ -46,6 +46,8 @@ def one_message() -> Iterator[None]:
     try:
         yield
     except DistillError as error:
+        if isinstance(error, RecipeError) and os.environ.get("LOCAL_RANK", "0") != "0":
+            sys.exit(1)  # the first process of this machine has read the same recipe, and says so
         message, code = str(error), 1
     except KeyboardInterrupt:
         message, code = f"stopped by the keyboard. {_going_on()}", 130

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from distill.errors import visible
 from distill.run.clock import is_main_process, keep_running_clocks
 from distill.run.manifest import Manifest
 
@@ -68,6 +69,7 @@ def say(text: str, *, result: bool = False) -> None:
     """
     if not is_main_process() or (is_quiet() and not result) or os.environ.get(_QUIET) == _SILENT:
         return
+    text = visible(text)
     if Progress.bars_shown:
         from tqdm.auto import tqdm
 
@@ -166,7 +168,7 @@ class Progress:
 
     def _line(self, text: str) -> None:
         self._said_at_s, self._said_done = time.perf_counter(), self.done
-        print(f"{time.strftime('%H:%M:%S')} {self._description}: {text}", file=sys.stderr, flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {visible(f'{self._description}: {text}')}", file=sys.stderr, flush=True)
 
 
 def progress(total: int, unit: str, description: str, done: int = 0, *, passing: bool = False) -> Progress:
