@@ -75,12 +75,13 @@ def _look(step: Step, plan: StagePlan, pending: dict[str, Outlook]) -> Outlook:
         waits = [earlier for earlier in waits if earlier.action != "grow"]
     if not waits:
         kind, changes = relation(plan)
+        if kind == "refused":
+            return Outlook(step, "refuse", refusal(plan, changes))
         return {
             "complete": Outlook(step, "keep", "complete"),
             "new": Outlook(step, "make", "not there yet"),
             "begun": Outlook(step, "go on", "under way"),
             "grows": Outlook(step, _growing(plan), "; ".join(changes)),
-            "refused": Outlook(step, "refuse", refusal(plan, changes)),
         }[kind]
     known = relation(plan._replace(inputs=()), inputs=False)
     why = f"follows {', '.join(str(earlier.step) for earlier in waits)}"
