@@ -190,10 +190,16 @@ def test_the_terms_are_weighted_and_early_tokens_more(make: Make) -> None:
     recipe = make("weights", TopK(k=8), trainer_args=ONE_BATCH, train={"kd": settings})
     [first, *_] = log(train(recipe))
 
-    def value(row: dict[str, torch.Tensor]) -> torch.Tensor:
-        return (0.7 * row["kd"] + 0.4 * row["nll"]) * 0.5 ** (torch.arange(len(row["kd"])) / 5)
+    def weight(row: dict[str, torch.Tensor]) -> torch.Tensor:
+        return 0.5 ** (torch.arange(len(row["kd"])) / 5)
 
-    assert first["loss"] == pytest.approx(mean(by_trace(recipe).values(), value), rel=1e-5)
+    def averaged(value: Callable[[dict[str, torch.Tensor]], torch.Tensor]) -> float:
+        rows = by_trace(recipe).values()
+        return mean(rows, lambda row: value(row) * weight(row)) / mean(rows, weight)  # long answers count no less
+
+    assert first["loss"] == pytest.approx(averaged(lambda row: 0.7 * row["kd"] + 0.4 * row["nll"]), rel=1e-5)
+    assert first["kd"] == pytest.approx(averaged(lambda row: row["kd"]), rel=1e-5)
+    assert first["nll"] == pytest.approx(averaged(lambda row: row["nll"]), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["top_k", "sampled", "chosen_token"])

@@ -55,6 +55,7 @@ def trained(trainer: type[SFTTrainer], model: Any, tokenizer: Any, folder: Path,
     """Logs and weights after some steps."""
     defaults = {"max_steps": 4, "per_device_train_batch_size": 6, "learning_rate": 1e-2, "logging_steps": 1, "max_length": None}
     fixed = {"report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "seed": 3}
+    fixed["train_sampling_strategy"] = "sequential"  # the order of the rows is the kit's own
     arguments = SFTConfig(output_dir=str(folder), **{**fixed, **defaults, **settings})
     adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
     rows = rows_of(tokenizer)

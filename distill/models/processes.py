@@ -11,11 +11,16 @@ from typing import Any
 from distill.errors import ModelError
 
 
+def world_size() -> int:
+    """Processes of this launch."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 class Processes:
     """The processes of a launch. They wait for each other on the CPU, for as long as it takes."""
 
     def __init__(self) -> None:
-        self.rank, self.count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.count = int(os.environ.get("RANK", "0")), world_size()
         self._group: Any = None
         if self.count > 1:
             import torch
@@ -38,6 +43,16 @@ class Processes:
 
             torch.distributed.barrier(group=self._group)
 
+    def gather(self, value: Any) -> list[Any]:
+        """What each process has, in their order; all have come here then."""
+        if self._group is None:
+            return [value]
+        import torch
+
+        found: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(found, value, group=self._group)
+        return found
+
     @contextmanager
     def first_alone(self) -> Iterator[None]:
         """Lets the first do what is inside, then the others: they find what it has made."""
@@ -50,7 +65,7 @@ class Processes:
 
 def leave() -> None:
     """Ends the group of a launch whose work is done; at exit NCCL would warn of it, and the threads of gloo may abort the process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         from accelerate import PartialState
 
         PartialState().destroy_process_group()

@@ -15,6 +15,7 @@ from distill.recipe.learning import DEEPSPEED_HAS_NO_PARTS, FOLLOWS_EVALUATION, 
 from distill.recipe.models import ModelSpec, Student
 from distill.recipe.prompts import Prompts
 from distill.recipe.results import Evaluate, Export, Report
+from distill.recipe.steps import PASSES
 from distill.recipe.traces import Curate, Generate, Traces
 
 
@@ -146,6 +147,8 @@ class Recipe(Section):
         ignored = LOSS_OF_SFT & set(self.train.trainer_args)
         if ignored:
             raise ValueError(f"train.trainer_args.{min(ignored)} would be ignored in the rounds: their loss is that of train.kd")
+        if self.train.global_batch_size is not None and PASSES in self.rollouts.trainer_args:
+            raise ValueError(f"rollouts.trainer_args.{PASSES} follows from train.global_batch_size, so give one of them")
         self._schedule_has_parts()
         if self.rounds == 1 and self.rollouts.first_max_new_tokens is not None:
             raise ValueError("rollouts.first_max_new_tokens would be ignored: there is one round, so nothing grows")

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from distill.errors import RecipeError
 from distill.losses.settings import Divergence, Objective, default_divergence
 from distill.recipe.base import PositiveInt, Sampling, Section, Share, TrainerArgs
+from distill.recipe.steps import AT_ONCE, PASSES
 from distill.recipe.trainer_args import ConfigName, check_trainer_args
 from distill.targets.spec import ChosenToken, Sampled, TargetSpec, TopK
 
@@ -205,6 +206,10 @@ class Train(Section):
     """Longest prompt + completion, in the student's tokens."""
     overlong: Literal["drop", "cut"] = "drop"
     """What happens to longer rows: dropped and counted, or cut at the end (which loses the answer)."""
+    global_batch_size: PositiveInt | None = None
+    """Rows of an optimizer step over all processes (with packing, packs): every step takes the same ones on any number of processes.
+    `trainer_args.per_device_train_batch_size` then only says how many a process takes at once. Null: 16, or, where trainer_args has
+    that or gradient_accumulation_steps, what these two make on so many processes."""
     trainer_args: TrainerArgs = Field(default_factory=dict)
     """Any field of the config class behind the method: learning_rate, num_train_epochs, report_to, packing, ... It is
     `trl.SFTConfig` for sft and kd, `DistillationConfig` for on_policy, `ServerDistillationConfig` with a served teacher,
@@ -231,13 +236,20 @@ class Train(Section):
         """The settings that decide the weights: without what only shows, keeps or hastens."""
         given = self.trainer_args
         measured = given.get("load_best_model_at_end") or given.get("lr_scheduler_type") in FOLLOWS_EVALUATION
-        aside = _SHOWS_AND_KEEPS if measured else (*_SHOWS_AND_KEEPS, *_MEASURES)
+        aside: tuple[str, ...] = _SHOWS_AND_KEEPS if measured else (*_SHOWS_AND_KEEPS, *_MEASURES)
+        aside += (AT_ONCE,) if self.global_batch_size else ()
         return super().identity() | {"trainer_args": {name: value for name, value in given.items() if not name.startswith(aside)}}
 
     @property
     def is_live(self) -> bool:
         """Whether the student writes while it trains, so that it needs prompts alone."""
         return self.method in LIVE_METHODS
+
+    @model_validator(mode="after")
+    def _one_size_of_a_step(self) -> Train:
+        if self.global_batch_size is not None and PASSES in self.trainer_args:
+            raise ValueError(f"train.trainer_args.{PASSES} follows from train.global_batch_size, so give one of them")
+        return self
 
     @model_validator(mode="after")
     def _no_ignored_loss(self) -> Train:

@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | learning_rate | 2e-4 LoRA, 2e-5 full | TRL's LoRA guide: ten times the rate of full fine-tuning (2e-5 is SFTConfig's) |
 | lr_scheduler_type, warmup_steps | cosine, 0.03 of the steps | common to open-r1's and TRL's recipes |
-| effective batch | 16 = 1 x 16 on a GPU | below 32, where LoRA keeps up with full fine-tuning (same guide) |
+| rows of a step | 16, on a GPU one at once | below 32, where LoRA keeps up with full fine-tuning (same guide) |
 | num_train_epochs | 2 | a start; set it by the evaluation |
 | save_steps, save_total_limit | a tenth of the run, 2 | a killed job loses at most a tenth; two, so that a kill while saving leaves one |
 | logging_nan_inf_filter | false | a hidden NaN looks like a good loss |
@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +24,10 @@ from trl import SFTConfig
 
 from distill.errors import RecipeError
 from distill.models.loading import pick_dtype
+from distill.models.processes import world_size
 from distill.recipe.experiment import Recipe
 from distill.recipe.learning import DEFAULT_EPOCHS, Train
+from distill.recipe.steps import AT_ONCE, DEFAULT_ROWS, PASSES, step_size
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
@@ -40,7 +44,7 @@ def training_arguments(recipe: Recipe, train: Train, output_dir: Path, device: t
     Raises:
         RecipeError: TRL or transformers refuses a value of `train.trainer_args`.
     """
-    given = {**default_arguments(recipe, device), **train.trainer_args}
+    given = {**default_arguments(recipe, device), **train.trainer_args, **step_arguments(train, device)}
     packing = bool(given.get("packing", False))
     if not {"bf16", "fp16"} & set(train.trainer_args):
         given |= precision_flags(device, recipe.student.dtype)
@@ -77,6 +81,33 @@ def build_arguments(config: type[Arguments], given: dict[str, Any], section: str
     return arguments
 
 
+def step_arguments(train: Train, device: torch.device) -> dict[str, int]:
+    """Rows at once and passes of a step, for the processes of this launch.
+
+    Raises:
+        RecipeError: TRL deals the rows out itself, and they don't come out even.
+    """
+    size = step_size(
+        train.global_batch_size, train.trainer_args, processes_that_share(world_size()), device.type == "cpu", whole=train.is_live
+    )
+    return {AT_ONCE: size.at_once, PASSES: size.passes}
+
+
+def rows_a_step(train: Train, arguments: TrainingArguments) -> int:
+    """Rows of an optimizer step over all processes, at most what the arguments have room for."""
+    room = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes_that_share(arguments.world_size)
+    if train.global_batch_size is None and {AT_ONCE, PASSES} & set(train.trainer_args):
+        return room
+    return min(train.global_batch_size or DEFAULT_ROWS, room)
+
+
+def processes_that_share(world_size: int) -> int:
+    """How many of so many processes take rows of their own; where a launch splits sequences or layers, some take the same."""
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() not in ("true", "1"):
+        return world_size
+    return world_size // math.prod(int(os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1")) for kind in ("TP", "CP", "SP"))
+
+
 def training_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     """Type of the student's weights in training.
 
@@ -96,8 +127,6 @@ def default_arguments(recipe: Recipe, device: torch.device) -> dict[str, Any]:
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.03,
         "num_train_epochs": DEFAULT_EPOCHS,
-        "per_device_train_batch_size": 16 if on_cpu else 1,
-        "gradient_accumulation_steps": 1 if on_cpu else 16,
         "gradient_checkpointing": not on_cpu,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,

@@ -15,7 +15,7 @@ from distill.models.chat import ChatFormat
 from distill.models.loading import lora_config
 from distill.recipe.experiment import Recipe
 from distill.recipe.learning import SchedulePart, Train
-from distill.trainers.arguments import training_arguments
+from distill.trainers.arguments import rows_a_step, training_arguments
 from distill.trainers.rows import TrainingRows
 from distill.trainers.traces import TraceTrainer
 
@@ -84,11 +84,12 @@ def build_trainer(
 
         trainer: Any = live_trainer(recipe, chat, common, teacher)
     elif stored is None:
-        trainer = TraceTrainer(**common)
+        trainer = TraceTrainer(step_rows=rows_a_step(train, arguments), **common)
     else:
         settings, follows = train.kd, train.method == "sft"
         objective = likelihood(stored.target.kind) if follows else settings.objective(stored.target)
         half_life = None if follows else settings.early_half_life
+        common["step_rows"] = rows_a_step(train, arguments)
         trainer = TraceTrainer(stored=stored, objective=objective, half_life=half_life, part=part, **common)
     trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
     trained: Any = trainer.model

@@ -35,7 +35,7 @@ from distill.recipe.experiment import Recipe
 from distill.recipe.learning import OnPolicy, config_class
 from distill.run.schema import Message
 from distill.run.tables import read_rows
-from distill.trainers.arguments import build_arguments, default_arguments, precision_flags, training_dtype
+from distill.trainers.arguments import build_arguments, default_arguments, precision_flags, step_arguments, training_dtype
 from distill.trainers.rows import TrainingRows
 
 _WINDOW = 10  # logged steps over which the share of cut-off completions is taken
@@ -53,7 +53,7 @@ def live_arguments(recipe: Recipe, output_dir: Path, device: torch.device) -> Di
         RecipeError: TRL or transformers refuses a value of `train.trainer_args`.
     """
     train, settings = recipe.train, _settings(recipe)
-    given = {**default_arguments(recipe, device), **_method_arguments(recipe), **train.trainer_args}
+    given = {**default_arguments(recipe, device), **_method_arguments(recipe), **train.trainer_args, **step_arguments(train, device)}
     if not {"bf16", "fp16"} & set(train.trainer_args):
         given |= precision_flags(device, recipe.student.dtype)
     given |= {
@@ -207,7 +207,7 @@ def live_trainer(recipe: Recipe, chat: ChatFormat, common: dict[str, Any], teach
     if len(common["train_dataset"]) < step // getattr(arguments, "num_generations", 1):
         raise DataError(
             f"train.trainer_args: an optimizer step takes {step:,} completions, but there are {len(common['train_dataset']):,} prompts. "
-            "Lower per_device_train_batch_size or gradient_accumulation_steps, or give more prompts."
+            "Lower train.global_batch_size, or give more prompts."
         )
     config = student.config.get_text_config()
     rows = config.vocab_size

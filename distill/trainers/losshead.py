@@ -25,10 +25,18 @@ class BatchSums:
 
     Args:
         found: The loss of the batch; what its targets can't tell has no name here.
+        targets: Of its tokens; None for none.
+
+    Beside the sums there are `weight`, that of all supervised tokens, and `target_weight`, of those with a target: by them `nll` and
+    `kd` are averaged, since their terms are weighted.
     """
 
-    def __init__(self, found: DistillationLoss) -> None:
+    def __init__(self, found: DistillationLoss, targets: StepTargets | None = None) -> None:
         known = {name: value for name, value in vars(found).items() if value is not None}
+        known |= {"weight": found.num_positions, "target_weight": found.num_targets}
+        if targets is not None and targets.weights_M is not None:
+            known["weight"] = targets.weights_M.sum()
+            known["target_weight"] = targets.weights_M[targets.sparse.filled_NK().any(1)].sum()
         exact = torch.float64 if found.loss.device.type in ("cpu", "cuda") else torch.float32  # Apple's and Intel's may have none
         self.names = list(known)
         self.values = torch.stack([torch.as_tensor(value, dtype=exact, device=found.loss.device).detach() for value in known.values()])
@@ -38,12 +46,24 @@ class BatchSums:
         return self.values[self.names.index(name)]
 
 
+class Divisor:
+    """What a loss is divided by; a plain class for the same reason.
+
+    Args:
+        value: Without dimensions.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
 def add_loss_head(model: PreTrainedModel, vocab_size: int | None = None, objective: Objective | None = None) -> None:
     """Lets `model(..., labels=..., trace_loss=True)` return the loss instead of logits: the likelihood, or that on targets.
 
-    The result is a dictionary: `loss`, the mean over supervised tokens, which alone has a gradient; `num_positions`; and `sums`, a
-    `BatchSums`. A mean, since FSDP gives it in the type of the weights, and a sum may be larger than any float16. Without
-    `trace_loss` the forward is the one it was.
+    The result is a dictionary: `loss`, which alone has a gradient; `num_positions`; and `sums`, a `BatchSums`. The loss is divided by
+    `divisor`, a `Divisor`, or by the batch's own supervised tokens. That is done in here, since FSDP rounds what comes out, and the
+    gradient that goes in, to the type of the weights; so the factor that goes in should be 1. Without `trace_loss` the forward is
+    the one it was.
 
     Args:
         model: A causal language model, not wrapped by peft.
@@ -54,7 +74,14 @@ def add_loss_head(model: PreTrainedModel, vocab_size: int | None = None, objecti
     plain = model.forward
 
     @functools.wraps(type(model).forward)  # `generate` reads its signature
-    def forward(self: PreTrainedModel, *args: Any, trace_loss: bool = False, distillation: StepTargets | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        trace_loss: bool = False,
+        distillation: StepTargets | None = None,
+        divisor: Divisor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if not trace_loss:
             return plain(*args, **kwargs)
         labels_BT = kwargs.pop("labels")
@@ -82,6 +109,7 @@ def add_loss_head(model: PreTrainedModel, vocab_size: int | None = None, objecti
                     position_weights_N=distillation.weights_M,
                     falls_back_N=distillation.falls_back_M,
                 )
-        return {"loss": found.loss / max(found.num_positions, 1), "num_positions": found.num_positions, "sums": BatchSums(found)}
+        loss = found.loss / (max(found.num_positions, 1) if divisor is None else divisor.value)
+        return {"loss": loss, "num_positions": found.num_positions, "sums": BatchSums(found, distillation)}
 
     model.forward = types.MethodType(forward, model)

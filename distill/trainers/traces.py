@@ -8,28 +8,35 @@ batches were. They stay on the device until they are logged.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate.data_loader import prepare_data_loader
+from datasets import Dataset
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import seed_worker
 from trl import SFTTrainer, pack_dataset
 
 from distill.errors import ModelError, RecipeError
 from distill.losses.settings import Objective
+from distill.models.chat import IGNORE
 from distill.recipe.learning import DEEPSPEED_HAS_NO_PARTS, SchedulePart
-from distill.trainers.losshead import BatchSums, add_loss_head
+from distill.trainers.batches import StandIn, StepBatches, order_of
+from distill.trainers.losshead import BatchSums, Divisor, add_loss_head
 from distill.trainers.targets import StoredTargets, TargetCollator
 
 # Name in the log: the sum it comes from, and what it is divided by.
 _ALWAYS = {
-    "nll": ("nll", "num_positions"),
+    "nll": ("nll", "weight"),
     "entropy": ("student_entropy", "num_positions"),
     "mean_token_accuracy": ("hits", "num_positions"),
 }
 _ON_TARGETS = {
-    "kd": ("kd", "num_targets"),
+    "kd": ("kd", "target_weight"),
     "kl": ("forward_kl", "num_targets"),
     "log_ratio": ("log_ratio", "num_targets"),
     "top1_agreement": ("top1_agreements", "num_targets"),
@@ -40,7 +47,8 @@ _ON_TARGETS = {
 class TraceTrainer(SFTTrainer):
     """Trains on rows of `input_ids` and `labels`, and with targets `target_index`.
 
-    The loss is divided by the supervised tokens of the whole optimizer step over all ranks, as SFTTrainer's. Logged beside
+    The loss is divided by the supervised tokens of the whole optimizer step over all ranks, as SFTTrainer's (weighted ones by the sum of
+    their weights). Logged beside
     it, averaged over tokens: `nll`, `entropy` of the student, `mean_token_accuracy`. Of batches with targets also `kd` (the
     distillation term), `target_share` (the share of supervised tokens that have one), of top_k targets `kl`, the forward KL
     to the teacher, and `top1_agreement`; of chosen_token ones `log_ratio`.
@@ -53,6 +61,7 @@ class TraceTrainer(SFTTrainer):
         objective: The loss on them; None without them.
         half_life: Tokens into an answer after which a token counts half; None weighs all alike.
         part: Of the learning rate's schedule; all of it, or one of so many equal parts that follow each other.
+        step_rows: Rows of an optimizer step over all processes; None for as many as the arguments have room for.
         kwargs: SFTTrainer's.
 
     Raises:
@@ -67,13 +76,16 @@ class TraceTrainer(SFTTrainer):
         objective: Objective | None = None,
         half_life: int | None = None,
         part: SchedulePart = SchedulePart(),  # noqa: B008 (immutable)
+        step_rows: int | None = None,
         **kwargs: Any,
     ) -> None:
-        self._part = part
+        self._part, self._step_rows = part, step_rows
         self._sums: dict[str, BatchSums | None] = {"train": None, "eval": None}
         self._seen: Tensor | int = 0
+        self._evaluated: Tensor | int = 0  # TRL's loss on the validation rows so far, and their supervised tokens
         super().__init__(**kwargs)
         parallel = self.accelerator.parallelism_config
+        self._shares_rows = parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled)
         splits_sequences = parallel is not None and (parallel.cp_enabled or parallel.sp_enabled)
         if splits_sequences and stored is not None:
             raise ModelError("train: the targets are of whole sequences. Leave context and sequence parallelism out of the launch.")
@@ -105,6 +117,46 @@ class TraceTrainer(SFTTrainer):
         self.lr_scheduler = LambdaLR(whole.optimizer, [functools.partial(_later, schedule, start) for schedule in whole.lr_lambdas])
         return self.lr_scheduler
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of which every optimizer step takes the same rows on any number of processes."""
+        if self._shares_rows:  # accelerate knows which processes take the same
+            return super().get_train_dataloader()
+        arguments, rows = self.args, cast(Dataset, self.train_dataset)
+        at_once, processes = self._train_batch_size, arguments.world_size
+        step = min(self._step_rows or sys.maxsize, at_once * arguments.gradient_accumulation_steps * processes)
+        order = order_of(rows, arguments.train_sampling_strategy, arguments.seed, step)
+        drop_last = arguments.dataloader_drop_last
+        return self._loader(rows, StepBatches(order, len(rows), step, at_once, arguments.process_index, processes, drop_last), seeded=True)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Batches that together are every row once."""
+        if self._shares_rows:
+            return super().get_eval_dataloader(eval_dataset)
+        arguments, rows = self.args, cast(Dataset, self.eval_dataset if eval_dataset is None else eval_dataset)
+        at_once, processes = arguments.eval_batch_size, arguments.world_size
+        order = order_of(rows, "sequential", arguments.seed, 1)
+        return self._loader(rows, StepBatches(order, len(rows), at_once * processes, at_once, arguments.process_index, processes))
+
+    def _loader(self, rows: Dataset, batches: StepBatches, *, seeded: bool = False) -> DataLoader[Any]:
+        arguments = self.args
+        loader = DataLoader(
+            rows,
+            batch_sampler=batches,
+            collate_fn=StandIn(self.data_collator, rows),
+            num_workers=arguments.dataloader_num_workers,
+            pin_memory=arguments.dataloader_pin_memory,
+            persistent_workers=arguments.dataloader_persistent_workers and seeded,
+            multiprocessing_context=arguments.dataloader_multiprocessing_context,
+            prefetch_factor=arguments.dataloader_prefetch_factor,
+            in_order=arguments.dataloader_in_order,
+            worker_init_fn=functools.partial(seed_worker, num_workers=arguments.dataloader_num_workers, rank=arguments.process_index)
+            if seeded
+            else None,
+        )
+        # For one process: the batches are those of this one already.
+        prepared: DataLoader[Any] = prepare_data_loader(loader, arguments.device, num_processes=1, process_index=0, put_on_device=True)
+        return prepared
+
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *others: Any) -> Any:
         """Rows are tokens already; SFTTrainer's own would drop `target_index` when it packs."""
 
@@ -123,25 +175,40 @@ class TraceTrainer(SFTTrainer):
             ModelError: the outputs were asked for, which this loss never computes.
         """
         if self._loss_is_trls:
-            if "distillation" in inputs:
-                with torch.no_grad():
-                    self._add(model(**inputs, use_cache=False, trace_loss=True)["sums"])
-            plain = {name: value for name, value in inputs.items() if name != "distillation"}
-            return super().compute_loss(model, plain, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
+            return self._loss_of_trl(model, inputs, return_outputs, num_items_in_batch)
         if return_outputs:
             raise ModelError("train: the loss has no logits to return. Leave compute_metrics out.")
-        outputs = model(**inputs, use_cache=False, trace_loss=True)
-        mode, sums, num_positions = self._mode, outputs["sums"], max(outputs["num_positions"], 1)
-        # FSDP gives the loss in the type of the weights; its value, unlike its gradient, needs more than three digits.
-        loss = outputs["loss"] + (sums.of("loss").float() / num_positions - outputs["loss"].detach())
+        divisor = None
+        if num_items_in_batch is not None:  # DDP and FSDP average gradients over the ranks
+            divisor = Divisor(torch.as_tensor(num_items_in_batch, device=self.args.device).clamp(min=1) / self.accelerator.num_processes)
+        outputs = model(**inputs, use_cache=False, trace_loss=True, divisor=divisor)
+        sums, num_positions = outputs["sums"], outputs["num_positions"]
+        # FSDP gives the loss in the type of the weights; its value needs more than three digits.
+        exact = sums.of("loss").float() / (max(num_positions, 1) if divisor is None else divisor.value)
+        loss = outputs["loss"] + (exact - outputs["loss"].detach())
         self._add(sums)
-        num_tokens = num_positions if num_items_in_batch is None else num_items_in_batch
-        loss = loss * num_positions / torch.as_tensor(num_tokens, device=loss.device).clamp(min=1)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP and FSDP average gradients over the ranks
-        if mode == "train":
+        if self._mode == "train" and num_positions:  # no stand-in
             self._seen = self._seen + (inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel())
         return loss
+
+    def _loss_of_trl(self, model: Any, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any) -> Any:
+        if "distillation" in inputs:
+            with torch.no_grad():
+                self._add(model(**inputs, use_cache=False, trace_loss=True)["sums"])
+        plain = {name: value for name, value in inputs.items() if name != "distillation"}
+        found = super().compute_loss(model, plain, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
+        if self._mode == "eval":  # a mean over the batch, none of whose tokens may be supervised
+            loss: Tensor = found[0] if return_outputs else found
+            count = (plain["labels"][..., 1:] != IGNORE).sum()
+            self._evaluated = self._evaluated + torch.stack([loss.detach().nan_to_num(0) * count, count])
+        return found
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Supervised tokens of a step over all ranks; where they are weighted, the sum of their weights."""
+        weights = [batch["distillation"].weights_M for batch in batch_samples if "distillation" in batch]
+        if not weights or weights[0] is None:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        return self.accelerator.gather(torch.cat(weights).sum().to(device)).sum()
 
     def _add(self, sums: BatchSums) -> None:
         before = self._sums[self._mode]
@@ -158,6 +225,9 @@ class TraceTrainer(SFTTrainer):
         """Logs with the averages since the last time, over all ranks."""
         mode = self._mode
         sums, self._sums[mode] = self._sums[mode], None
+        if mode == "eval" and isinstance(self._evaluated, Tensor):
+            loss, count = self.accelerator.reduce(self._evaluated, reduction="sum").tolist()
+            logs["eval_loss"], self._evaluated = loss / max(count, 1), 0
         if sums is not None:
             logs |= self._averages(sums, "" if mode == "train" else "eval_")
         super().log(logs, start_time)
@@ -171,7 +241,7 @@ class TraceTrainer(SFTTrainer):
         if prefix:
             # SFTTrainer averages over batches, which differ in size.
             averages = not self._loss_is_trls and total["num_positions"]
-            return found | ({"eval_loss": total["loss"] / total["num_positions"]} if averages else {})
+            return found | ({"eval_loss": total["loss"] / total["weight"]} if averages else {})
         if not self._total_train_tokens:  # a resumed run goes on counting
             known = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
             self._total_train_tokens = int(next(known, 0))
