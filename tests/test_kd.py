@@ -34,7 +34,7 @@ from distill.run.tables import read_rows
 from distill.targets.codec import Targets
 from distill.targets.files import TargetReader
 from distill.targets.spec import ChosenToken, Sampled, TargetSpec, TopK
-from distill.trainers.callbacks import CheckpointMark
+from distill.trainers.checkpoints import CheckpointMark
 from distill.trainers.targets import NO_TARGET, StoredTargets, TargetCollator, TargetSource
 
 VOCAB_SIZE = 261
@@ -592,7 +592,7 @@ if kind == "DEEPSPEED":
 
 from distill.pipeline import run_stage
 from distill.recipe.reading import load_recipe
-from distill.trainers.callbacks import CheckpointMark
+from distill.trainers.checkpoints import CheckpointMark
 
 plain_train, plain_save, stops = transformers.Trainer.train, CheckpointMark.on_save, False
 

@@ -117,10 +117,27 @@ def test_rows_are_made_once_and_kept_for_one_training(chat: ChatFormat, tmp_path
     assert rows(validation_prompts=2).validation is not None and len(made) == 1  # nothing that decides a token
     for number, changes in enumerate([{"max_length": 200}, {"max_length": 200, "overlong": "cut"}, {}], start=2):
         rows(**changes)
-        assert len(made) == number and len(list(cache.iterdir())) == 2
+        assert len(made) == number and len(list(cache.iterdir())) == 3
     for file in cache.iterdir():
         file.unlink()
     assert rows().dataset[:] == first.dataset[:] and len(made) == 5
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet", "json"])
+def test_what_was_altered_is_made_again(kind: str, chat: ChatFormat, tmp_path: Path, made: list[Path], capsys: Any) -> None:
+    """A flipped bit in the tokens would be trained on; packs of an earlier piece are no better known."""
+    table, cache = [TraceTable(written(tmp_path / "traces", traces(8)), "traces")], tmp_path / "cache"
+    expected = training_rows(table, chat, Train(), cache, 0).dataset[:]
+    [file] = cache.glob(f"rows-*.{kind}")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    (cache / "cache-1.arrow").write_bytes(b"")
+    assert training_rows(table, chat, Train(), cache, 0).dataset[:] == expected and len(made) == 2
+    assert "was altered, so the traces are tokenised again" in capsys.readouterr().out
+    assert not (cache / "cache-1.arrow").exists()
+    file.unlink()
+    assert training_rows(table, chat, Train(), cache, 0).dataset[:] == expected and len(made) == 3
 
 
 def test_what_was_cut_off_is_made_again(chat: ChatFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +158,7 @@ def test_what_was_cut_off_is_made_again(chat: ChatFormat, tmp_path: Path, monkey
     assert all(path.name.endswith(".tmp") for path in (tmp_path / "cache").iterdir())
     found = training_rows(table, chat, Train(), tmp_path / "cache", 0)
     assert found.dataset["input_ids"] == [chat.trace_row(row)[0] for row in traces(30)]
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
 def test_targets_in_another_order_are_other_rows(chat: ChatFormat, tmp_path: Path) -> None:

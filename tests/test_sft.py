@@ -36,7 +36,7 @@ from trl import SFTConfig, SFTTrainer
 
 from distill.models.chat import chat_format
 from distill.targets.spec import TopK
-from distill.trainers.callbacks import CheckpointMark
+from distill.trainers.checkpoints import CheckpointMark
 from distill.trainers.traces import TraceTrainer
 
 FOLLOWS = {"method": "sft", "validation_prompts": 8}

@@ -90,7 +90,7 @@ def test_what_trl_deals_out_must_come_out_even() -> None:
     assert step_size(70, {}, 2, True, whole=True) == (70, 7, 5)
     with pytest.raises(RecipeError, match=r"16 can't be dealt out evenly to 3 processes\. The nearest that can: 15 or 18"):
         step_size(16, {}, 3, False, whole=True)
-    with pytest.raises(RecipeError, match="2 processes that take 32 at once. The nearest that can: 64"):
+    with pytest.raises(RecipeError, match=r"2 processes that take 32 at once\. The nearest that can: 64"):
         step_size(16, {AT_ONCE: 32}, 2, False, whole=True)
 
 

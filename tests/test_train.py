@@ -254,28 +254,6 @@ def test_ten_steps_equal_five_and_a_kill_and_five(recipe: Callable[..., Path]) -
         assert torch.equal(value, adapter(student)[name]), name
 
 
-def test_the_loss_of_all_pieces_weighs_steps_alike(tmp_path: Path) -> None:
-    from distill.trainers.callbacks import loss_of_all_pieces
-
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 5.0}\n{"step": 3, "loss": 2.0}\n{"step": 3, "eval_loss": 9.0}\n{"step": 6, "loss": 7.0}\n')
-    assert loss_of_all_pieces(path, 3, 1.0, 6) == pytest.approx((5 + 2 * 2 + 3 * 1) / 6)
-    assert loss_of_all_pieces(path, 0, 1.5, 6) == 1.5
-    assert loss_of_all_pieces(tmp_path / "absent", 3, 1.5, 6) == 1.5
-
-
-def test_a_checkpoint_that_was_not_finished_is_not_resumed_from(recipe: Callable[..., Path]) -> None:
-    from distill.trainers.callbacks import last_whole_checkpoint
-
-    folder = recipe("x").with_suffix("") / "student" / "checkpoints"
-    for step, whole in ((5, True), (10, True), (15, False)):
-        (folder / f"checkpoint-{step}").mkdir(parents=True)
-        if whole:
-            (folder / f"checkpoint-{step}" / "whole").touch()
-    assert last_whole_checkpoint(folder) == (folder / "checkpoint-10", 10)
-    assert last_whole_checkpoint(folder / "absent") is None
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("student", "modules"),

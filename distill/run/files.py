@@ -79,6 +79,15 @@ def user_cache() -> Path:
     return (Path(cache) if cache else Path.home() / ".cache") / "distill-kit"
 
 
+def flush(path: Path) -> None:
+    """Returns when a file, or the list of names in a folder, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def commit(temporary: Path, final: Path) -> None:
     """Puts a file that is written whole in its place, on disk."""
     with temporary.open("rb+") as file:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from distill.models.chat import ChatFormat
+    from distill.trainers.checkpoints import Checkpoint, Launch
     from distill.trainers.rows import TrainingRows
     from distill.trainers.targets import StoredTargets
 
@@ -139,45 +140,38 @@ def _train(
 ) -> Manifest:
     # Imported here, so that a finished stage answers without loading torch.
     from distill.models.loading import free_memory, load_chat_format, pick_device
-    from distill.trainers.building import build_trainer, trainer_arguments
-    from distill.trainers.callbacks import (
-        CheckpointMark,
-        MetricsFile,
-        ProgressBar,
-        StopOnNonFinite,
-        last_logged,
-        last_whole_checkpoint,
-        loss_of_all_pieces,
-    )
+    from distill.trainers.building import build_trainer, launch_of, trainer_arguments
+    from distill.trainers.callbacks import MetricsFile, ProgressBar, StopOnNonFinite
+    from distill.trainers.checkpoints import CheckpointMark
 
     clock, device = Clock(out.path), pick_device()
     arguments = trainer_arguments(recipe, material.train, out.path / "checkpoints", device)
+    launch = launch_of(material.train, arguments, processes)
+    checkpoint = _checkpoint(out.path / "checkpoints", launch, processes)
     chat = load_chat_format(recipe.student)
     stored = _stored_targets(recipe, material, chat)
     with processes.first_alone():  # it reads and tokenises for longer than the others would wait for it in the trainer's group
         rows = _rows(recipe, material, number, chat, stored)
-    checkpoint = last_whole_checkpoint(out.path / "checkpoints")
-    if checkpoint:
-        say(f"train     going on from step {checkpoint[1]}")
-    start_step = checkpoint[1] if checkpoint else 0
-    metrics = out.path / "metrics.jsonl"
-    callbacks = [MetricsFile(metrics, start_step), ProgressBar(len(rows.dataset)), StopOnNonFinite(), CheckpointMark(processes), *watchers]
+    metrics, mark = out.path / "metrics.jsonl", CheckpointMark(processes, launch, checkpoint)
+    bar = ProgressBar(len(rows.dataset), launch.rows_a_step)
+    callbacks = [MetricsFile(metrics, checkpoint.step if checkpoint else 0), bar, StopOnNonFinite(), mark, *watchers]
     student = _student_to_train(recipe, material)
     trainer = build_trainer(recipe, material.train, student, arguments, rows, chat, stored, part=material.part, callbacks=callbacks)
+    mark.trainer = trainer
     del student
-    trainer._total_train_tokens = last_logged(metrics, "num_tokens")  # which TRL counts anew in every piece
-    result = trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
+    result = trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     files = _save(recipe, out.path, trainer, processes)
     facts = clock.facts(
         method=material.train.method,
         world_size=processes.count,
-        train_loss=loss_of_all_pieces(metrics, start_step, result.training_loss, trainer.state.global_step),
-        tokens=trainer.state.num_input_tokens_seen if material.train.is_live else round(rows.num_tokens * (trainer.state.epoch or 0)),
+        rows_a_step=launch.rows_a_step,
+        train_loss=result.training_loss,
+        tokens=trainer.state.num_input_tokens_seen if material.train.is_live else trainer._total_train_tokens,
         tokenizer_digest=chat.tokenizer_digest,
         template_digest=chat.template_digest,
         **_measured(trainer, device),
     )
-    del trainer
+    del trainer, mark, callbacks
     if processes.rank:
         processes.wait()  # for the manifest, which a next stage of this process may read
         return read_manifest(out.path)
@@ -190,6 +184,19 @@ def _train(
         leftover.unlink()
     processes.wait()
     return manifest
+
+
+def _checkpoint(folder: Path, launch: Launch, processes: Processes) -> Checkpoint | None:
+    """From which training goes on; the first process looks for all."""
+    from distill.trainers.checkpoints import last_whole_checkpoint
+
+    found: Checkpoint | None = processes.gather(None if processes.rank else last_whole_checkpoint(folder))[0]
+    if found is not None:
+        found.check(launch)
+        others = found.launch.processes
+        drawn = f", which {others} processes reached: the same rows follow, but what is drawn at random (dropout, answers) is another draw"
+        say(f"train     going on from step {found.step}" + (drawn if others != launch.processes else ""))
+    return found
 
 
 def _measured(trainer: Any, device: torch.device) -> dict[str, Any]:

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
 
 from distill.losses.settings import likelihood
 from distill.models.chat import ChatFormat
 from distill.models.loading import lora_config
+from distill.models.processes import Processes
 from distill.recipe.experiment import Recipe
 from distill.recipe.learning import SchedulePart, Train
 from distill.trainers.arguments import rows_a_step, training_arguments
+from distill.trainers.checkpoints import Launch
 from distill.trainers.rows import TrainingRows
 from distill.trainers.traces import TraceTrainer
 
@@ -40,6 +43,14 @@ def trainer_arguments(recipe: Recipe, train: Train, output_dir: Path, device: to
 
         return live_arguments(recipe, output_dir, device)
     return training_arguments(recipe, train, output_dir, device)
+
+
+def launch_of(train: Train, arguments: Any, processes: Processes) -> Launch:
+    """What of this launch decides which rows a step takes."""
+    sharding = "DEEPSPEED" if arguments.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") else ""
+    if processes.count > 1 and (arguments.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")):
+        sharding = "FSDP"
+    return Launch(processes.count, rows_a_step(train, arguments), sharding)
 
 
 def build_trainer(

@@ -1,4 +1,4 @@
-"""Callbacks of a run: metrics in a file, checkpoints that say they are whole, and an end to a loss that is no number."""
+"""Callbacks of a run: metrics in a file, a bar of progress, and an end to a loss that is no number."""
 
 from __future__ import annotations
 
@@ -13,11 +13,8 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from distill.errors import ModelError
-from distill.models.processes import Processes
 from distill.run.log import progress, say
 from distill.trainers.arguments import precision_name
-
-_WHOLE = "whole"  # written into a checkpoint after every process has saved its part
 
 
 class MetricsFile(TrainerCallback):
@@ -41,16 +38,17 @@ class ProgressBar(TrainerCallback):
 
     Args:
         rows: That are trained on, before they are packed.
+        rows_a_step: Over all processes; with packing packs.
     """
 
-    def __init__(self, rows: int) -> None:
-        self._rows = rows
+    def __init__(self, rows: int, rows_a_step: int) -> None:
+        self._rows, self._rows_a_step = rows, rows_a_step
         self._last: tuple[float, float] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Says what is trained, and opens the bar at the step the run starts from."""
         if state.is_world_process_zero:
-            say(_first_line(args, state, kwargs["model"], self._rows))
+            say(_first_line(args, state, kwargs["model"], self._rows, self._rows_a_step))
             self._bar = progress(state.max_steps, "steps", "train", done=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -87,31 +85,7 @@ class StopOnNonFinite(TrainerCallback):
             )
 
 
-class CheckpointMark(TrainerCallback):
-    """Marks a checkpoint as whole once every process has written its part of it.
-
-    Args:
-        processes: That wait for each other.
-    """
-
-    def __init__(self, processes: Processes) -> None:
-        self._processes = processes
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Waits for all processes, then writes the mark."""
-        self._processes.wait()
-        if state.is_world_process_zero:
-            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
-
-
-def last_whole_checkpoint(folder: Path) -> tuple[Path, int] | None:
-    """The newest checkpoint that was written to its end, and its step; null where there is none."""
-    steps = [int(path.parent.name.removeprefix("checkpoint-")) for path in folder.glob(f"checkpoint-*/{_WHOLE}")]
-    return (folder / f"checkpoint-{max(steps)}", max(steps)) if steps else None
-
-
-def _first_line(args: TrainingArguments, state: TrainerState, model: torch.nn.Module, rows: int) -> str:
-    rows_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+def _first_line(args: TrainingArguments, state: TrainerState, model: torch.nn.Module, rows: int, rows_a_step: int) -> str:
     unit = "packs" if getattr(args, "packing", False) else "rows"
     on_gpu = args.device.type == "cuda"
     device = torch.cuda.get_device_name(args.device) if on_gpu else f"{args.device.type.upper()} ({torch.get_num_threads()} threads)"
@@ -122,30 +96,6 @@ def _first_line(args: TrainingArguments, state: TrainerState, model: torch.nn.Mo
         f"train     {rows:,} rows, {state.max_steps:,} steps of {rows_a_step:,} {unit}; {args.world_size} x {device}, "
         f"{precision_name(args)}; {trained:,} of {total:,} parameters are trained"
     )
-
-
-def last_logged(path: Path, name: str) -> float:
-    """The last value of a metric that is in the file; 0 where there is none."""
-    return next((entry[name] for entry in reversed(_entries(path)) if name in entry), 0)
-
-
-def loss_of_all_pieces(path: Path, start_step: int, last_loss: float, steps: int) -> float:
-    """Mean training loss a step, over all pieces of a run that was killed and went on.
-
-    Args:
-        path: The metrics, which hold those of the pieces before.
-        start_step: From which the last piece went on.
-        last_loss: Mean of the last piece, which is what transformers calls the training loss.
-        steps: Of all pieces.
-    """
-    total = step = 0
-    for entry in _entries(path):
-        if "loss" in entry and entry["step"] <= start_step:
-            total += entry["loss"] * (entry["step"] - step)  # the mean since the last log
-            step = entry["step"]
-    if not step:
-        return last_loss
-    return (total / step * start_step + last_loss * (steps - start_step)) / steps
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """A table of traces as token ids on disk: made once, on all cores, and found again by whoever trains on the same.
 
 Lies in the run's folder `cache`, under a name made of everything that decides a row: `rows-<name>.arrow` has the tokens, mapped
-into memory, and `rows-<name>.parquet` beside it what is asked of a row before it is trained on. Both can be deleted at any time.
+into memory, and `rows-<name>.parquet` beside it what is asked of a row before it is trained on; `rows-<name>.json`, written last, has
+the digests of both. All can be deleted at any time, and what was altered is made anew.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from numpy.typing import NDArray
 
 from distill.engines.batching import one_ahead
 from distill.engines.reading import COLUMNS, lists_of
+from distill.errors import IntegrityError
 from distill.models.chat import IGNORE, ChatFormat
 from distill.recipe.learning import Train
-from distill.run.files import commit
-from distill.run.log import progress
+from distill.run.clock import is_main_process
+from distill.run.files import commit, digest_file, read_json, write_json
+from distill.run.log import progress, say
 from distill.run.manifest import read_manifest
 from distill.run.schema import trace_key
 from distill.run.tables import iter_pieces
@@ -65,7 +68,7 @@ class EncodedTraces:
 def encoded_traces(
     folder: Path, table: str, chat: ChatFormat, train: Train, cache: Path, stored: StoredTargets | None, source: int
 ) -> EncodedTraces:
-    """The rows of a table, which are made where they are not there yet; one process at a time may do so.
+    """The rows of a table, which are made where they are not there yet, or altered; one process at a time may do so.
 
     Args:
         folder: Of the stage that wrote the traces.
@@ -80,7 +83,7 @@ def encoded_traces(
         IntegrityError: a shard of the table was altered; or a row has no targets, or not as many as supervised tokens.
     """
     path = cache / rows_name(folder, chat, train, stored, source)
-    if not _about(path).exists():
+    if is_main_process() and not _whole(path):  # the others come behind it
         cache.mkdir(parents=True, exist_ok=True)
         _write(path, _TOKENS if stored is None else _TOKENS.append(_PLACES), _batches(folder, table, chat, train, stored, source))
     return EncodedTraces(path)
@@ -94,15 +97,38 @@ def rows_name(folder: Path, chat: ChatFormat, train: Train, stored: StoredTarget
 
 
 def keep_only(cache: Path, names: Sequence[str]) -> None:
-    """Deletes all rows but some from the cache, so that it holds no more than one training reads."""
-    kept = {path.name for name in names for path in (cache / name, _about(cache / name))}
-    for path in cache.glob("rows-*"):
+    """Deletes all rows but some from the cache, so that it holds no more than one training reads, and what a trainer made of them.
+
+    Packs and orders are kept by nobody's digest, and quickly made.
+    """
+    kept = {path.name for name in names for path in _files(cache / name)}
+    for path in (*cache.glob("rows-*"), *cache.glob("cache-*")):
         if path.name not in kept:
             path.unlink()
 
 
 def _about(path: Path) -> Path:
     return path.with_suffix(".parquet")
+
+
+def _files(path: Path) -> tuple[Path, Path, Path]:
+    """With the tokens, about the rows, with the digests of both."""
+    return path, _about(path), path.with_suffix(".json")
+
+
+def _whole(path: Path) -> bool:
+    """Whether the rows are there as they were written."""
+    tokens, about, digests = _files(path)
+    if not digests.exists():
+        return False
+    try:
+        expected = read_json(digests)
+        whole = all(file.is_file() and digest_file(file) == expected.get(file.name) for file in (tokens, about))
+    except IntegrityError:
+        whole = False
+    if not whole:
+        say(f"train     {path}: was altered, so the traces are tokenised again.")
+    return whole
 
 
 def _batches(
@@ -143,7 +169,9 @@ def _lists(rows: list[NDArray[Any]]) -> pa.ListArray:
 
 
 def _write(path: Path, schema: pa.Schema, batches: Iterator[tuple[pa.RecordBatch, pa.RecordBatch]]) -> None:
-    """Puts both files in their places when they are whole, the one that is looked for last."""
+    """Puts both files in their places when they are whole, and their digests behind them."""
+    for file in _files(path):
+        file.unlink(missing_ok=True)
     temporary = [place.with_name(place.name + ".tmp") for place in (path, _about(path))]
     with pa.ipc.new_stream(str(temporary[0]), schema) as tokens_file, pq.ParquetWriter(temporary[1], _ABOUT) as about_file:
         waiting: list[pa.RecordBatch] = []
@@ -157,6 +185,7 @@ def _write(path: Path, schema: pa.Schema, batches: Iterator[tuple[pa.RecordBatch
             tokens_file.write_batch(pa.concat_batches(waiting))
     for place, final in zip(temporary, (path, _about(path)), strict=True):
         commit(place, final)
+    write_json(path.with_suffix(".json"), {file.name: digest_file(file) for file in (path, _about(path))})
 
 
 @contextlib.contextmanager

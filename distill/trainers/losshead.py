@@ -37,13 +37,24 @@ class BatchSums:
         if targets is not None and targets.weights_M is not None:
             known["weight"] = targets.weights_M.sum()
             known["target_weight"] = targets.weights_M[targets.sparse.filled_NK().any(1)].sum()
-        exact = torch.float64 if found.loss.device.type in ("cpu", "cuda") else torch.float32  # Apple's and Intel's may have none
+        device = found.loss.device
         self.names = list(known)
-        self.values = torch.stack([torch.as_tensor(value, dtype=exact, device=found.loss.device).detach() for value in known.values()])
+        self.values = torch.stack([torch.as_tensor(value, dtype=_exact(device), device=device).detach() for value in known.values()])
+
+    @classmethod
+    def of_values(cls, names: list[str], values: list[float], device: torch.device) -> BatchSums:
+        """Sums as they were written down."""
+        found = cls.__new__(cls)
+        found.names, found.values = names, torch.tensor(values, dtype=_exact(device), device=device)
+        return found
 
     def of(self, name: str) -> Tensor:
         """One of them, a tensor without dimensions."""
         return self.values[self.names.index(name)]
+
+
+def _exact(device: torch.device) -> torch.dtype:
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32  # Apple's and Intel's may have none
 
 
 class Divisor:

@@ -210,6 +210,17 @@ class TraceTrainer(SFTTrainer):
             return super()._get_num_items_in_batch(batch_samples, device)
         return self.accelerator.gather(torch.cat(weights).sum().to(device)).sum()
 
+    def sums(self) -> dict[str, Any] | None:
+        """What this process has summed up since the last log, as JSON values, for a run that goes on from here."""
+        sums = self._sums["train"]
+        if sums is None:
+            return None
+        return {"names": sums.names, "values": sums.values.tolist(), "seen": int(self._seen)}
+
+    def restore(self, found: dict[str, Any]) -> None:
+        """Takes what `sums` gave up again."""
+        self._sums["train"], self._seen = BatchSums.of_values(found["names"], found["values"], self.args.device), found["seen"]
+
     def _add(self, sums: BatchSums) -> None:
         before = self._sums[self._mode]
         if before is not None:
@@ -242,9 +253,6 @@ class TraceTrainer(SFTTrainer):
             # SFTTrainer averages over batches, which differ in size.
             averages = not self._loss_is_trls and total["num_positions"]
             return found | ({"eval_loss": total["loss"] / total["weight"]} if averages else {})
-        if not self._total_train_tokens:  # a resumed run goes on counting
-            known = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
-            self._total_train_tokens = int(next(known, 0))
         self._total_train_tokens += int(seen_by_all)
         self._seen = 0
         return found | {"num_tokens": self._total_train_tokens}
