@@ -71,10 +71,11 @@ def read_table(folder: str | Path, table: str, columns: Sequence[str] | None = N
     from distill.run.manifest import read_manifest
     from distill.run.tables import read_rows
 
-    known = read_manifest(Path(folder)).tables
+    folder = Path(folder).absolute()  # a relative `exp:1/` would be a URI to Arrow
+    known = read_manifest(folder).tables
     if table not in known:
         raise DataError(f"{folder}: has no table {table!r}, only {', '.join(known) or 'other files'}.")
-    return read_rows(Path(folder), table, columns)
+    return read_rows(folder, table, columns)
 
 
 @plain_storage_errors()

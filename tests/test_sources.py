@@ -219,6 +219,17 @@ def test_a_folder_that_is_not_data_alone_says_what_else_it_holds(tmp_path: Path)
         Source(str(tmp_path / "*s.*"))
 
 
+@pytest.mark.parametrize("name", ["exp:1/rows.parquet", "exp[1]/rows.jsonl", "exp[1]/*.jsonl", "a*/rows.csv"])
+def test_a_folder_is_what_it_is_called(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / name.replace("*.", "rows.")
+    for folder in (path.parent, tmp_path / "exp1", tmp_path / "ab"):
+        folder.mkdir()
+        (folder / path.name).write_text("of another folder, which the name would match as a pattern")
+    dict(KINDS.values())[path.name](path, ROWS)
+    assert read_source(name) == ROWS
+
+
 def test_other_names_that_hold_nothing_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing of that name is embedded"):
         read_source("embedded:algebra")

@@ -24,6 +24,16 @@ def test_a_refused_run_leaves_the_recipe_of_what_is_there(tmp_path: Path) -> Non
     assert (tmp_path / "run" / "recipe.yaml").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["runs/s*", "exp[1]", "exp:1", "2026-01-31", "#3"])
+def test_a_run_is_in_the_folder_of_that_very_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("quickstart", ["--run_dir", name, "--prompts.max_prompts", "20", "--prompts.heldout_size", "5"])
+    distill.run_stage("prompts", recipe)
+    assert len(distill.read_table(Path(name) / "prompts", "train")) == 20
+    assert [str(place.relative_to(tmp_path)) for place in tmp_path.rglob("prompts")] == [f"{name}/prompts"]
+    assert load_recipe(Path(name) / "recipe.yaml").run_dir == name
+
+
 @pytest.mark.slow
 def test_of_starts_at_the_same_time_one_works_and_the_others_say_so(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "distill", "prompts", "quickstart", "--run_dir", str(tmp_path / "run")]

@@ -143,7 +143,8 @@ def _parquet(path: Path, tap: _Tap, columns: Sequence[str] | None) -> Iterator[P
     """Row groups as they stand; each is hashed just before it is decoded, so that the disk is read once."""
     number = 0
     # With a buffer a column is read page by page; without, whole column chunks would be in memory.
-    with pq.ParquetFile(path, buffer_size=_CHUNK, pre_buffer=False, page_checksum_verification=True) as file:
+    # Of a relative path `exp:1/` would be a URI to Arrow.
+    with pq.ParquetFile(path.absolute(), buffer_size=_CHUNK, pre_buffer=False, page_checksum_verification=True) as file:
         names = top_levels(columns, file.schema_arrow.names) if columns is not None else None
         for group in range(file.num_row_groups):
             meta = file.metadata.row_group(group)

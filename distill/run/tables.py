@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pyarrow.fs import LocalFileSystem
 
 from distill.errors import IntegrityError, MissingStageError
 from distill.run.files import commit, digest_file
@@ -127,10 +126,7 @@ class TableWriter:
 
     def _open(self) -> pq.ParquetWriter:
         if self._file is None:
-            place = LocalFileSystem()  # named, because `exp:1/` would be taken for a URI
-            self._file = pq.ParquetWriter(
-                self._temporary, self._schema, filesystem=place, compression="zstd", use_dictionary=self._dictionaries
-            )
+            self._file = pq.ParquetWriter(self._temporary, self._schema, compression="zstd", use_dictionary=self._dictionaries)
         return self._file
 
     def _convert(self) -> None:

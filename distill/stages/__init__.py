@@ -74,7 +74,8 @@ ROUNDS = "rounds"
 
 def run_dir(recipe: Recipe) -> Path:
     """The folder of a recipe's run."""
-    return Path(recipe.run_dir or f"runs/{recipe.name}")
+    path = Path(recipe.run_dir or f"runs/{recipe.name}")
+    return path.absolute() if ":" in "".join(path.parts[:1]) else path  # a relative `exp:1/` would be a URI to Arrow
 
 
 def folder(recipe: Recipe, stage: str, number: int = 0) -> Path:
