@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from distill.recipe.experiment import Recipe
 from distill.run.folder import StageFolder
+from distill.run.manifest import MANIFEST
 from distill.run.schema import DROPPED_TRACE, PROMPT, SCORE, TRACE, VERDICT, prompt_id
 
-HOSTILE = "<script>alert(1)</script> {{ 7 * 7 }} {% raw %} <img src=https://example.org/x.png> | **bold** ```"
+CONTROLS = "\x1b]0;title\x07\x1b[2J\x9b31m \u202eabc\u2066 \x00"
+"""What would name a terminal, empty it, colour it, and turn text around."""
+HOSTILE = f"<script>alert(1)</script></textarea> {{{{ 7 * 7 }}}} {{% raw %}} <img src=https://example.org/x.png> | **bold** ``` {CONTROLS}"
 PACKAGES = {"torch": "2.13.0", "transformers": "5.23.0"}
 SCORES = {"base": (0.25, 0.20, 0.30), "student": (0.71, 0.66, 0.76), "teacher": (0.90, 0.87, 0.93)}
 GAP = (0.7077, 0.63, 0.79)
@@ -48,6 +52,13 @@ def trace(index: int, question: str, completion: str) -> dict[str, Any]:
 def facts(**more: Any) -> dict[str, Any]:
     stamp = {"kit_version": "0.1.0", "finished_at": "2026-11-23T20:00:00+00:00", "git_revision": "0123456789ab"}
     return {**stamp, "wall_s": 65.5, "packages": PACKAGES, "device": "cpu", **more}
+
+
+def change_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes a manifest in its place."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    change(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 def make_run(run_dir: Path, *, evaluated: bool = True, kept: int = 30, dropped: int = 10, gap: tuple[Any, Any, Any] | None = GAP) -> None:

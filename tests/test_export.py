@@ -11,16 +11,20 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_tiny_model
-from fabricated import make_run, recipe_for
+from fabricated import change_manifest, make_run, recipe_for, trace
 from peft import LoraConfig, PeftModel, get_peft_model
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from distill.errors import DataError, IntegrityError, LicenceError, ModelError
+from distill.models.loading import load_chat_format
 from distill.recipe.experiment import Recipe
+from distill.recipe.models import ModelSpec
+from distill.recipe.results import Evaluate, Export
 from distill.run.folder import StageFolder
 from distill.run.manifest import MANIFEST, check_files
+from distill.run.schema import TRACE
 from distill.stages import export
 
 LORA = {"type": "lora", "r": 4, "lora_alpha": 8}
@@ -42,6 +46,7 @@ def make_student(run_dir: Path, base: Path, *, std: float = 0.05, poison: str | 
     with StageFolder(run_dir / "student", "train", {}, [run_dir / "curated"]) as out:
         target = out.path / ("model" if full else "adapter")
         model.save_pretrained(target)
+        (target / "README.md").unlink(missing_ok=True)  # as the stage does
         facts = {"wall_s": 1.0, "finished_at": "2026-11-23T20:00:00+00:00", "parameters": 1, "trainable_parameters": 1, "steps": 3}
         out.finish(rows_in=30, rows_kept=30, files=list(target.iterdir()), facts=facts)
 
@@ -186,7 +191,7 @@ def test_answers_that_are_no_numbers_are_a_difference(tiny_model_dir: Path) -> N
     model.model.norm.weight.data[0] = math.nan
     parity = export._compare(model, expected) | {"token_agreement": 1.0}
     with pytest.raises(ModelError, match="KL nan"):
-        export._refuse_difference(export.Export(), parity, Path("export"))
+        export._refuse_difference(Export(), parity, Path("export"))
 
 
 def test_an_altered_adapter_is_refused(tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -240,6 +245,10 @@ def test_the_card_says_what_it_is(exported: Path, tiny_model_dir: Path) -> None:
         assert expected in card.replace("\\", ""), expected
 
 
+def change_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 def test_the_card_of_a_student_from_the_hub(tmp_path: Path, exported: Path) -> None:
     """Rendering alone: the card names the base model, the turns it was trained with, and 4-bit training."""
     make_run(tmp_path)
@@ -247,7 +256,13 @@ def test_the_card_of_a_student_from_the_hub(tmp_path: Path, exported: Path) -> N
     prompts = {"source": "x.jsonl", "system_prompt": "Think. ```", "template": "{prompt}\nEnd with \\boxed{}."}
     parity = check_files(exported / "export").facts["parity"]
     recipe = recipe_for(tmp_path, student=student, prompts=prompts)
-    card = export._card(recipe, export.Export(), {"author": "Qwen/Qwen3-8B", "licence": "gemma", "parity": parity, "notes": ["a note"]})
+    shutil.copytree(exported / "export" / "adapter", tmp_path / "export" / "adapter")
+    change_json(tmp_path / "export" / "adapter" / "adapter_config.json", {"use_rslora": True})
+    card = export._card(
+        recipe,
+        Export(),
+        {"author": "Qwen/Qwen3-8B", "licence": "gemma", "parity": parity, "notes": ["a note"], "least_transformers": "4.57"},
+    )
     keys = front_matter(card)
     assert keys["base_model"] == "Qwen/Qwen3-0.6B"
     assert keys["license"] == "other" and keys["license_name"] == "apache-2.0-and-gemma"
@@ -258,13 +273,91 @@ def test_the_card_of_a_student_from_the_hub(tmp_path: Path, exported: Path) -> N
         "{prompt}\nEnd with \\boxed{}.",
         '{"enable_thinking": true}',
         "- a note",
+        "needs transformers 4.57 or newer",
+        "`convert_lora_to_gguf.py` can't be given `adapter/`: it knows nothing of rsLoRA",
+        "Measured on the 300 prompts above and nowhere else.",
     ):
         assert expected in card, expected
 
 
-def test_without_evaluation_the_card_says_not_measured(tmp_path: Path, tiny_model_dir: Path) -> None:
-    make_student(tmp_path, tiny_model_dir)
-    export.run(recipe_of(tmp_path, tiny_model_dir, evaluate=None, generate={"temperature": 0.7, "top_p": 0.8, "min_p": 0.05}))
-    assert "Not measured." in (tmp_path / "export" / "README.md").read_text()
-    config = GenerationConfig.from_pretrained(tmp_path / "export" / "model")
-    assert (config.do_sample, config.temperature, config.top_p, config.top_k, config.min_p) == (True, 0.7, 0.8, 0, 0.05)
+def test_without_evaluation_the_card_says_not_measured_and_the_student_draws_as_its_base(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """How the teacher's traces were drawn says nothing of the student."""
+    shutil.copytree(tiny_model_dir, tmp_path / "base")
+    GenerationConfig(do_sample=True, temperature=0.9, top_k=7, max_length=99).save_pretrained(tmp_path / "base")
+    make_student(tmp_path / "run", tmp_path / "base")
+    student = {"model": str(tmp_path / "base"), "adapter": LORA, "public_name": "somebody/small"}
+    export.run(recipe_of(tmp_path / "run", tmp_path / "base", student=student, evaluate=None, generate={"temperature": 0.7, "min_p": 0.05}))
+    card = (tmp_path / "run" / "export" / "README.md").read_text()
+    assert "Not measured." in card and "measured nowhere" in card and "Measured on" not in card
+    assert front_matter(card)["base_model"] == "somebody/small" and "\nsomebody/small after distillation" in card
+    config = GenerationConfig.from_pretrained(tmp_path / "run" / "export" / "model")
+    assert (config.do_sample, config.temperature, config.top_p, config.top_k, config.min_p) == (True, 0.9, None, 7, None)
+
+
+def test_a_measured_student_draws_as_it_was_measured(tiny_model_dir: Path) -> None:
+    chat, own = load_chat_format(ModelSpec(model=str(tiny_model_dir))), GenerationConfig(do_sample=True, temperature=0.9)
+    drawn = export._generation_config(Evaluate(temperature=0.7, top_p=0.8, min_p=0.05), chat, own)
+    assert (drawn.do_sample, drawn.temperature, drawn.top_p, drawn.top_k, drawn.min_p) == (True, 0.7, 0.8, 0, 0.05)
+    others = export._generation_config(Evaluate(models=["teacher"], temperature=0.7), chat, own)
+    assert (others.temperature, others.top_p) == (0.9, None)
+
+
+def test_only_listed_files_travel(tmp_path: Path, tiny_model_dir: Path) -> None:
+    make_student(tmp_path / "run", tiny_model_dir)
+    (tmp_path / "id_rsa").write_text("a key")
+    adapter = tmp_path / "run" / "student" / "adapter"
+    (adapter / "linked").symlink_to(tmp_path / "id_rsa")
+    (adapter / "notes").mkdir()
+    (adapter / "notes" / "unlisted.txt").write_text("mine")
+    weights = adapter / "adapter_model.safetensors"
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to(tmp_path / "elsewhere")  # a listed one is copied, whatever it lies behind
+    files = set(export.run(recipe_of(tmp_path / "run", tiny_model_dir)).files)
+    assert files >= {"adapter/adapter_model.safetensors"} and not {name for name in files if "linked" in name or "notes" in name}
+    there = {path for path in (tmp_path / "run" / "export").rglob("*") if path.is_file() and path.name not in (MANIFEST, ".lock")}
+    assert {str(path.relative_to(tmp_path / "run" / "export")) for path in there} == files and not any(map(Path.is_symlink, there))
+
+
+def test_nothing_of_this_machine_is_published(tmp_path: Path, tiny_model_dir: Path) -> None:
+    make_student(tmp_path / "run", tiny_model_dir)
+    change_manifest(tmp_path / "run" / "traces", lambda manifest: manifest["facts"]["author"].update({"model": str(tmp_path / "big-one")}))
+    secret = "hf_" + "a1B2" * 8
+    prompts = {"source": str(tmp_path / "problems.jsonl"), "system_prompt": "/no_think"}
+    train = {"trainer_args": {"deepspeed": str(tmp_path / "zero.json"), "run_name": secret, "hub_token": "mine"}}
+    teacher = {"model": str(tmp_path / "big-one")}
+    export.run(recipe_of(tmp_path / "run", tiny_model_dir, teacher=teacher, prompts=prompts, train=train))
+    for path in (tmp_path / "run" / "export").rglob("*"):
+        if path.is_file():
+            assert str(tmp_path.parent).encode() not in path.read_bytes() and secret.encode() not in path.read_bytes(), path
+    card = (tmp_path / "run" / "export" / "README.md").read_text().replace("\\", "")
+    for expected in ("distillation from big-one", "| problems | problems.jsonl |", "system_prompt: /no_think", "run_name: '***'", "hub_token: '***'"):
+        assert expected in card, expected
+    settings = json.loads((tmp_path / "run" / "export" / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == tiny_model_dir.name
+    assert export.run(
+        recipe_of(tmp_path / "run", tiny_model_dir, teacher={"model": str(tmp_path / "big-one")}, prompts=prompts, train=train)
+    )
+
+
+def test_the_type_of_the_weights_stands_deeper_in_some_configs(tmp_path: Path) -> None:
+    text = {"model_type": "gemma3_text", "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+    assert export._own_dtype(ModelSpec(model=str(tmp_path))) == "bfloat16"
+
+
+def test_a_student_that_does_not_reason_is_not_said_to(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    assert export._reasons(recipe_for(tmp_path))
+    traces = [trace(index, f"What is {index}?", f"It is {index}.") for index in range(6)]
+    shutil.rmtree(tmp_path / "curated")
+    with StageFolder(tmp_path / "curated", "curate", {}, [tmp_path / "traces"]) as out:
+        out.write_table("curated", traces, TRACE)
+        out.finish(rows_in=6, rows_kept=6)
+    assert not export._reasons(recipe_for(tmp_path))
+    live = recipe_for(tmp_path, train={"method": "on_policy"}, generate=None)
+    shutil.rmtree(tmp_path / "eval")
+    with StageFolder(tmp_path / "eval", "evaluate", {}, [tmp_path / "prompts"]) as out:
+        own = trace(0, "What is 3?", "<think>\nThree.\n</think>\n\n3") | {"author": "student"}
+        out.write_table("traces", [row | {"author": "base"} for row in traces] + [own], TRACE)
+        out.finish(rows_in=7, rows_kept=7)
+    assert export._reasons(live) and not export._reasons(recipe_for(tmp_path, train={"method": "on_policy"}, generate=None, evaluate=None))

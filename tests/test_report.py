@@ -10,9 +10,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from fabricated import HOSTILE, make_run, recipe_for
+from fabricated import CONTROLS, HOSTILE, change_manifest, make_run, recipe_for
 
-from distill.errors import MissingStageError
+from distill.errors import MissingStageError, visible
 from distill.recipe.reading import load_recipe
 from distill.reporting.pages import excerpt, fenced, markdown_text
 from distill.reporting.summary import parameters_text
@@ -98,7 +98,8 @@ def test_the_recipe_in_the_report_can_be_run_again(run_dir: Path, tmp_path: Path
     block = re.search(r"```yaml\n(.*?)\n```", (run_dir / "report" / "report.md").read_text(), re.DOTALL)
     assert block
     (tmp_path / "recipe.yaml").write_text(block.group(1))
-    assert load_recipe(tmp_path / "recipe.yaml", []) == recipe_for(run_dir)
+    assert load_recipe(tmp_path / "recipe.yaml", []) == recipe_for(Path(run_dir.name))
+    assert str(run_dir) not in "".join(path.read_text() for path in (run_dir / "report").glob("report.*"))
 
 
 def test_the_funnel_counts_down_to_what_is_kept(run_dir: Path) -> None:
@@ -120,10 +121,32 @@ def test_examples_are_of_both_kinds(tmp_path: Path, asked: int, kept: int, dropp
 
 def test_hostile_text_stays_text(run_dir: Path) -> None:
     page = page_of(run_dir)
-    assert page.text.count(HOSTILE) >= 3  # question, reasoning and answer
+    assert page.text.count(visible(HOSTILE)) >= 3  # question, reasoning and answer
     assert not {"script", "img", "link", "iframe"} & {tag for tag, _ in page.elements}
     markdown = (run_dir / "report" / "report.md").read_text()
     assert "<script" not in markdown.replace("\\<script", "") and "49" not in re.findall(r"Hostile.*", markdown)[0]
+
+
+def test_no_control_character_is_in_what_is_shown(tmp_path: Path) -> None:
+    """A terminal, an editor and a browser obey them, wherever they come from."""
+    make_run(tmp_path)
+    for stage in ("traces", "curated", "student", "eval"):
+        change_manifest(tmp_path / stage, lambda manifest: manifest["drops"].update({f"reason {CONTROLS} | <b>": 1}))
+    change_manifest(tmp_path / "traces", lambda manifest: manifest["facts"]["author"].update({"model": f"author {CONTROLS}"}))
+    change_manifest(
+        tmp_path / "student", lambda manifest: manifest["facts"].update({"precision": CONTROLS, "packages": {CONTROLS: CONTROLS}})
+    )
+    change_manifest(tmp_path / "eval", lambda manifest: manifest["facts"].update({"device": f"{CONTROLS}|"}))
+    prompts = {"source": f"problems {CONTROLS}.jsonl", "system_prompt": f"Think. {CONTROLS}"}
+    report.run(recipe_for(tmp_path, prompts=prompts))
+    for name in ("report.html", "report.md", "summary.txt"):
+        text = (tmp_path / "report" / name).read_text()
+        assert text == visible(text), name
+        if name.startswith("report"):
+            assert text.replace("\\\\", "\\").count("\\x1b") >= 10, name
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    for table in re.findall(r"(?:^\|.*\n)+", markdown, re.MULTILINE):  # a bar inside would make another column
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
 
 
 def test_the_page_loads_nothing(run_dir: Path) -> None:

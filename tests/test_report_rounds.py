@@ -109,7 +109,7 @@ def test_rounds_from_the_base_stand_in_a_table(tmp_path: Path) -> None:
         assert "terms of the traces" not in page and "None" not in page
     assert "| 1 | 20 | 55 | 128 | 25.0 % | 0.4000 | 0.0200 | 20 |" in markdown
     assert "Training loss of round 2 and divergence from the teacher" in html and "forward KL" in html
-    summary = summarise(*folders_to_show(recipe))
+    summary = summarise(*folders_to_show(recipe), {})
     assert summary.wall_s == pytest.approx(65.5 * (1 + 3 + 3 + 1)) and "8 min 44 s" in html
     assert funnel(summary, recipe) == []
 

@@ -29,10 +29,13 @@ def _digest(model: str, suffixes: frozenset[str]) -> str | None:
 class ModelSpec(Section):
     """A model by name, with everything needed to load it and to speak to it."""
 
-    decides_no_row = frozenset({"attn_implementation"})
+    decides_no_row = frozenset({"attn_implementation", "public_name"})
 
     model: PathOrName
     """Hub id, local folder, or `embedded:teacher` / `embedded:student` (the tiny pair shipped with the kit)."""
+    public_name: str | None = None
+    """Name on the model card and in the report, e.g. the id on the Hub of what lies in a local folder; null means `model`, of a path its
+    last part."""
     revision: str | None = None
     """Git revision on the Hub; null means the newest, and the manifest records which that was."""
     tokenizer: PathOrName | None = None

@@ -1,4 +1,4 @@
-"""Renders the kit's templates. HTML is escaped by jinja2; Markdown has its table and markup characters escaped."""
+"""Renders the kit's templates. HTML is escaped by jinja2, Markdown's markup by `md`; no control character reaches either."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import re
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from distill.errors import visible
 
 
 def render(template: str, **values: Any) -> str:
@@ -22,6 +25,7 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )
     environment.filters |= {"md": markdown_text, "fenced": fenced, "excerpt": excerpt}
     return environment.get_template(template).render(**values)
@@ -29,7 +33,7 @@ def render(template: str, **values: Any) -> str:
 
 def markdown_text(value: Any) -> str:
     """Text that Markdown shows as it is: on one line, with nothing taken for markup or mathematics."""
-    return re.sub(r"([\\`*_{}\[\]<>|#&$~])", r"\\\1", " ".join(str(value).split()))
+    return re.sub(r"([\\`*_{}\[\]<>|#&$~])", r"\\\1", " ".join(visible(str(value)).split()))
 
 
 def excerpt(text: str, length: int = 1500) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from distill.data.licences import UNKNOWN, licence_of
 from distill.measure.intervals import Estimate
 from distill.recipe.experiment import Recipe
+from distill.reporting.public import file_or_name, hide_secrets
 from distill.run.log import duration_text
 from distill.run.manifest import MANIFEST, Manifest, read_manifest
 from distill.run.tables import read_rows
@@ -45,6 +46,12 @@ class RunSummary:
     num_prompts: int
     samples_per_prompt: int
     confidence: float
+    names: Mapping[str, str]
+    """Public names of models, by those they were loaded by."""
+
+    def name_of(self, model: str | None, otherwise: str = UNKNOWN) -> str:
+        """How a model that a stage recorded is called elsewhere."""
+        return self.names.get(model) or file_or_name(model) if model else otherwise
 
     @property
     def sentence(self) -> str:
@@ -79,14 +86,14 @@ class RunSummary:
         """What the training outside the rounds read, and from whom it is."""
         trained = self.manifests["train"]
         if "curate" not in self.manifests:
-            judge = trained.settings.get("teacher", {}).get("model") or "a teacher not recorded"
+            judge = self.name_of(trained.settings.get("teacher", {}).get("model"), "a teacher not recorded")
             return f"its own answers to {trained.rows_kept or 0:,} of {trained.rows_in or 0:,} prompts, judged by {judge} as it wrote them"
-        author = (self.manifests["generate"].facts.get("author") or {}).get("model") or "an author not recorded"
+        author = self.name_of(_author(self.manifests["generate"]), "an author not recorded")
         text = f"{trained.rows_kept or 0:,} of {self.manifests['curate'].rows_in or 0:,} traces by {author}"
         if trained.settings.get("train", {}).get("method") != "kd":
             return text
-        teacher = (self.manifests["score"].facts.get("author") or {}).get("model")
-        return f"{text} and {'its' if teacher in (author, None) else f'the {teacher}'} distributions at their tokens"
+        teacher = self.name_of(_author(self.manifests["score"]), author)
+        return f"{text} and {'its' if teacher == author else f'the {teacher}'} distributions at their tokens"
 
     @property
     def stages(self) -> list[tuple[str, Manifest]]:
@@ -137,17 +144,18 @@ class RunSummary:
         return f"gap recovered: {self.gap.value:.2f} {interval} ({basis})"
 
 
-def summarise(folders: dict[str, Path], rounds: Sequence[dict[str, Path]] = ()) -> RunSummary:
+def summarise(folders: dict[str, Path], rounds: Sequence[dict[str, Path]], names: Mapping[str, str]) -> RunSummary:
     """Reads the manifests and scores of a run.
 
     Args:
         folders: Stage name and its folder; unfinished ones are left out.
         rounds: The same of every on-policy round.
+        names: Public names of models, by those they were loaded by.
     """
     manifests = _finished(folders)
     of_rounds = [stages for stages in map(_finished, rounds) if stages]
     if "evaluate" not in manifests:
-        return RunSummary(manifests, of_rounds, [], None, 0, 0, 0.95)
+        return RunSummary(manifests, of_rounds, [], None, 0, 0, 0.95, names)
     scores = read_rows(folders["evaluate"], "scores")
     by_key = {(score["model_role"], score["metric"]): score for score in scores}
     models = manifests["evaluate"].facts["models"]
@@ -172,6 +180,7 @@ def summarise(folders: dict[str, Path], rounds: Sequence[dict[str, Path]] = ()) 
         num_prompts=max(score["num_prompts"] for score in scores if score["metric"] == "accuracy"),
         samples_per_prompt=scores[0]["samples_per_prompt"],
         confidence=manifests["evaluate"].facts["confidence"],
+        names=names,
     )
 
 
@@ -193,11 +202,11 @@ def lineage(recipe: Recipe, summary: RunSummary) -> list[tuple[str, str]]:
     trainable = parameters_text(trained.get("trainable_parameters"))
     return [
         *_sources(recipe, summary),
-        ("student before training", _model_text(base)),
+        ("student before training", _model_text(base, summary)),
         ("its terms", licence_of(student.model, student.licence)),
         ("method", f"{_method_text(recipe, summary)}, {student.adapter.type}, {trainable} trained parameters"),
         ("precision", trained.get("precision") or UNKNOWN),
-        ("problems", recipe.prompts.source),
+        ("problems", hide_secrets(file_or_name(recipe.prompts.source))),
         ("tokenizer of the student", _digest_text(trained.get("tokenizer_digest"))),
         ("chat template of the student", _digest_text(trained.get("template_digest"))),
         ("kit", f"{trained.get('kit_version') or UNKNOWN}, git {trained.get('git_revision') or UNKNOWN}"),
@@ -210,18 +219,21 @@ def _sources(recipe: Recipe, summary: RunSummary) -> list[tuple[str, str]]:
     found = []
     if "generate" in summary.manifests:
         traces = summary.manifests["generate"].facts
-        found += [("traces by", _model_text(traces.get("author") or {})), ("terms of the traces", traces.get("licence") or UNKNOWN)]
+        found += [
+            ("traces by", _model_text(traces.get("author") or {}, summary)),
+            ("terms of the traces", traces.get("licence") or UNKNOWN),
+        ]
     scored = [manifest for name, manifest in summary.stages if name.endswith("score")]
     if scored:
         facts = scored[-1].facts
         found += [
-            ("distributions of", _model_text(facts.get("author") or {})),
+            ("distributions of", _model_text(facts.get("author") or {}, summary)),
             ("terms of the distributions", facts.get("licence") or UNKNOWN),
         ]
     if recipe.train.is_live and recipe.teacher is not None:
         terms = licence_of(recipe.teacher.model, recipe.teacher.licence)
         found += [
-            ("judged by", _model_text({"model": recipe.teacher.model, "revision": recipe.teacher.revision})),
+            ("judged by", _model_text({"model": recipe.teacher.model, "revision": recipe.teacher.revision}, summary)),
             ("terms of the teacher", terms),
         ]
     return found
@@ -245,12 +257,18 @@ def bytes_text(count: int | None) -> str:
     return f"{count} bytes"
 
 
-def _model_text(record: Row) -> str:
+def _author(manifest: Manifest) -> str | None:
+    """The model that wrote or judged what a stage made."""
+    model: str | None = (manifest.facts.get("author") or {}).get("model")
+    return model
+
+
+def _model_text(record: Row, summary: RunSummary) -> str:
     if not record.get("model"):
         return UNKNOWN
     revision = f" at {record['revision']}" if record.get("revision") else ""
     size = f", {parameters_text(record['parameters'])} parameters" if record.get("parameters") else ""
-    return f"{record['model']}{revision}{size}"
+    return f"{summary.name_of(record['model'])}{revision}{size}"
 
 
 def _digest_text(digest: str | None) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,11 @@ def commit(temporary: Path, final: Path) -> None:
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
     temporary.replace(final)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file's bytes, whole or not at all; of a link those of the file that it leads to."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.copyfile(source, temporary)
+    commit(temporary, target)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +20,22 @@ from distill.data.licences import UNKNOWN, check_terms, hub_licence, licence_of
 from distill.errors import DataError, ModelError
 from distill.recipe.base import Sampling
 from distill.recipe.experiment import Recipe
+from distill.recipe.models import ModelSpec
 from distill.recipe.reading import recipe_text
-from distill.recipe.results import Export
+from distill.recipe.results import Evaluate, Export
 from distill.reporting.pages import render
+from distill.reporting.public import file_or_name, public_name, public_names, published, published_recipe
 from distill.reporting.summary import lineage, summarise
 from distill.reporting.tables import RESULT_COLUMNS, results_rows
 from distill.run.clock import Clock
-from distill.run.files import write_text
+from distill.run.files import copy_file, write_text
 from distill.run.folder import StageFolder
 from distill.run.log import progress, say
 from distill.run.manifest import Manifest, check_files, read_manifest
 from distill.run.plan import Growth, StagePlan
-from distill.run.tables import rows_at
-from distill.stages import Step, as_made, folder, folders_to_show, open_stage, plan_of, student_folder
+from distill.run.schema import THINK_CLOSE
+from distill.run.tables import iter_rows, rows_at
+from distill.stages import Step, as_made, folder, folders_to_show, last_round, open_stage, plan_of, student_folder
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     Answer = tuple[list[int], int, torch.Tensor]
 
 _ANSWER_TOKENS = 64  # of each parity prompt's answer that are compared
+_LOOKED_AT = 200  # traces that show whether they reason
 _HEADROOM = 1.5  # times the weights: what merging and a forward pass take beside them
 
 
@@ -51,9 +56,11 @@ def plan(recipe: Recipe) -> StagePlan:
         DataError: the recipe leaves it out.
     """
     export, recipe = _export_of(recipe), _as_made(recipe)
-    settings = {"export": export.identity(), "student": recipe.student.identity(), "name": model_name(recipe, export)}
+    names = {"name": model_name(recipe, export), "models": sorted(public_names(recipe).values())}
+    settings = {"export": export.identity(), "student": published(recipe.student.identity()), **names}
     inputs = [student_folder(recipe), *([folder(recipe, "evaluate")] if recipe.evaluate is not None else [])]
-    return plan_of(recipe, Step("export"), settings, inputs, Growth(anything=True, adds=False))
+    asked = plan_of(recipe, Step("export"), settings, inputs, Growth(anything=True, adds=False))
+    return asked._replace(made_with=published(asked.made_with))  # the manifest travels with the model
 
 
 def run(recipe: Recipe) -> Manifest:
@@ -86,21 +93,25 @@ def _export(recipe: Recipe, export: Export, out: StageFolder) -> Manifest:
         shutil.rmtree(out.path / leftover, ignore_errors=True)
 
     from distill.models.loading import free_memory, load_chat_format, load_model, num_parameters
+    from distill.models.portable import make_loadable
 
     chat = load_chat_format(recipe.student)
     original = _load_original(recipe)
     device = original.device
     _refuse_non_finite(original, "trained", "Train again with a lower learning rate.")
+    drawing = _generation_config(recipe.evaluate, chat, original.generation_config)  # before the answers, which are drawn otherwise
     expected = _answers(original, chat, _parity_prompts(recipe, export))
-    merged = _save(recipe, export, original, chat, out.path)
-    parameters = num_parameters(merged)
+    merged = _save(recipe, export, original, chat, drawing, out.path)
+    parameters, least = num_parameters(merged), make_loadable(out.path / "model")
     del original, merged
     free_memory()
     written = load_model(recipe.student.model_copy(update=_PLAIN | {"model": str(out.path / "model"), "revision": None}), device)
     _refuse_non_finite(written, "merged", "Export with export.dtype: bfloat16 or float32 and --redo.")
     parity = _compare(written, expected)
     _refuse_difference(export, parity, out.path)
-    facts = clock.facts(device=str(device), parity=parity, parameters=parameters, notes=notes, author=author, licence=licence)
+    facts = clock.facts(
+        device=str(device), parity=parity, parameters=parameters, notes=notes, author=author, licence=licence, least_transformers=least
+    )
     write_text(out.path / "README.md", _card(recipe, export, facts))
     files = [path for name in ("model", "adapter") for path in (out.path / name).rglob("*") if path.is_file()] + [out.path / "README.md"]
     return out.finish(files=files, facts=facts)
@@ -126,9 +137,12 @@ def _terms(recipe: Recipe, export: Export) -> tuple[str | None, str, list[str]]:
     if teacher is not None and (recipe.score is not None or recipe.train.is_live):
         sources.append((teacher.model, licence_of(teacher.model, teacher.licence)))
     notes: list[str] = []
+    names = public_names(recipe)
     for author, licence in sources:
         notes += check_terms(author, model_name(recipe, export), licence=licence, student=recipe.student.model)
-    authors = [author for author, _ in sources if author is not None]
+        if author in names:  # what it is called elsewhere has terms, too
+            notes += check_terms(names[author], model_name(recipe, export), licence=licence, student=names[recipe.student.model])
+    authors = [names.get(author) or file_or_name(author) for author, _ in sources if author is not None]
     licences = dict.fromkeys(licence for _, licence in sources)
     return " and ".join(dict.fromkeys(authors)) or None, " and ".join(licences), list(dict.fromkeys(notes))
 
@@ -216,54 +230,93 @@ def _refuse_difference(export: Export, parity: dict[str, Any], target: Path) -> 
         )
 
 
-def _save(recipe: Recipe, export: Export, model: Any, chat: ChatFormat, target: Path) -> Any:
+def _save(recipe: Recipe, export: Export, model: Any, chat: ChatFormat, drawing: Any, target: Path) -> Any:
     """Writes the merged weights with tokenizer and generation config, and the adapter as it was trained; returns the merged."""
     import torch
+
+    from distill.models.loading import model_record
+    from distill.models.portable import publish_adapter, save_tokenizer
+
+    student = recipe.student
+    if student.adapter.type == "lora":
+        _copy_adapter(student_folder(recipe), target)
+        publish_adapter(target / "adapter", public_name(student), model_record(student, model.get_base_model())["revision"])
+        model = model.merge_and_unload()
+    model = model.to(getattr(torch, _own_dtype(student) if export.dtype == "auto" else export.dtype))
+    model.generation_config = drawing
+    model.save_pretrained(target / "model")
+    save_tokenizer(student, chat, target / "model")
+    return model
+
+
+def _copy_adapter(student: Path, target: Path) -> None:
+    """Copies the files that the manifest lists, and no other: what lies beside them, or is linked to, is not the student's."""
+    for name in read_manifest(student).files:
+        if Path(name).parts[0] == "adapter":
+            copy_file(student / name, target / name)
+
+
+def _own_dtype(student: ModelSpec) -> str:
+    """The type that the student's own checkpoint names, of a model of several kinds of input that of its language model; else fp32."""
     from transformers import AutoConfig
 
     from distill import embedded
 
-    student = recipe.student
-    if student.adapter.type == "lora":
-        shutil.copytree(student_folder(recipe) / "adapter", target / "adapter")
-        model = model.merge_and_unload()
-    dtype: str = export.dtype
-    if dtype == "auto":
-        own = AutoConfig.from_pretrained(
-            embedded.resolve(student.model), revision=student.revision, trust_remote_code=student.trust_remote_code
-        )
-        dtype = str(own.dtype or torch.float32).removeprefix("torch.")
-    model = model.to(getattr(torch, dtype))
-    model.generation_config = _generation_config(recipe.evaluate or recipe.generate, chat)
-    model.save_pretrained(target / "model")
-    chat.tokenizer.save_pretrained(target / "model")
-    return model
+    own = AutoConfig.from_pretrained(
+        embedded.resolve(student.model), revision=student.revision, trust_remote_code=student.trust_remote_code
+    )
+    return str(own.dtype or own.get_text_config().dtype or "float32").removeprefix("torch.")
 
 
-def _generation_config(sampling: Sampling | None, chat: ChatFormat) -> Any:
-    """Ends where the student learned to end, and draws tokens as they were drawn when it was measured."""
+def _generation_config(measured: Evaluate | None, chat: ChatFormat, own: Any) -> Any:
+    """Ends where the student learned to end, and draws tokens as when it was measured, or else as its own checkpoint says."""
     from transformers import GenerationConfig
 
     ends = {"eos_token_id": list(chat.stop_ids), "pad_token_id": chat.pad_id}
-    if sampling is None or sampling.temperature == 0:
+    if measured is None or "student" not in measured.models:
+        drawing = {name: getattr(own, name, None) for name in ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+        return GenerationConfig(**ends, **{name: value for name, value in drawing.items() if value is not None})
+    if measured.temperature == 0:
         return GenerationConfig(**ends, do_sample=False)
-    drawing = {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k")}
-    return GenerationConfig(**ends, do_sample=True, **drawing, min_p=sampling.min_p or None)
+    drawing = {name: getattr(measured, name) for name in ("temperature", "top_p", "top_k")}
+    return GenerationConfig(**ends, do_sample=True, **drawing, min_p=measured.min_p or None)
+
+
+def _reasons(recipe: Recipe) -> bool:
+    """Whether most of the traces that the student learned from, or else of its own answers, think before they answer."""
+    number = last_round(recipe)
+    if recipe.learns_from_traces:
+        rows = iter_rows(folder(recipe, "curate"), "curated", columns=["completion"])
+    elif number:
+        rows = iter_rows(folder(recipe, "rollouts", number), "traces", columns=["completion"])
+    elif recipe.evaluate is not None:
+        written = iter_rows(folder(recipe, "evaluate"), "traces", columns=["author", "completion"])
+        rows = (row for row in written if row["author"] == "student")
+    else:
+        return False
+    thinks = [THINK_CLOSE in row["completion"] for row in islice(rows, _LOOKED_AT)]
+    return 2 * sum(thinks) > len(thinks)
 
 
 def _card(recipe: Recipe, export: Export, facts: dict[str, Any]) -> str:
-    """The model card."""
-    student, prompts = recipe.student, recipe.prompts
-    summary = summarise(*folders_to_show(recipe))
+    """The model card. Of this machine it names nothing."""
+    from distill.models.portable import why_no_gguf
+
+    student, prompts, base = recipe.student, recipe.prompts, public_name(recipe.student)
+    summary = summarise(*folders_to_show(recipe), public_names(recipe))
     licence = licence_of(student.model, student.licence)
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", student.model) and not Path(student.model).exists()
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and (student.public_name is not None or not Path(student.model).exists())
+    adapter = folder(recipe, "export") / "adapter" if student.adapter.type == "lora" else None
     return render(
         "model_card.md.j2",
         name=model_name(recipe, export),
-        keys=({"base_model": student.model} if on_hub else {}) | hub_licence(licence, facts["licence"]),
-        base_model=student.model,
+        keys=({"base_model": base} if on_hub else {}) | hub_licence(licence, facts["licence"]),
+        tags=["distillation", *(["reasoning"] if _reasons(recipe) else []), *(["lora"] if adapter else [])],
+        base_model=base,
+        least_transformers=facts["least_transformers"],
+        no_gguf=why_no_gguf(adapter) if adapter else "",
         author=facts["author"] or "traces brought from elsewhere",
-        adapter=student.adapter.type == "lora",
+        adapter=adapter is not None,
         quantised=student.quantization != "none",
         summary=summary,
         columns=RESULT_COLUMNS,
@@ -277,5 +330,5 @@ def _card(recipe: Recipe, export: Export, facts: dict[str, Any]) -> str:
         system_prompt=prompts.system_prompt,
         user_template=prompts.template,
         template_kwargs=student.chat_template_kwargs,
-        recipe=recipe_text(recipe),
+        recipe=recipe_text(published_recipe(recipe)),
     )

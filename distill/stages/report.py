@@ -16,6 +16,7 @@ from distill.recipe.experiment import Recipe
 from distill.recipe.reading import recipe_text
 from distill.reporting.made import MadeStep, repeat_commands
 from distill.reporting.pages import render
+from distill.reporting.public import public_names, published, published_recipe
 from distill.reporting.summary import RunSummary, lineage, metrics, summarise
 from distill.reporting.tables import (
     COST_COLUMNS,
@@ -65,7 +66,7 @@ def _as_made(recipe: Recipe) -> Recipe:
 
 def _report(recipe: Recipe, out: StageFolder) -> Manifest:
     clock = Clock()
-    summary = summarise(*folders_to_show(recipe))
+    summary = summarise(*folders_to_show(recipe), public_names(recipe))
     page = _page(recipe, summary)
     write_text(out.path / "report.html", render("report.html.j2", **page, **_pictures(recipe, summary)))
     write_text(out.path / "report.md", render("report.md.j2", **page))
@@ -75,6 +76,7 @@ def _report(recipe: Recipe, out: StageFolder) -> Manifest:
 
 def _page(recipe: Recipe, summary: RunSummary) -> dict[str, Any]:
     """Everything the two templates show, as text and numbers."""
+    public = published_recipe(recipe)
     return {
         "name": recipe.name,
         "summary": summary,
@@ -93,14 +95,14 @@ def _page(recipe: Recipe, summary: RunSummary) -> dict[str, Any]:
         "lineage": lineage(recipe, summary),
         "examples": _examples(recipe, summary),
         "no_examples": "None asked for." if recipe.report.examples == 0 else "This method keeps no traces.",
-        "recipe": recipe_text(recipe),
-        "repeat": repeat_commands(recipe, _steps(recipe)),
+        "recipe": recipe_text(public),
+        "repeat": repeat_commands(public, _steps(recipe)),
     }
 
 
 def _steps(recipe: Recipe) -> list[MadeStep]:
     """What was made, and the export that is still to come."""
-    steps = [step for step in made_steps(recipe) if step.stage != "export"]
+    steps = [step._replace(made_with=published(step.made_with)) for step in made_steps(recipe) if step.stage != "export"]
     return [*steps, MadeStep("export", 0, {})] if recipe.export is not None else steps
 
 

@@ -1,0 +1,59 @@
+"""What is said to people who are not on this machine: models by a public name, files without their folders, nothing secret."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePath, PureWindowsPath
+from typing import Any
+
+from distill.recipe.experiment import Recipe
+from distill.recipe.models import ModelSpec
+from distill.recipe.secrets import is_secret
+
+_TEXTS = frozenset({"system_prompt", "template", "answer_pattern", "answer_separator"})  # `/no_think` is no path there
+_SECRET = re.compile(
+    r"\b(hf_|sk-|gh[opsur]_|github_pat_|xox[abprs]-|glpat-|AKIA|AIza)[\w-]{12,}|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
+"""Tokens of well-known services, those that name themselves (JWT), and the password in an address."""
+
+
+def file_or_name(value: str) -> str:
+    """A name as it is, and of a file or folder that this machine alone has its last part."""
+    path = PureWindowsPath(value) if PureWindowsPath(value).drive else PurePath(value)
+    return path.name or value if path.is_absolute() or value.startswith((".", "~")) else value
+
+
+def hide_secrets(text: str) -> str:
+    """A text in which `***` stands for what looks like a token or a password."""
+    return _SECRET.sub("***", text)
+
+
+def published(value: Any, key: str = "") -> Any:
+    """A recipe's values, or a part of them, without folders of this machine and without secrets.
+
+    Args:
+        value: As JSON has it.
+        key: Under which it stands.
+    """
+    if isinstance(value, dict):
+        return {name: "***" if isinstance(item, str) and is_secret(name) else published(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [published(item, key) for item in value]
+    if not isinstance(value, str):
+        return value
+    return hide_secrets(value if key in _TEXTS else file_or_name(value))
+
+
+def published_recipe(recipe: Recipe) -> Recipe:
+    """A recipe for people elsewhere; whoever repeats it puts in folders of their own."""
+    return Recipe.model_validate(published(recipe.model_dump(mode="json")))
+
+
+def public_name(spec: ModelSpec) -> str:
+    """How a model is called elsewhere."""
+    return spec.public_name or file_or_name(spec.model)
+
+
+def public_names(recipe: Recipe) -> dict[str, str]:
+    """Public names of a recipe's models, by the names that they are loaded and recorded by."""
+    return {spec.model: public_name(spec) for spec in (recipe.teacher, recipe.student) if spec is not None}
