@@ -330,7 +330,8 @@ def test_nothing_of_this_machine_is_published(tmp_path: Path, tiny_model_dir: Pa
         if path.is_file():
             assert str(tmp_path.parent).encode() not in path.read_bytes() and secret.encode() not in path.read_bytes(), path
     card = (tmp_path / "run" / "export" / "README.md").read_text().replace("\\", "")
-    for expected in ("distillation from big-one", "| problems | problems.jsonl |", "system_prompt: /no_think", "run_name: '***'", "hub_token: '***'"):
+    said = ("distillation from big-one", "| problems | problems.jsonl |", "system_prompt: /no_think", "run_name: '***'", "hub_token: '***'")
+    for expected in said:
         assert expected in card, expected
     settings = json.loads((tmp_path / "run" / "export" / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == tiny_model_dir.name
