@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.recipe.experiment import Recipe
+from distill.run.files import read_json, write_json
 from distill.run.folder import StageFolder
 from distill.run.manifest import MANIFEST
 from distill.run.schema import DROPPED_TRACE, PROMPT, SCORE, TRACE, VERDICT, prompt_id
@@ -56,9 +57,9 @@ def facts(**more: Any) -> dict[str, Any]:
 
 def change_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Changes a manifest in its place."""
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = read_json(folder / MANIFEST)
     change(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    write_json(folder / MANIFEST, manifest)
 
 
 def make_run(run_dir: Path, *, evaluated: bool = True, kept: int = 30, dropped: int = 10, gap: tuple[Any, Any, Any] | None = GAP) -> None:

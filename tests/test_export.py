@@ -214,9 +214,7 @@ def test_terms_are_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
 
 def test_terms_of_brought_traces_hold_too(tmp_path: Path, tiny_model_dir: Path) -> None:
     make_student(tmp_path, tiny_model_dir)
-    manifest = json.loads((tmp_path / "traces" / MANIFEST).read_text())
-    manifest["facts"] |= {"author": {"model": None}, "licence": "llama3.1"}
-    (tmp_path / "traces" / MANIFEST).write_text(json.dumps(manifest))
+    change_manifest(tmp_path / "traces", lambda manifest: manifest["facts"].update({"author": {"model": None}, "licence": "llama3.1"}))
     with pytest.raises(LicenceError, match=r"llama3\.1"):
         export.run(recipe_of(tmp_path, tiny_model_dir))
     export.run(recipe_of(tmp_path, tiny_model_dir, export={"parity_prompts": 1, "model_name": "Llama-small"}))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fabricated import facts, make_run, recipe_for, trace
+from fabricated import change_manifest, facts, make_run, recipe_for, trace
 
 from distill.recipe.experiment import Recipe
 from distill.reporting.summary import bytes_text, summarise
@@ -130,9 +130,7 @@ def test_distributions_at_the_tokens_of_traces_are_named(tmp_path: Path) -> None
     make_run(tmp_path, evaluated=False)
     with StageFolder(tmp_path / "targets", "score", {}, [tmp_path / "curated"]) as out:
         out.finish(rows_in=30, rows_kept=30, facts=facts(author=TEACHER, licence="Apache-2.0", bytes=900))
-    manifest = json.loads((tmp_path / "student" / "manifest.json").read_text())
-    manifest["settings"] = {"train": {"method": "kd"}}
-    (tmp_path / "student" / "manifest.json").write_text(json.dumps(manifest))
+    change_manifest(tmp_path / "student", lambda manifest: manifest.update(settings={"train": {"method": "kd"}}))
     html, markdown = pages(recipe_for(tmp_path, train={"method": "kd"}, score={}, evaluate=None))
     assert "27 of 40 traces by Qwen/Qwen3-8B and its distributions at their tokens" in html and "900 bytes" in markdown
 
@@ -147,9 +145,7 @@ def test_the_card_names_everyone_who_was_learned_from(tmp_path: Path) -> None:
     from distill.stages.export import _terms
 
     make_run(tmp_path)
-    manifest = json.loads((tmp_path / "traces" / "manifest.json").read_text())
-    manifest["facts"] |= {"author": {"model": "somebody"}, "licence": "MIT"}
-    (tmp_path / "traces" / "manifest.json").write_text(json.dumps(manifest))
+    change_manifest(tmp_path / "traces", lambda manifest: manifest["facts"].update({"author": {"model": "somebody"}, "licence": "MIT"}))
     both = recipe_for(tmp_path, train={"method": "kd"}, score={})
     assert _terms(both, Export())[:2] == ("somebody and Qwen/Qwen3-8B", "MIT and Apache-2.0")
     live = recipe_for(tmp_path, train={"method": "on_policy"}, generate=None)
