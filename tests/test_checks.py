@@ -25,6 +25,16 @@ ENDLESS = r"\boxed{9^{9^{9^{9}}}}"  # sympy tries to write the number out
 @pytest.mark.parametrize(
     ("finish_reason", "completion", "passed", "reason"),
     [
+        (None, "\u200b", False, "empty"),
+        (None, "<think>\nadd", False, "truncated"),
+        (None, "<think>add</think>The answer is \\boxed{", False, "truncated"),
+        (None, "<think>a</think>\\boxed{\\frac{1}{2}", False, "truncated"),
+        (None, "<think>\\boxed{ or so</think>\\boxed{\\{1\\}}", True, "brought"),
+        (None, "```python\nx = 1", False, "truncated"),
+        (None, "<think>add</think>\n\n" + "!" * 500, False, "loops"),
+        ("stop", "so " + "and on " * 40, False, "loops"),
+        ("stop", "1" + "0" * 100, True, "ended"),
+        ("length", "!" * 500, False, "truncated"),
         ("stop", "x", True, "ended"),
         ("length", "x", False, "truncated"),
         ("error", "x", False, "error"),
@@ -48,6 +58,9 @@ THINK = {
     "<think>a</think>b</think>c": "several_reasonings",
     "<think>a</think>b<think>c</think>d": "several_reasonings",
     "<think> \n</think>b": "empty_reasoning",
+    "<think>\u200b\n</think>b": "empty_reasoning",
+    "<think>a</think>\u2060": "no_answer",
+    "\ufeff<think>a</think>b": "well_formed",
     "<think>a</think>\n ": "no_answer",
 }
 

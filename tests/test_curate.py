@@ -93,6 +93,16 @@ def test_the_first_failing_check_is_the_reason(tmp_path: Path) -> None:
     assert (manifest.facts["author"], manifest.facts["licence"], manifest.facts["tokens"]) == ({"model": "t"}, "MIT", 3)
 
 
+def test_a_trace_with_a_control_token_inside_goes(tmp_path: Path) -> None:
+    """Whatever is checked: its text looks like any other's."""
+    ids = [[5, 6, 9], [5, 7, 9], None, [], [8], [6]]
+    rows = [trace(f"{number}", sample=number, completion_ids=drawn) for number, drawn in enumerate(ids)]
+    write_traces(tmp_path, rows, {"control_ids": [7, 8]})
+    manifest = run(recipe(tmp_path, checks=["finish"], max_per_prompt=9))
+    assert [row["sample_index"] for row in read_rows(tmp_path / "curated", "dropped")] == [1, 4]
+    assert manifest.drops == {"control_token_inside": 2}
+
+
 def test_the_order_of_the_recipe_counts_and_unjudged_can_be_kept(tmp_path: Path) -> None:
     rows = [trace("\\boxed{3}", sample=0), trace(sample=1, reference=None, completion_ids=None), trace(sample=2)]
     manifest, _ = curated(tmp_path / "a", rows, checks=["math", "finish", "think"])

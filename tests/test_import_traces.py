@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from distill.data.completions import Brought, brought
 from distill.errors import DataError, StageConflictError
 from distill.recipe.experiment import Recipe
 from distill.recipe.traces import Traces
@@ -17,7 +18,6 @@ from distill.run.files import digest_file
 from distill.run.manifest import Manifest, read_manifest
 from distill.run.tables import read_rows
 from distill.stages import import_traces, prompts
-from distill.stages.import_traces import completion_of
 
 
 def write(path: Path, source: list[dict[str, Any]]) -> Path:
@@ -57,7 +57,7 @@ def split(tmp_path: Path) -> tuple[list[str], list[str]]:
     return train, heldout
 
 
-def brought(tmp_path: Path, source: list[dict[str, Any]], **traces: Any) -> tuple[Manifest, list[dict[str, Any]], list[dict[str, Any]]]:
+def imported(tmp_path: Path, source: list[dict[str, Any]], **traces: Any) -> tuple[Manifest, list[dict[str, Any]], list[dict[str, Any]]]:
     write(tmp_path / "traces.jsonl", source)
     manifest = import_traces.run(recipe(tmp_path, **traces))
     kept, dropped = (read_rows(tmp_path / "run" / "traces", table) for table in ("traces", "dropped"))
@@ -68,7 +68,7 @@ def brought(tmp_path: Path, source: list[dict[str, Any]], **traces: Any) -> tupl
 def test_traces_find_their_prompts(tmp_path: Path, split: tuple[list[str], list[str]]) -> None:
     train, _ = split
     source = [{"problem": text, "completion": f"{text} a"} for text in train] + [{"problem": train[0], "completion": "again"}]
-    manifest, kept, dropped = brought(tmp_path, source, author_model="deepseek-ai/DeepSeek-R1", licence=None)
+    manifest, kept, dropped = imported(tmp_path, source, author_model="deepseek-ai/DeepSeek-R1", licence=None)
     assert dropped == [] and manifest.stage == "generate"
     by_id = {row["prompt_id"]: row for row in read_rows(tmp_path / "run" / "prompts", "train")}
     for row, given in zip(kept, source, strict=True):
@@ -93,7 +93,7 @@ def test_a_trace_of_a_heldout_prompt_never_gets_in(tmp_path: Path, split: tuple[
     train, heldout = split
     source = [{"problem": text, "completion": "a"} for text in [train[0], *heldout, "unheard of", " "]]
     source.append({"problem": heldout[0], "completion": ""})
-    manifest, kept, dropped = brought(tmp_path, source)
+    manifest, kept, dropped = imported(tmp_path, source)
     assert manifest.drops == {"in_heldout": 6, "no_such_prompt": 1, "empty_prompt": 1}
     assert len(kept) == 1
     assert sorted({row["messages"][-1]["content"] for row in dropped if row["reason"] == "in_heldout"}) == sorted(
@@ -104,7 +104,11 @@ def test_a_trace_of_a_heldout_prompt_never_gets_in(tmp_path: Path, split: tuple[
 
 
 def completed(row: dict[str, Any], **keys: Any) -> tuple[str, str | None]:
-    return completion_of(Traces(source="t.jsonl", **keys), row, "t.jsonl:2")
+    return found_in(row, **keys)[:2]
+
+
+def found_in(row: dict[str, Any], **keys: Any) -> Brought:
+    return brought(Traces(source="t.jsonl", **keys), row, "t.jsonl:2")
 
 
 def test_the_reasoning_of_a_column_goes_between_the_tags() -> None:
@@ -136,21 +140,71 @@ def test_a_completion_with_its_reasoning_inside_stays_as_it_is() -> None:
     assert completed({"completion": text}) == (text, None)
 
 
+def test_a_reasoning_that_r1s_template_opened_is_opened() -> None:
+    assert found_in({"completion": "Okay.\n</think>\n\n4"}) == Brought("<think>\nOkay.\n</think>\n\n4", opened=True)
+    assert not found_in({"completion": "<think>a</think>b"}).opened and not found_in({"completion": "4"}).opened
+
+
+ENDS = ["<|im_end|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "\n<end_of_turn>\n", "<|eot_id|><|end_of_text|>", "</s> "]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_end_of_a_turn_is_no_part_of_an_answer(end: str) -> None:
+    text = "<think>\nthe text <|im_end|> ends\n</think>\n\n\\boxed{60}"
+    assert found_in({"completion": text + end}) == Brought(text, end_removed=True)
+    assert found_in({"completion": end})[:2] == ("", "empty_completion")
+    boxed = found_in({"completion": f"so #### 7{end}"}, answer_separator="####")
+    assert boxed.text == "<think>\nso\n</think>\n\n\\boxed{7}" and boxed.end_removed
+
+
+def test_what_nobody_sees_is_nothing() -> None:
+    nothing = "\u200b\u2060 \ufeff\u3164"
+    assert found_in({"completion": nothing}).reason == "empty_completion"
+    assert found_in({"completion": "2", "thoughts": nothing}, reasoning="thoughts").reason == "empty_reasoning"
+    for text in ("\u0645", "\u0928\u092e\u0938\u094d\u0924\u0947", "\u2212", "!"):
+        assert found_in({"completion": text}) == Brought(text)
+
+
+HOW_IT_ENDED = {
+    "stop": "stop",
+    "STOP": "stop",
+    "end_turn": "stop",
+    "length": "length",
+    "max_tokens": "length",
+    None: None,
+    "abort": "error",
+}
+
+
+@pytest.mark.parametrize(("value", "reason"), HOW_IT_ENDED.items())
+def test_how_a_trace_ended_is_told_by_its_column(value: str | None, reason: str | None) -> None:
+    assert found_in({"completion": "a", "finish": value}, finish_reason="finish").finish_reason == reason
+
+
+def test_what_was_mended_is_counted(tmp_path: Path, split: tuple[list[str], list[str]]) -> None:
+    train, _ = split
+    texts = ["a</think>b", "a</think>b<|im_end|>", "the <|im_end|> of <|im_end|>", "a"]
+    manifest, kept, _ = imported(tmp_path, [{"problem": train[0], "completion": text} for text in texts])
+    assert [row["completion"] for row in kept] == ["<think>\na</think>b", "<think>\na</think>b", "the <|im_end|> of", "a"]
+    counted = {name: manifest.facts.get(name) for name in ("thoughts_opened", "ends_removed", "control_tokens_as_text")}
+    assert counted == {"thoughts_opened": 2, "ends_removed": 2, "control_tokens_as_text": 1}
+
+
 def test_dropped_traces_say_why_and_none_left_is_an_error(tmp_path: Path, split: tuple[list[str], list[str]]) -> None:
     train, heldout = split
     source = [{"problem": train[0], "completion": "7"}, {"problem": heldout[0], "completion": "a #### 7"}]
     with pytest.raises(DataError, match=r"none of 2 traces can be used: 1 in_heldout, 1 no_answer_separator.*check traces\.columns"):
-        brought(tmp_path, source, answer_separator="####")
+        imported(tmp_path, source, answer_separator="####")
     source.append({"problem": train[1], "completion": "a #### 7"})  # another file now, and no --redo is needed
-    assert brought(tmp_path, source, answer_separator="####")[0].drops == {"no_answer_separator": 1, "in_heldout": 1}
+    assert imported(tmp_path, source, answer_separator="####")[0].drops == {"no_answer_separator": 1, "in_heldout": 1}
     assert read_manifest(tmp_path / "run" / "traces").stage == "generate"
 
 
 def test_an_absent_column_is_named(tmp_path: Path, split: tuple[list[str], list[str]]) -> None:
     with pytest.raises(DataError, match=r"traces\.jsonl:1: there is no column 'completion', only 'problem', 'completions'. Did you mean"):
-        brought(tmp_path, [{"problem": split[0][0], "completions": "7"}])
+        imported(tmp_path, [{"problem": split[0][0], "completions": "7"}])
     with pytest.raises(DataError, match=r"traces\.jsonl:1: completion must be text or a number, got list"):
-        brought(tmp_path, [{"problem": split[0][0], "completion": ["7"]}])
+        imported(tmp_path, [{"problem": split[0][0], "completion": ["7"]}])
 
 
 @pytest.mark.parametrize("batch", [1, 4, 512])
@@ -160,7 +214,7 @@ def test_samples_are_counted_across_batches_and_stay_apart(
     monkeypatch.setattr("distill.stages.import_traces._ROWS", batch)
     train, heldout = split
     texts = [train[0], "unheard of", heldout[0], train[1], train[0], " ", "unheard of", heldout[0], train[0], " ", train[1]]
-    _, kept, dropped = brought(tmp_path, [{"problem": text, "completion": str(place)} for place, text in enumerate(texts)])
+    _, kept, dropped = imported(tmp_path, [{"problem": text, "completion": str(place)} for place, text in enumerate(texts)])
     assert [(row["completion"], row["sample_index"]) for row in kept] == [("0", 0), ("3", 0), ("4", 1), ("8", 2), ("10", 1)]
     assert [row["reason"] for row in dropped] == [
         "no_such_prompt",
@@ -179,7 +233,7 @@ def test_references_come_back_whatever_they_are(tmp_path: Path) -> None:
     write(tmp_path / "prompts.jsonl", [{"question": f"{index}?", "answer": answer} for index, answer in enumerate(answers * 3)])
     questions = [f"{index}?" for index in range(3 * len(answers))]
     prompts.run(recipe(tmp_path))
-    _, kept, _ = brought(tmp_path, [{"problem": question, "completion": question} for question in reversed(questions)])
+    _, kept, _ = imported(tmp_path, [{"problem": question, "completion": question} for question in reversed(questions)])
     assert len(kept) == 13
     for row in kept:
         answer = answers[questions.index(row["completion"]) % len(answers)]
@@ -187,13 +241,13 @@ def test_references_come_back_whatever_they_are(tmp_path: Path) -> None:
 
 
 def test_a_finished_import_knows_its_source_again(tmp_path: Path, split: tuple[list[str], list[str]]) -> None:
-    first, _, _ = brought(tmp_path, [{"problem": split[0][0], "completion": "7"}])
+    first, _, _ = imported(tmp_path, [{"problem": split[0][0], "completion": "7"}])
     source = tmp_path / "traces.jsonl"
     assert first.facts["sources"][0]["sha256"] == first.settings["source_sha256"] == digest_file(source)
     os.utime(source, (1, 1))
     assert import_traces.run(recipe(tmp_path)) == first
     with pytest.raises(StageConflictError, match="1 of the run's 1 traces are not in it any more"):
-        brought(tmp_path, [{"problem": split[0][0], "completion": "8"}])
+        imported(tmp_path, [{"problem": split[0][0], "completion": "8"}])
 
 
 def test_memory_does_not_hold_the_traces(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from conftest import CHATML
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from distill.errors import ModelError
 from distill.models.chat import IGNORE, ChatFormat, chat_format
 from distill.models.vocabulary import AlignedRow, VocabularyMap, align, vocabulary_map
 
@@ -129,6 +132,8 @@ def test_a_map_is_cheap(shared: Path) -> None:
 def test_texts_align(teacher: str, student: str, finished: bool, shared: Path) -> None:
     both = pair(shared, teacher, student)
     for text in (TEXT, TEXT.removeprefix("<think>\n"), "", "\n\n" + TEXT, "<think>" + TEXT[8:], TEXT + "\n"):
+        if not text and finished and student == R1:
+            continue  # its template opens a thought, which is refused where nothing closes it
         row = align(trace(text, finish_reason="stop" if finished else "length"), *both)
         share = check(row, *both)
         assert share > 0.75 or len(text) == 0
@@ -220,9 +225,12 @@ def test_random_texts_and_ids_align(teacher: str, student: str, shared: Path) ->
     both = pair(shared, teacher, student)
     rng = random.Random(f"{teacher} {student}")
     pieces = ["<think>", "</think>", "\n", "\n\n", " ", "中", "é", "😀", "12", "a b", *ENDS, "e\u0301", "\r\n"]
+    aligned = 0
     for _ in range(40):
         text = "".join(rng.choice(pieces) for _ in range(rng.randrange(12)))
-        check(align(trace(text), *both), *both)
+        with contextlib.suppress(ModelError):  # a thought that is opened twice, or never closed
+            check(align(trace(text), *both), *both)
+            aligned += 1
         ids = [rng.randrange(151643) for _ in range(rng.randrange(20))]
         row = align(rollout(both[1], ids, finished=rng.random() < 0.5), *both)
         check(row, *both)
@@ -231,6 +239,7 @@ def test_random_texts_and_ids_align(teacher: str, student: str, shared: Path) ->
             assert part.positions.tolist() == row.positions[: len(part.positions)].tolist()
             assert len(part.teacher_ids) == part.positions.max(initial=-1) + 1
             assert part.teacher_ids.tolist() == row.teacher_ids[: len(part.teacher_ids)].tolist()
+    assert aligned > 10
 
 
 # Other kinds of vocabularies
@@ -311,7 +320,7 @@ def test_an_end_of_turn_of_one_tokenizer_but_another_template(tmp_path: Path) ->
     teacher, student = byte_level(tmp_path / "one", []), byte_level(tmp_path / "two", [])
     template = CHATML.replace("<|im_end|>", "<|endoftext|>")
     student.tokenizer.chat_template = template
-    other = ChatFormat(student.tokenizer, {}, 0, (0, 2), 1)
+    other = replace(student, end_of_turn_id=0, stop_ids=(0, 2), pad_id=1)
     vocabulary = vocabulary_map(teacher, other)
     assert not vocabulary.identical
     assert vocabulary.student_ids[:3].tolist() == [-1, 1, 0]

@@ -5,6 +5,7 @@ Each line is one claim: proved, refuted, or not to be checked here (offline, say
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -19,6 +20,7 @@ from distill.before.findings import Findings, evenly
 from distill.before.quick import common
 from distill.recipe.experiment import Recipe
 from distill.recipe.models import ModelSpec
+from distill.recipe.traces import Curate
 from distill.run.log import progress
 from distill.run.manifest import MANIFEST, read_manifest
 from distill.run.schema import THINK_CLOSE, THINK_OPEN, prompt_id
@@ -63,17 +65,27 @@ def run(recipe: Recipe) -> bool:
         found.prove("the teacher can judge the student's tokens", lambda: _live_pair(recipe, chats, prompts))
     elif len(chats) == 2:
         _compare_vocabularies(chats["teacher"], chats["student"], found)
-    if "student" in chats and survey and recipe.train.is_live:
-        _check_room(recipe, chats["student"], survey, found)
-    elif "student" in chats and survey:
-        rows, of_all = _check_traces(recipe, survey, found)
-        example = rows[0] if rows else _made_up(prompts[0])
-        found.prove("supervised tokens", lambda: _supervision(chats["student"], example))
-        if recipe.score is not None and rows and "teacher" in chats:
-            found.prove("targets", lambda: _targets(recipe, chats, rows))
-        _print_example(chats["student"], example, found.console)
-        _check_lengths(recipe, chats["student"], rows, survey, of_all, found)
+    if "student" in chats and survey:
+        _check_rows(recipe, chats, survey, found)
     return found.end("nothing speaks against running this recipe")
+
+
+def _check_rows(recipe: Recipe, chats: dict[str, ChatFormat], survey: Survey, found: Findings) -> None:
+    """What the student reads and learns."""
+    student = chats["student"]
+    if recipe.train.is_live:
+        if found.prove("rows", lambda: _rows_hold(student, [], survey)):
+            _check_room(recipe, student, survey, found)
+        return
+    rows, of_all = _check_traces(recipe, survey, found)
+    if not found.prove("rows", lambda: _rows_hold(student, rows, survey)):
+        return
+    example = rows[0] if rows else _made_up(survey.sample[0], recipe, student)
+    if found.prove("supervised tokens", lambda: _supervision(student, example)):
+        _print_example(student, example, found.console)
+    if recipe.score is not None and rows and "teacher" in chats:
+        found.prove("targets", lambda: _targets(recipe, chats, rows))
+    _check_lengths(recipe, student, rows, survey, of_all, found)
 
 
 def _trainer_arguments(recipe: Recipe) -> str:
@@ -206,36 +218,71 @@ def _check_traces(recipe: Recipe, survey: Survey, found: Findings) -> tuple[list
 
     if ((curated / MANIFEST).exists() or recipe.traces is not None) and found.prove("traces", attempt) and not drawn[0]:
         found.bad("traces", "none has a prompt of this run. Their text must be the same; check traces.columns.")
-    return drawn
+    return _well_formed(recipe.curate, drawn[0], found), drawn[1]
+
+
+def _well_formed(curate: Curate, rows: list[Row], found: Findings) -> list[Row]:
+    """The rows whose form curate would let through."""
+    from distill.checks.form import check_finish, check_think
+
+    looks = {
+        "finish": lambda row: check_finish(row.get("finish_reason"), row["completion"]),
+        "think": lambda row: check_think(row["completion"]),
+    }
+    failed: Counter[str] = Counter()
+    kept = []
+    for row in rows:
+        verdict = next((verdict for name in curate.checks if name in looks and not (verdict := looks[name](row)).passed), None)
+        if verdict is None:
+            kept.append(row)
+        else:
+            failed[f"{verdict.check}:{verdict.reason}"] += 1
+    if rows and not kept:
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in failed.most_common())
+        found.bad("form of the traces", f"curate would drop all {len(rows):,} looked at: {counts}. Look at them, or change curate.checks.")
+    return kept
+
+
+def _rows_hold(chat: ChatFormat, rows: list[Row], survey: Survey) -> str:
+    """Puts every prompt and trace of the sample into the template, which refuses what it can't take; and counts what stays text."""
+    for prompt in survey.sample:
+        chat.prompt_text(prompt["messages"])
+    chat.trace_rows(rows)
+    texts = ["\n".join(message["content"] for message in row["messages"]) + row.get("completion", "") for row in [*rows, *survey.sample]]
+    named = sum(map(chat.mentions_controls, texts))
+    fits = f"{len(survey.sample):,} prompts and {len(rows):,} traces fit into the chat template"
+    return fits + (f"; {named:,} of them name control tokens, which are read as text" if named else "")
 
 
 def _brought(recipe: Recipe, survey: Survey, seen: Counter[bool]) -> Iterator[Row]:
     """Brought traces of training prompts; counts all, by whether they are."""
+    from distill.data.completions import brought, columns_of
     from distill.data.identities import Identities, as_numbers
     from distill.data.mapping import PromptMapping
     from distill.data.sources import brought_traces
-    from distill.stages.import_traces import completion_of
 
     traces = recipe.traces
     assert traces is not None
     known = Identities(survey.ids)
     mapping = PromptMapping(recipe.prompts, traces.columns, traces.source)
-    columns = [*mapping.columns, traces.completion, *([traces.reasoning] if traces.reasoning is not None else [])]
-    rows = brought_traces(traces).rows(columns, "traces")
+    rows = brought_traces(traces).rows([*mapping.columns, *columns_of(traces)], "traces")
     while batch := list(islice(rows, _ROWS)):
         talks = [mapping.messages(raw, where) or [] for where, raw in batch]
         places = known.places(as_numbers([prompt_id(messages) for messages in talks]))
         for (where, raw), messages, place in zip(batch, talks, places, strict=True):
-            completion, reason = completion_of(traces, raw, where)
-            fits = reason is None and place >= 0
+            found = brought(traces, raw, where)
+            fits = found.reason is None and place >= 0
             seen[fits] += 1
             if fits:
-                yield {"messages": messages, "completion": completion}
+                yield {"messages": messages, "completion": found.text, "finish_reason": found.finish_reason}
 
 
-def _made_up(prompt: Row) -> Row:
+def _made_up(prompt: Row, recipe: Recipe, chat: ChatFormat) -> Row:
+    """A trace as the recipe wants it: with a thought, unless nothing asks for one."""
     answer = f"\\boxed{{{prompt['reference'] or '...'}}}"
-    return {"messages": prompt["messages"], "completion": f"{THINK_OPEN}\n{_EXAMPLE_REASONING}\n{THINK_CLOSE}\n\n{answer}"}
+    thinks = "think" in recipe.curate.checks or chat.opening(prompt["messages"])
+    thought = f"{THINK_OPEN}\n{_EXAMPLE_REASONING}\n{THINK_CLOSE}\n\n" if thinks else ""
+    return {"messages": prompt["messages"], "completion": thought + answer}
 
 
 def _supervision(chat: ChatFormat, example: Row) -> str:
@@ -244,17 +291,22 @@ def _supervision(chat: ChatFormat, example: Row) -> str:
 
     input_ids, labels = chat.row(example["messages"], example["completion"])
     supervised = [token for token, label in zip(input_ids, labels, strict=True) if label != IGNORE]
-    text = str(chat.tokenizer.decode(supervised))
-    reasoning = example["completion"].partition(THINK_OPEN)[2].partition(THINK_CLOSE)[0].strip()
+    text = _same_form(str(chat.tokenizer.decode(supervised)))
+    reasoning = _same_form(example["completion"].partition(THINK_OPEN)[2].partition(THINK_CLOSE)[0].strip())
     if not supervised or supervised[-1] != chat.end_of_turn_id:
         raise ModelError("the end of the turn is not among them: the student would never stop.")
     if chat.pad_id in chat.stop_ids:
         raise ModelError("padding and the end of a turn are the same token.")
     if reasoning and reasoning not in text:
         raise ModelError("the reasoning is not among them: the student would learn answers without thinking.")
-    if example["completion"].split(THINK_CLOSE)[-1].strip() not in text:
+    if _same_form(example["completion"].split(THINK_CLOSE)[-1].strip()) not in text:
         raise ModelError("the answer is not among them, or not as it was written.")
     return f"{len(supervised)} of {len(input_ids)}: {'the reasoning, ' if reasoning else ''}the answer and the end of the turn"
+
+
+def _same_form(text: str) -> str:
+    """Letters that a tokenizer's normalisation takes for the same, written the same way."""
+    return unicodedata.normalize("NFKC", text)
 
 
 def _print_example(chat: ChatFormat, example: Row, console: Console) -> None:

@@ -13,6 +13,7 @@ from itertools import islice
 
 from distill.before.findings import Findings
 from distill.before.outlook import outlook
+from distill.data.completions import brought, columns_of
 from distill.data.files import Placed
 from distill.data.licences import check_terms
 from distill.data.mapping import PromptMapping
@@ -87,15 +88,13 @@ def _check_sources(recipe: Recipe, found: Findings) -> None:
         _check_source("held-out prompts", lambda: heldout_problems(prompts), of_prompt, mapping.columns, found)
     if traces is None:
         return
-    from distill.stages.import_traces import completion_of
-
-    brought = PromptMapping(prompts, traces.columns, traces.source)
+    mapping_of_traces = PromptMapping(prompts, traces.columns, traces.source)
 
     def of_trace(placed: Placed) -> str | None:
-        messages = brought.messages(placed[1], placed[0])
-        return completion_of(traces, placed[1], placed[0])[1] if messages else "empty_prompt"
+        messages = mapping_of_traces.messages(placed[1], placed[0])
+        return brought(traces, placed[1], placed[0]).reason if messages else "empty_prompt"
 
-    columns = [*brought.columns, traces.completion, *([traces.reasoning] if traces.reasoning is not None else [])]
+    columns = [*mapping_of_traces.columns, *columns_of(traces)]
     _check_source("traces", lambda: brought_traces(traces), of_trace, columns, found)
 
 

@@ -16,7 +16,7 @@ from distill.checks import Verdict
 from distill.recipe.traces import Curate
 
 Codes = NDArray[np.uint16]
-_KEPT, _DUPLICATE, _OVER = range(3)
+_KEPT, _DUPLICATE, _OVER, _STRAY = range(4)
 
 
 class Evidence:
@@ -36,6 +36,8 @@ class Evidence:
         self.completions_R = np.zeros(num_rows, np.uint64)
         self.lengths_R = np.zeros(num_rows, np.uint32)
         self.samples_R = np.zeros(num_rows, np.int32)
+        self.stray_R = np.zeros(num_rows, np.bool_)
+        """Where a token was drawn inside that steers a conversation: what follows is no answer any more, and its text does not show it."""
         self._code: dict[Verdict, int] = {}
 
     def describe(self, row: int, trace: dict[str, Any]) -> None:
@@ -86,13 +88,14 @@ class Choice(NamedTuple):
 
 
 def choose(evidence: Evidence, curate: Curate) -> Choice:
-    """The first failing check is the reason; then a text that its prompt has before; then what is over the number for a prompt.
+    """The first failing check is the reason; then a control token inside, a text that its prompt has before, and what is over the
+    number for a prompt.
 
     Args:
         evidence: Of all traces.
         curate: How many of a prompt are kept, which first, and whether those that could not be judged.
     """
-    reasons: list[str | None] = [None, "duplicate", "over_max_per_prompt"]
+    reasons: list[str | None] = [None, "duplicate", "over_max_per_prompt", "control_token_inside"]
     reason_V = np.zeros(len(evidence.verdicts) + 1, np.uint16)
     for code, verdict in enumerate(evidence.verdicts, start=1):
         if verdict.passed is False or (verdict.passed is None and not curate.keep_unjudged):
@@ -102,6 +105,7 @@ def choose(evidence: Evidence, curate: Curate) -> Choice:
     for found_R in evidence.codes_CR[::-1]:  # the first check last, so that its reason is the one that stays
         failed_R = reason_V[found_R]
         np.copyto(codes_R, failed_R, where=failed_R != 0)
+    np.copyto(codes_R, _STRAY, where=(codes_R == _KEPT) & evidence.stray_R)
     _drop_duplicates(codes_R, evidence)
     _drop_surplus(codes_R, evidence, curate)
     return Choice(codes_R, reasons)

@@ -18,8 +18,7 @@ from distill.models.vocabulary import AlignedRow, VocabularyMap, align
 from distill.recipe.learning import Train
 from distill.run.schema import trace_key
 
-_IDS = ["prompt_ids", "completion_ids"]
-COLUMNS = ["prompt_id", "sample_index", "author", "messages", "completion", *_IDS, "finish_reason"]
+COLUMNS = ["prompt_id", "sample_index", "author", "messages", "completion", "prompt_ids", "completion_ids", "finish_reason"]
 """Of a trace, those that say which tokens are read and learned."""
 WINDOW_ROWS = 2048
 """Traces that are sorted by length together: a batch of 64 is padded by some 2 % more than if all were."""
@@ -48,8 +47,6 @@ def lists_of(pieces: Iterable[pa.RecordBatch], first: int = 0, step: int = 1) ->
     for piece in pieces:
         wanted = np.arange((first - before) % step, len(piece), step)
         before += len(piece)
-        if "student" not in piece["author"].unique().to_pylist():
-            piece = piece.drop_columns(_IDS)  # nobody asks which ids a teacher wrote
         piece = piece.take(pa.array(wanted)) if step > 1 else piece
         together = max(1, len(piece) * _BYTES_AT_ONCE // max(piece.nbytes, 1))
         for start in range(0, len(piece), together):

@@ -1,9 +1,10 @@
-r"""The only place that touches chat templates: how a prompt is put to a model, and which tokens it learns.
+r"""How a prompt is put to a model, and which tokens it learns; what templates do is in `templates`.
 
 A training row is `prompt_ids + completion_ids`, where the prompt is rendered with its generation prompt, exactly as at
 inference, and the completion is tokenised as it stands, with the token that ends a turn after it. The assistant's turn
 is never rendered by the template, because templates change it: R1-Distill's deletes the reasoning, Qwen3's adds an
 empty one. A template that opens the reasoning itself (`...<think>\n` at the end of the prompt) keeps that in the prompt.
+Text from data never becomes a token that steers a conversation: `<|im_end|>` in a question is read in pieces, as it stands.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
-from distill.errors import ModelError
-from distill.run.schema import THINK_OPEN, Message
+from distill.errors import ModelError, visible
+from distill.models.templates import answer_tags, check_template, control_tokens, end_of_turn, refuse_dropped_turns, render, set_template
+from distill.run.schema import THINK_CLOSE, THINK_OPEN, Message
 
 IGNORE = -100  # label of a position without loss, as in torch and transformers
 
@@ -32,7 +35,8 @@ _PAD_CANDIDATES = (
     "<|vision_pad|>",
     "<unk>",
 )
-_PROBE = "\u2042probe\u2042"
+_MARKS = ("\U000f0000", "\U000f0001")  # the library's, around what must stay text
+_TAIL = 8  # tokens that are looked at before all are
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,30 @@ class ChatFormat:
     stop_ids: tuple[int, ...]
     """Tokens at which generation stops: the end of a turn and the tokenizer's own EOS."""
     pad_id: int
+    controls: re.Pattern[str]
+    """Matches the tokens that steer a conversation, where they stand in a text."""
+    control_ids: frozenset[int]
+    """Ids of those that don't end an answer: inside of one they are nothing to learn from."""
+    tags: dict[str, int]
+    """Tags of thoughts and tools that are single tokens."""
 
     def prompt_text(self, messages: list[Message]) -> str:
-        """The conversation as text up to where the assistant begins to write."""
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self.template_kwargs))
+        """The conversation as text up to where the assistant begins to write.
+
+        Raises:
+            ModelError: the template refuses it, or leaves a turn out.
+        """
+        prompt = render(self.tokenizer, messages, self.template_kwargs)
+        refuse_dropped_turns(self.tokenizer, messages, prompt)
+        return prompt
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
         """`prompt_text` as token ids; the template has already written any beginning-of-sequence token."""
-        return self._ids(self.prompt_text(messages))
+        return self._ids(self._marked_prompt(messages))
+
+    def mentions_controls(self, text: str) -> bool:
+        """Whether a text holds the name of a token that steers a conversation; it is read and learned in pieces."""
+        return self.controls.search(text) is not None
 
     def opening(self, messages: list[Message]) -> str:
         r"""What the template has already written of the assistant's answer: `<think>\n` for some families, else ``."""
@@ -67,7 +87,7 @@ class ChatFormat:
             opening: What the prompt has already written of it; see `opening`.
             finished: Whether to add the token that ends the turn.
         """
-        ids = self._ids(_after(opening, completion))
+        ids = self._ids(self._marked(_after(opening, completion)))
         return [*ids, self.end_of_turn_id] if finished else ids
 
     def row(self, messages: list[Message], completion: str, *, finished: bool = True) -> tuple[list[int], list[int]]:
@@ -78,42 +98,104 @@ class ChatFormat:
         """The training row of a trace.
 
         What the student wrote itself is taken as the ids it drew: its text, tokenised anew, may be other ids, and a
-        cut-off text other letters. All others are read as text. A trace that did not end gets no end of turn.
+        cut-off text other letters. So is what a teacher drew, where its ids write the same text in this vocabulary. All
+        others are read as text. A trace that did not end gets no end of turn.
+
+        Raises:
+            ModelError: the template and the completion don't fit: a thought is opened twice, or never closed.
         """
         return self.trace_rows([trace])[0]
 
     def trace_rows(self, traces: Sequence[dict[str, Any]]) -> list[tuple[list[int], list[int]]]:
         """`trace_row` of each, tokenised together: on several cores where the tokenizer may use them."""
         texts: list[str] = []
+        written: list[list[int] | None] = []  # completions whose ids are known
         for trace in traces:
-            if not _drawn(trace):
-                prompt = self.prompt_text(trace["messages"])
-                texts += [prompt, _after(_opening(prompt), trace["completion"])]
+            if _own(trace):
+                written.append(list(trace["completion_ids"]))
+                continue
+            prompt = self._marked_prompt(trace["messages"])
+            rest = _rest(prompt, trace)
+            drawn = self._drawn(trace, _opening(prompt))
+            written.append(drawn)
+            texts += [prompt] if drawn is not None else [prompt, self._marked(rest)]
         ids = iter(self._all_ids(texts))
         rows = []
-        for trace in traces:
-            if _drawn(trace):
-                rows.append(_labelled(list(trace["prompt_ids"]), list(trace["completion_ids"])))
-            else:
-                end = [] if trace.get("finish_reason") == "length" else [self.end_of_turn_id]
-                rows.append(_labelled(next(ids), [*next(ids), *end]))
+        for trace, completion in zip(traces, written, strict=True):
+            if _own(trace):
+                rows.append(_labelled(list(trace["prompt_ids"]), completion or []))
+                continue
+            prompt_ids = next(ids)
+            end = [] if trace.get("finish_reason") == "length" else [self.end_of_turn_id]
+            rows.append(_labelled(prompt_ids, [*(next(ids) if completion is None else completion), *end]))
         return rows
+
+    def _drawn(self, trace: dict[str, Any], opening: str) -> list[int] | None:
+        """The ids that a teacher drew, as far as they are to be written behind the prompt, without an end of turn.
+
+        None where there are none, or where they are not this text in this vocabulary, or hold a control token.
+        """
+        ids = trace.get("completion_ids")
+        if ids is None:
+            return None
+        kept, text = self._without_end(ids), trace["completion"]
+        # Another vocabulary shows at the end already; ids behind it have no text at all.
+        if max(kept, default=0) >= len(self.tokenizer) or not text.endswith(self._text(kept[-_TAIL:]).lstrip("\ufffd")):
+            return None
+        lead = text.removesuffix(self._text(kept))
+        if (kept and lead == text) or lead.strip() not in ("", THINK_OPEN) or not self.control_ids.isdisjoint(kept):
+            return None
+        if any(text.count(tag, len(lead)) != kept.count(index) for tag, index in self.tags.items()):
+            return None  # the author had no token for it, and drew it in pieces
+        if lead == opening:
+            return kept
+        before = self._ids(opening or lead)
+        if lead:  # the author's template wrote it, this one does not
+            return None if opening else [*before, *kept]
+        return kept[len(before) :] if kept[: len(before)] == before else None
 
     def text_of(self, completion_ids: list[int], opening: str = "") -> str:
         """Generated ids as the whole text of the answer: without the end of the turn, with what the prompt opened."""
-        stop = set(self.stop_ids) | {self.pad_id}
-        kept = list(completion_ids)
-        while kept and kept[-1] in stop:
+        return opening + self._text(self._without_end(completion_ids))
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _without_end(self, ids: Sequence[int]) -> list[int]:
+        kept, ends = list(ids), {*self.stop_ids, self.pad_id}
+        while kept and kept[-1] in ends:
             kept.pop()
-        return opening + str(self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return kept
+
+    def _marked_prompt(self, messages: list[Message]) -> str:
+        """`prompt_text`, with marks around the control tokens that come from data."""
+        prompt = self.prompt_text(messages)
+        if not any(self.controls.search(message["content"]) for message in messages):
+            return prompt
+        return render(self.tokenizer, mark_control_tokens(messages, self.controls), self.template_kwargs)
+
+    def _marked(self, text: str) -> str:
+        return mark_control_tokens(text, self.controls) if self.controls.search(text) else text
 
     def _ids(self, text: str) -> list[int]:
+        if _MARKS[0] in text or _MARKS[1] in text:
+            return self._marked_ids(text)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _marked_ids(self, text: str) -> list[int]:
+        try:
+            return list(encode_marked_chat(self.tokenizer, text))
+        except ValueError as error:
+            raise ModelError(f"{self.tokenizer.name_or_path}: {visible(str(error), 200)}. Take the row out of the data.") from None
 
     def _all_ids(self, texts: list[str]) -> list[list[int]]:
         if len(texts) <= 2:  # not worth the threads, behind which a process had better not fork
             return [self._ids(text) for text in texts]
-        return list(self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"])
+        ids = list(self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"])
+        for place, text in enumerate(texts):
+            if _MARKS[0] in text or _MARKS[1] in text:
+                ids[place] = self._marked_ids(text)
+        return ids
 
     @property
     def tokenizer_digest(self) -> str:
@@ -128,32 +210,46 @@ class ChatFormat:
 
 
 def chat_format(
-    tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any] | None = None, pad_token: str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: dict[str, Any] | None = None,
+    pad_token: str | None = None,
+    chat_template: str | None = None,
 ) -> ChatFormat:
     """Works out how a tokenizer's template ends a turn and which token can pad.
 
-    The tokenizer's `pad_token` is set to the padding found, so that what is saved later carries it.
+    The tokenizer's `pad_token` is set to the padding found, so that what is saved later carries it; so is a template given.
 
     Args:
-        tokenizer: With a chat template.
+        tokenizer: With a chat template, unless one is given.
         template_kwargs: Passed to the template at every rendering.
         pad_token: Padding to use; null finds one that ends no turn.
+        chat_template: `chatml` or a file, in place of the tokenizer's own.
 
     Raises:
-        ModelError: no template, no token that ends a turn, or no padding apart from it.
+        ModelError: no template, no token that ends a turn, or no padding apart from it; or the template does not do what it is asked.
     """
     kwargs = dict(template_kwargs or {})
     name = tokenizer.name_or_path
+    if chat_template is not None:
+        set_template(tokenizer, chat_template)
     if not tokenizer.chat_template:
-        raise ModelError(f"{name}: the tokenizer has no chat template. Use an instruct model's tokenizer through student.tokenizer.")
-    end_of_turn = _end_of_turn(tokenizer, kwargs)
-    stop_ids = tuple(dict.fromkeys(i for i in (end_of_turn, tokenizer.eos_token_id) if i is not None))
+        raise ModelError(
+            f"{name}: the tokenizer has no chat template, as is usual of a base model. Set the key chat_template in this model's section "
+            "of the recipe: chatml, if its vocabulary has <|im_start|> and <|im_end|>, else a file with a Jinja template of its own tokens."
+        )
+    check_template(tokenizer, kwargs)
+    end = end_of_turn(tokenizer, kwargs)
+    stop_ids = tuple(dict.fromkeys(i for i in (end, tokenizer.eos_token_id) if i is not None))
     pad_id = _padding(tokenizer, stop_ids, pad_token)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
-    return ChatFormat(tokenizer, kwargs, end_of_turn, stop_ids, pad_id)
+    controls = control_tokens(tokenizer)
+    longest_first = sorted(controls, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    inside = frozenset(controls.values()) - set(stop_ids)
+    return ChatFormat(tokenizer, kwargs, end, stop_ids, pad_id, pattern, inside, answer_tags(tokenizer))
 
 
-def _drawn(trace: dict[str, Any]) -> bool:
+def _own(trace: dict[str, Any]) -> bool:
     """Whether a trace counts as the ids that the student drew."""
     return trace.get("author") == "student" and trace.get("completion_ids") is not None
 
@@ -164,27 +260,40 @@ def _opening(prompt: str) -> str:
 
 
 def _after(opening: str, completion: str) -> str:
-    """What is left of a completion to be written behind what the template has opened."""
-    return completion.removeprefix(THINK_OPEN).lstrip("\n") if opening and completion.startswith(THINK_OPEN) else completion
+    """What is left of a completion to be written behind what the template has opened, with whatever space is its own."""
+    thought = completion.lstrip()
+    if not opening or not thought.startswith(THINK_OPEN):
+        return completion
+    rest, space = thought.removeprefix(THINK_OPEN), opening.removeprefix(THINK_OPEN)
+    same = next((place for place, pair in enumerate(zip(rest, space, strict=False)) if pair[0] != pair[1]), min(len(rest), len(space)))
+    return rest[same:]
+
+
+def _rest(prompt: str, trace: dict[str, Any]) -> str:
+    """What is left of a trace's completion to be written behind its prompt.
+
+    Raises:
+        ModelError: a thought would be opened twice, or never closed.
+    """
+    opening, completion = _opening(prompt), trace["completion"]
+    rest = _after(opening, completion)
+    opens = rest.lstrip().startswith(THINK_OPEN)
+    fault = advice = ""
+    if opens and opening:
+        fault, advice = f"opens a thought that the chat template has opened ({opening!r} ends the prompt)", "Take one of the two out"
+    elif opens and prompt.rstrip().endswith(THINK_CLOSE):
+        fault = "opens a thought behind the one that the chat template has closed"
+        advice = "Let the template think (chat_template_kwargs), or take the reasoning out of the traces"
+    elif (opening or opens) and THINK_CLOSE not in rest and trace.get("finish_reason") != "length":
+        fault = "never closes the thought that " + ("the chat template has opened" if opening else "it opens")
+        advice = "Use a template that opens none, traces that think, or curate.checks with think, which drops such traces"
+    if fault:
+        raise ModelError(f"trace {trace.get('prompt_id', '')}: {fault}: {visible(completion, 60)!r}. {advice}.")
+    return rest
 
 
 def _labelled(prompt_ids: list[int], completion_ids: list[int]) -> tuple[list[int], list[int]]:
     return prompt_ids + completion_ids, [IGNORE] * len(prompt_ids) + completion_ids
-
-
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> int:
-    """Id of the first token the template writes after an assistant's answer."""
-    turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-    text = str(tokenizer.apply_chat_template(turn, tokenize=False, **kwargs))
-    _, found, after = text.rpartition(_PROBE)
-    if not found:
-        raise ModelError(f"{tokenizer.name_or_path}: the chat template does not write the assistant's answer out.")
-    ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
-    if ids and ids[0] in tokenizer.added_tokens_decoder:
-        return int(ids[0])
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"{tokenizer.name_or_path}: neither the chat template nor the tokenizer has a token that ends a turn.")
-    return int(tokenizer.eos_token_id)
 
 
 def _padding(tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...], asked: str | None) -> int:

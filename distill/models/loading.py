@@ -51,7 +51,7 @@ def load_chat_format(spec: ModelSpec) -> ChatFormat:
     Raises:
         ModelError: it can't be loaded, or its template can't be used.
     """
-    return chat_format(load_tokenizer(spec), spec.chat_template_kwargs, spec.pad_token)
+    return chat_format(load_tokenizer(spec), spec.chat_template_kwargs, spec.pad_token, spec.chat_template)
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:

@@ -158,7 +158,7 @@ def align(trace: dict[str, Any], teacher: ChatFormat, student: ChatFormat, vocab
     """
     input_ids, labels = student.trace_row(trace)
     written = [label for label in labels if label != IGNORE]
-    thinks = trace["completion"].startswith(THINK_OPEN)
+    thinks = trace["completion"].lstrip().startswith(THINK_OPEN)
     leads = [chat.opening(trace["messages"]) if thinks else "" for chat in (teacher, student)]
     prompt = teacher.prompt_ids(trace["messages"])
     read = _token_by_token(written, teacher, leads, vocabulary)

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from distill import embedded
 from distill.recipe.base import PathOrName, PositiveInt, Section
 from distill.run.digests import digests_of
-from distill.run.files import digest_json
+from distill.run.files import digest_file, digest_json
 
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
 _WORDS = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"})
@@ -24,6 +24,16 @@ def _digest(model: str, suffixes: frozenset[str]) -> str | None:
         return None
     files = sorted(file for file in folder.iterdir() if file.suffix in suffixes and file.is_file() and not file.name.startswith("."))
     return digest_json([[file.name, digest] for file, digest in zip(files, digests_of(files), strict=True)])
+
+
+# Arguments of the library's call, of which a template gets its own from the kit.
+_OF_THE_CALL = frozenset(
+    {
+        *("messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
+        *("sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now", "raise_exception"),
+    }
+)
 
 
 class ModelSpec(Section):
@@ -46,7 +56,10 @@ class ModelSpec(Section):
     quantization: Literal["none", "nf4"] = "none"
     """nf4 loads the frozen weights in 4 bits through bitsandbytes (double quantisation): QLoRA, or a cheap teacher."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the chat template, e.g. `{enable_thinking: true}`."""
+    """Passed to the chat template, e.g. `{enable_thinking: true}`; one that it does not read, or that changes nothing, is refused."""
+    chat_template: PathOrName | None = None
+    """In place of the tokenizer's chat template, for base models that bring none: `chatml`, or a file with a Jinja template. The tokens
+    it writes must be single ones of the vocabulary. What is exported carries it."""
     pad_token: str | None = None
     """Padding token, only where none that differs from the end of a turn can be found in the vocabulary."""
     licence: str | None = None
@@ -56,14 +69,30 @@ class ModelSpec(Section):
     trust_remote_code: bool = False
     """Run code that a model repository brings along."""
 
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _for_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
+        taken = sorted(_OF_THE_CALL & set(value))
+        if taken:
+            raise ValueError(f"{taken[0]} is what the kit itself gives or decides; only what a template reads besides can be set")
+        return value
+
     def identity(self) -> dict[str, Any]:
         """The settings that decide the rows; of a local folder also what its files hold, so that other weights at its path are noticed."""
         tokenizer = {} if self.tokenizer is None else {"tokenizer_files": _digest(self.tokenizer, _WORDS)}
-        return super().identity() | {"files": _digest(self.model, _WEIGHTS | _WORDS)} | tokenizer
+        return super().identity() | {"files": _digest(self.model, _WEIGHTS | _WORDS), "chat_template": self._template} | tokenizer
 
     def tokenizer_identity(self) -> dict[str, Any]:
-        """What the tokenizer's files hold, where they are in a local folder."""
-        return {"tokenizer_files": _digest(self.tokenizer or self.model, _WORDS)}
+        """What the tokenizer's files hold, where they are in a local folder, and the template that was given."""
+        return {"tokenizer_files": _digest(self.tokenizer or self.model, _WORDS), "chat_template": self._template}
+
+    @property
+    def _template(self) -> str | None:
+        """The template given: a name, or the SHA-256 of the file's content."""
+        given = self.chat_template
+        if given is None or given == "chatml" or not Path(given).is_file():
+            return given
+        return digest_file(Path(given))
 
 
 class LoraAdapter(Section):

@@ -41,6 +41,10 @@ def _check_pattern(value: str | None) -> str | None:
     return value
 
 
+# What looks like a place for a column, or like Jinja's; not the argument of a LaTeX command, as in \boxed{answer}.
+_NAMED = re.compile(r"(?<![\w\\}\]^])(?:\{\{\s*[A-Za-z_][\w.]*\s*\}\}|\{[A-Za-z_]\w+\})")
+
+
 class Prompts(Section):
     """Where the problems come from, and how they are put to a model."""
 
@@ -75,6 +79,16 @@ class Prompts(Section):
     def _has_prompt(cls, value: str) -> str:
         if "{prompt}" not in value:
             raise ValueError("must contain {prompt}")
+        left = next((match for match in _NAMED.findall(value) if match != "{prompt}"), None)
+        if left is not None:
+            raise ValueError(f"{left} would stay as it is: {{prompt}} alone is replaced, by the text of the source. Take it out")
+        return value
+
+    @field_validator("system_prompt")
+    @classmethod
+    def _is_no_template(cls, value: str | None) -> str | None:
+        if value is not None and "{prompt}" in value:
+            raise ValueError("{prompt} would stay as it is: the text of the source goes into prompts.template")
         return value
 
     @model_validator(mode="after")

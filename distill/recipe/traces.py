@@ -24,11 +24,15 @@ class Traces(Section):
     columns: Columns = Columns(prompt="question")
     """Column names of the prompt; a trace belongs to the prompt whose text is the same."""
     completion: str = "completion"
-    """Column with the answer (the reasoning inside it, or in a column of its own), by a name as in `prompts.columns`."""
+    """Column with the answer (the reasoning inside it, or in a column of its own), by a name as in `prompts.columns`. Ends of turns of any
+    family (`<|im_end|>`) are taken off; reasoning that ends with `</think>` and began without `<think>`, as R1 leaves it, is given one."""
     reasoning: str | None = None
     """Column with the reasoning, where it is apart; it is put between `<think>` and `</think>`."""
     answer_separator: str | None = None
     """Text inside the completion before which stands the reasoning and after which the answer (`####` in GSM8K)."""
+    finish_reason: str | None = None
+    """Column that says how a trace ended (`stop`, `length`, and what servers write for them); one that was cut is dropped by curate.checks
+    finish. Null where none does: then only a text that is plainly cut is found."""
     author_model: str | None = None
     """Who wrote them, for the record."""
     licence: str | None = None

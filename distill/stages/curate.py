@@ -50,6 +50,7 @@ def run(recipe: Recipe) -> Manifest:
         clock, source = Clock(out.path), read_manifest(traces)
         evidence = Evidence(source.rows("traces"), recipe.curate.checks)
         _examine(traces, evidence, recipe.curate, out.journal())
+        _find_strays(traces, evidence, source.facts.get("control_ids", []))
         choice = choose(evidence, recipe.curate)
         rows_in, drops = len(choice.codes_R), choice.drops
         if not choice.num_kept:
@@ -96,6 +97,17 @@ def _questions(traces: Path, evidence: Evidence, bar: Progress) -> Iterator[tupl
         start += len(piece)
         if judged is None:
             bar.update(len(piece))
+
+
+def _find_strays(traces: Path, evidence: Evidence, control_ids: list[int]) -> None:
+    """Notes the traces in which one of these tokens of their author's was drawn."""
+    start = 0
+    for piece in iter_pieces(traces, "traces", ["completion_ids"]) if control_ids else ():
+        ids = piece["completion_ids"]
+        stray = np.flatnonzero(np.isin(ids.flatten().to_numpy(), control_ids))
+        ends = np.cumsum(pc.list_value_length(ids).fill_null(0).to_numpy())
+        evidence.stray_R[start + np.searchsorted(ends, stray, side="right")] = True
+        start += len(piece)
 
 
 def _write(out: StageFolder, traces: Path, evidence: Evidence, choice: Choice) -> int | None:

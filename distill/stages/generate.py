@@ -61,6 +61,7 @@ def _generate(recipe: Recipe, teacher: ModelSpec, sampling: Generate, out: Stage
             author=record,
             licence=licence_of(teacher.model, teacher.licence),
             **rendering,
+            control_ids=sorted(chat.control_ids),
             tokens=traces.tokens,
             finish_reasons=dict(traces.finish_reasons),
         ),

@@ -14,27 +14,33 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
+from distill.data.completions import Brought, brought, columns_of
 from distill.data.files import Placed, Row
 from distill.data.identities import Identities, as_numbers
 from distill.data.mapping import PromptMapping
-from distill.data.names import text_at
 from distill.data.sources import Source, brought_traces
+from distill.data.texts import mentions_controls
 from distill.errors import DataError, StageConflictError
 from distill.recipe.experiment import Recipe
 from distill.recipe.traces import Traces
 from distill.run.clock import Clock
 from distill.run.folder import StageFolder
+from distill.run.log import say
 from distill.run.manifest import Manifest, read_manifest
 from distill.run.plan import Growth, StagePlan
-from distill.run.schema import DROPPED_TRACE, THINK_CLOSE, THINK_OPEN, TRACE, prompt_id
+from distill.run.schema import DROPPED_TRACE, TRACE, Message, prompt_id
 from distill.run.tables import iter_pieces, iter_rows
 from distill.stages import Step, folder, open_stage, plan_of
 
 _ROWS = 512  # matched to their prompts at once
+_MENDED = {
+    "ends_removed": "the mark that a turn has ended was taken off {:,} of them",
+    "thoughts_opened": "{:,} of them had a reasoning without <think> before it, and were given one",
+    "control_tokens_as_text": "{:,} of them hold names of control tokens, which are learned as text, in pieces",
+}
 
 
 def plan(recipe: Recipe) -> StagePlan:
@@ -61,19 +67,21 @@ def _import(recipe: Recipe, traces: Traces, source: Source, out: StageFolder) ->
 
     clock = Clock(out.path)
     drops: Counter[str] = Counter()
+    mended: Counter[str] = Counter()
     rows_in = 0
     if out.earlier == out.path:  # it has not begun to grow
         _refuse_what_is_gone(recipe, traces, out)
         out.grow()
     with out.in_one_go(), _Prompts(folder(recipe, "prompts"), out.path) as prompts:
         kept, dropped = out.table("traces", TRACE), out.table("dropped", DROPPED_TRACE)
-        for row, reason in _matched(recipe, traces, source, prompts):
+        for row, found in _matched(recipe, traces, source, prompts):
             rows_in += 1
-            if reason is None:
+            if found.reason is None:
                 kept.append(row)
+                mended.update(_mended(found))
             else:
-                drops[reason] += 1
-                dropped.append(row | {"reason": reason})
+                drops[found.reason] += 1
+                dropped.append(row | {"reason": found.reason})
         if not kept.num_rows:
             counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(drops.items()))
             raise DataError(
@@ -83,7 +91,9 @@ def _import(recipe: Recipe, traces: Traces, source: Source, out: StageFolder) ->
     out.settings["source_sha256"] = source.sha256
     author = {"model": traces.author_model, "revision": None, "parameters": None}
     licence = licence_of(traces.author_model, traces.licence)
-    facts = clock.facts(author=author, licence=licence, sources=source.records())
+    facts = clock.facts(author=author, licence=licence, sources=source.records(), **mended)
+    for name, count in sorted(mended.items()):
+        say(f"traces    {_MENDED[name].format(count)}")
     return out.finish(rows_in=rows_in, rows_kept=kept.num_rows, drops=dict(drops), facts=facts)
 
 
@@ -94,7 +104,7 @@ def _refuse_what_is_gone(recipe: Recipe, traces: Traces, out: StageFolder) -> No
     there = np.fromiter((_number_of(row) for row in iter_rows(out.path, "traces", columns=names)), np.uint64, before)
     with _Prompts(folder(recipe, "prompts"), out.path) as prompts:
         rows = _matched(recipe, traces, brought_traces(traces), prompts)
-        now = np.array(array("Q", (_number_of(row) for row, reason in rows if reason is None)), np.uint64)
+        now = np.array(array("Q", (_number_of(row) for row, found in rows if found.reason is None)), np.uint64)
     gone = int((~np.isin(there, now)).sum())
     if gone:
         raise StageConflictError(
@@ -109,11 +119,10 @@ def _number_of(row: Row) -> int:
     return hash((row["prompt_id"], row["sample_index"], row["completion"])) % 2**64
 
 
-def _matched(recipe: Recipe, traces: Traces, source: Source, prompts: _Prompts) -> Iterator[tuple[Row, str | None]]:
-    """TRACE rows in their order, each with the reason to drop it or null."""
+def _matched(recipe: Recipe, traces: Traces, source: Source, prompts: _Prompts) -> Iterator[tuple[Row, Brought]]:
+    """TRACE rows in their order, each with what was found of it, the reason to drop it among that."""
     mapping = PromptMapping(recipe.prompts, traces.columns, traces.source)
-    columns = [*mapping.columns, traces.completion, *([traces.reasoning] if traces.reasoning is not None else [])]
-    rows = source.rows(columns, "traces")
+    rows = source.rows([*mapping.columns, *columns_of(traces)], "traces")
     number = 0
     while batch := list(islice(rows, _ROWS)):
         talks = [mapping.messages(raw, where) or [] for where, raw in batch]
@@ -123,15 +132,25 @@ def _matched(recipe: Recipe, traces: Traces, source: Source, prompts: _Prompts) 
             number += 1
 
 
+def _mended(found: Brought) -> Iterator[str]:
+    """The names of what was done to a text, or must be known of it; see `_MENDED`."""
+    if found.end_removed:
+        yield "ends_removed"
+    if found.opened:
+        yield "thoughts_opened"
+    if mentions_controls(found.text):
+        yield "control_tokens_as_text"
+
+
 def _trace(
-    traces: Traces, placed: Placed, messages: list[dict[str, str]], identity: str, place: int, prompts: _Prompts, number: int
-) -> tuple[Row, str | None]:
+    traces: Traces, placed: Placed, messages: list[Message], identity: str, place: int, prompts: _Prompts, number: int
+) -> tuple[Row, Brought]:
     where, raw = placed
-    completion, reason = completion_of(traces, raw, where)
+    found = brought(traces, raw, where)
     if prompts.is_heldout(place):  # before any other reason, so that the count says how much was kept out
-        reason = "in_heldout"
+        found = found._replace(reason="in_heldout")
     elif place < 0:
-        reason = "no_such_prompt" if messages else "empty_prompt"
+        found = found._replace(reason="no_such_prompt" if messages else "empty_prompt")
     row = {
         "prompt_id": identity,
         # Of a prompt that nobody knows the number of traces is not counted; the trace's own is as good to tell them apart.
@@ -139,9 +158,10 @@ def _trace(
         "author": "teacher",
         "messages": messages,
         "reference": prompts.reference(place) if place >= 0 else None,
-        "completion": completion,
+        "completion": found.text,
+        "finish_reason": found.finish_reason,
     }
-    return row, reason
+    return row, found
 
 
 class _Prompts:
@@ -203,33 +223,3 @@ class _Prompts:
             return None
         start, end = self._ends[place : place + 2]
         return os.pread(self._file.fileno(), end - start, start).decode()
-
-
-def completion_of(traces: Traces, row: dict[str, Any], where: str) -> tuple[str, str | None]:
-    """The whole answer of a brought trace, reasoning between think tags, and the reason to drop it or null.
-
-    Args:
-        traces: Where reasoning and answer are.
-        row: Of the source.
-        where: It stands, for errors.
-    """
-    text = (text_at(row, traces.completion, where) or "").strip()
-    if not text:
-        return "", "empty_completion"
-    if traces.answer_separator is not None:
-        reasoning, found, answer = text.rpartition(traces.answer_separator)
-        if not found:
-            return text, "no_answer_separator"
-        if not answer.strip():
-            return text, "empty_answer"
-        answer = answer.strip() if "\\boxed" in answer else f"\\boxed{{{answer.strip()}}}"
-    elif traces.reasoning is not None:
-        reasoning, answer = text_at(row, traces.reasoning, where) or "", text
-        if THINK_OPEN in text or THINK_CLOSE in text:
-            return text, "reasoning_in_completion"
-    else:
-        return text, None
-    reasoning = reasoning.replace(THINK_OPEN, "").replace(THINK_CLOSE, "").strip()
-    if not reasoning:
-        return text, "empty_reasoning"
-    return f"{THINK_OPEN}\n{reasoning}\n{THINK_CLOSE}\n\n{answer}", None

@@ -21,6 +21,7 @@ from distill.data.files import Row
 from distill.data.identities import Identities, Ids, Places, as_numbers
 from distill.data.mapping import PromptMapping
 from distill.data.sources import Source, heldout_problems, problems
+from distill.data.texts import mentions_controls
 from distill.errors import DataError, StageConflictError
 from distill.recipe.experiment import Recipe
 from distill.recipe.prompts import Prompts
@@ -35,6 +36,11 @@ from distill.stages import Step, folder, open_stage, plan_of
 _TRAIN, _HELDOUT = 0, 1  # fates; those from 2 on are reasons to drop a row
 _REASONS = ["empty_prompt", "no_answer_match", "duplicate", "duplicate_other_reference", "in_heldout_source", "not_drawn"]
 _CODES = {reason: code for code, reason in enumerate(_REASONS, start=2)}
+_REMEDIES = {
+    "empty_prompt": "Name the column of the prompts in prompts.columns.",
+    "no_answer_match": "Correct prompts.answer_pattern, or leave it out where the reference is the answer alone.",
+    "in_heldout_source": "Give a prompts.source with other prompts than prompts.heldout_source.",
+}
 _ROWS = 512  # that wait together
 
 
@@ -91,6 +97,7 @@ def run(recipe: Recipe) -> Manifest:
             facts=clock.facts(
                 train=int(counts[_TRAIN]),
                 heldout=int(counts[_HELDOUT]),
+                control_tokens_as_text=index.num_controls,
                 sources=source.records() + (heldout_source.records() if heldout_source else []),
             ),
         )
@@ -135,12 +142,15 @@ class _Index:
         self._ids, self._references, self._codes = array("Q"), array("Q"), array("B")
         self.num_main = 0
         """Rows of the first source."""
+        self.num_controls = 0
+        """Rows that hold names of control tokens; they are read as text, in pieces."""
 
     def add(self, rows: list[Row], reasons: list[str | None]) -> None:
         """Takes rows in, each with the reason to drop it or null."""
         self._ids.extend(as_numbers([row["prompt_id"] for row in rows]).tolist())
         self._references.extend(_number_of(row["reference"]) for row in rows)
         self._codes.extend(_CODES[reason] if reason else _TRAIN for reason in reasons)
+        self.num_controls += sum(any(mentions_controls(turn["content"]) for turn in row["messages"]) for row in rows)
 
     @property
     def ids(self) -> Ids:
@@ -185,7 +195,7 @@ class _Index:
             _, rest = self._draw(fates, main, prompts.max_prompts, f"train/{seed}", prompts.source, kept)
             fates[rest] = _CODES["not_drawn"]
         if not (fates == _TRAIN).any():
-            raise DataError(f"{prompts.source}: no prompt is left to train on. Lower prompts.heldout_size ({prompts.heldout_size}).")
+            raise DataError(f"{prompts.source}: no prompt is left to train on. {_advice(fates[main])}")
         return fates
 
     def _drop_duplicates(self, fates: npt.NDArray[np.uint8], rows: slice) -> None:
@@ -204,7 +214,9 @@ class _Index:
         """The places of `count` rows, those of `first` and then of the lowest hash, and of the others."""
         places = np.flatnonzero(fates[rows] == _TRAIN) + (rows.start or 0)
         if count > len(places):
-            raise DataError(f"{name}: prompts.heldout_size asks for {count:,} prompts, but there are {len(places):,}. Lower it.")
+            raise DataError(
+                f"{name}: prompts.heldout_size asks for {count:,} prompts, but there are {len(places):,}. {_advice(fates[rows])}"
+            )
         # Of the hash 64 bits: that two of a million rows share them happens once in 40 million runs.
         ranks = np.fromiter((_rank(salt, int(number)) for number in self.ids[places]), np.uint64, len(places))
         order = places[np.argsort(ranks, kind="stable")]
@@ -264,6 +276,16 @@ def _rank(salt: str, number: int) -> int:
 def _number_of(reference: str | None) -> int:
     """64 bits that are equal for equal references, within this process."""
     return hash(reference) % 2**64
+
+
+def _advice(fates: npt.NDArray[np.uint8]) -> str:
+    """What to do where too few of some rows are left: by what most of them were lost to."""
+    lost = _drops(fates)
+    most = max(lost, key=lambda reason: lost[reason], default="")
+    if most not in _REMEDIES or lost[most] < int((fates == _HELDOUT).sum()):
+        return "Lower prompts.heldout_size."
+    counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(lost.items()))
+    return f"Of {len(fates):,} rows these were dropped: {counts}. {_REMEDIES[most]}"
 
 
 def _drops(fates: npt.NDArray[np.uint8]) -> dict[str, int]:

@@ -1,0 +1,190 @@
+r"""What a chat template makes of a conversation, and what is refused of it: the rendered text decides, not what was meant.
+
+Templates raise on turns they don't know, drop others without a word, ignore arguments that are misspelt, and write today's date.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError, meta
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from distill.errors import ModelError, visible
+from distill.run.schema import THINK_CLOSE, THINK_OPEN, Message
+
+CHATML = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+TODAY = datetime(2024, 7, 26)
+"""The date of every rendering: another each day would make other rows of the same traces, and other ids in each stage. It is the one
+that Llama's templates take where they can't know it."""
+
+_PROBE = "\u2042probe\u2042"
+_USER: Message = {"role": "user", "content": "?"}
+_CONVERSATIONS: tuple[list[Message], ...] = (
+    [_USER],
+    [{"role": "system", "content": "!"}, _USER],
+    [_USER, {"role": "assistant", "content": f"{THINK_OPEN}\n.\n{THINK_CLOSE}\n\n{_PROBE}"}, _USER],
+    [_USER, {"role": "assistant", "content": _PROBE}],
+)
+_MARK = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>|<(?:start|end)_of_turn>|\[/?INST\]")
+"""Control tokens by their look."""
+_OF_ANSWERS = re.compile(r"think|thought|reason|tool|function|python_tag", re.IGNORECASE)
+_TAGS = re.compile(rf"{THINK_OPEN}|{THINK_CLOSE}|\s")
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], kwargs: dict[str, Any], *, prompt: bool = True) -> str:
+    """The conversation as text; as a prompt up to where the assistant begins to write.
+
+    Raises:
+        ModelError: the template refuses it, or can't be read.
+    """
+    try:
+        template = tokenizer.get_chat_template()
+        # The compiled template is kept by the library, so that whoever renders in this process meets the same date.
+        _compile_jinja_template(template).globals["strftime_now"] = TODAY.strftime
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt, **kwargs))
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        roles = ", ".join(visible(message["role"], 20) for message in messages)
+        raise ModelError(
+            f"{tokenizer.name_or_path}: the chat template refuses a conversation of {roles}: {visible(str(error), 200).rstrip('.')}. "
+            "Put a system turn's text into prompts.template, bring turns in the order it takes, correct chat_template_kwargs, or give "
+            "another template with the key chat_template of this model."
+        ) from None
+
+
+def refuse_dropped_turns(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: str) -> None:
+    """Looks whether what system and user said stands in the prompt; of earlier answers templates take the reasoning out.
+
+    Raises:
+        ModelError: a turn is missing.
+    """
+    for message in messages:
+        if message["role"] != "assistant" and message["content"].strip() not in prompt:
+            raise ModelError(
+                f"{tokenizer.name_or_path}: the chat template leaves a turn of {visible(message['role'], 20)} out: "
+                f"{visible(message['content'].strip(), 60)!r}. Put its text into prompts.template, or give another template with the key "
+                "chat_template of this model."
+            )
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> None:
+    """Looks whether every argument has an effect, and whether a prompt ends where an answer begins.
+
+    Raises:
+        ModelError: not so.
+    """
+    name = tokenizer.name_or_path
+    prompt, without = (render(tokenizer, [_USER], kwargs, prompt=prompt) for prompt in (True, False))
+    template = tokenizer.get_chat_template()
+    found = _compile_jinja_template(template)
+    read = meta.find_undeclared_variables(found.environment.parse(template))
+    known = sorted(read - set(found.globals) - {"messages", "add_generation_prompt", *tokenizer.special_tokens_map})
+    for key, value in kwargs.items():
+        if key not in read or not _has_effect(tokenizer, kwargs, key):
+            raise ModelError(
+                f"{name}: chat_template_kwargs.{visible(key, 40)} ({visible(repr(value), 40)}) changes nothing that the chat template "
+                f"writes. It reads {', '.join(known) or 'no argument'}. Correct it, or leave it out."
+            )
+    whole = render(tokenizer, [_USER, {"role": "assistant", "content": _PROBE}], kwargs, prompt=False)
+    head = whole.rpartition(_PROBE)[0]
+    if prompt == without and head.startswith(prompt) and (left := _TAGS.sub("", head[len(prompt) :])):
+        raise ModelError(
+            f"{name}: the chat template writes {visible(left, 60)!r} before an answer, but not at the end of a prompt: it knows no "
+            "add_generation_prompt. Give one that does with the key chat_template of this model."
+        )
+
+
+def _has_effect(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any], key: str) -> bool:
+    """Whether some other value of an argument would write another text: it may be set to what a template takes by itself."""
+    rest = {name: value for name, value in kwargs.items() if name != key}
+    value = kwargs[key]
+    others = [rest, *(rest | {key: other} for other in ([not value] if isinstance(value, bool) else [_PROBE, None]))]
+    return any(_written(tokenizer, kwargs, talk) != _written(tokenizer, other, talk) for other in others for talk in _CONVERSATIONS)
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any], messages: list[Message]) -> str | None:
+    """Null where the template refuses: it may know no system turn, or want a value of certain ones."""
+    try:
+        return render(tokenizer, messages, kwargs)
+    except ModelError:
+        return None
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any], *, must: bool = False) -> int:
+    """Id of the first token the template writes after an assistant's answer, else the tokenizer's own end.
+
+    Args:
+        tokenizer: With a template.
+        kwargs: Of the template.
+        must: Whether the template has to write one.
+
+    Raises:
+        ModelError: there is none.
+    """
+    text = render(tokenizer, [_USER, {"role": "assistant", "content": _PROBE}], kwargs, prompt=False)
+    _, found, after = text.rpartition(_PROBE)
+    name = tokenizer.name_or_path
+    if not found:
+        raise ModelError(f"{name}: the chat template does not write the assistant's answer out.")
+    ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
+    if ids and ids[0] in tokenizer.added_tokens_decoder:
+        return int(ids[0])
+    if must or tokenizer.eos_token_id is None:
+        raise ModelError(f"{name}: behind an answer the chat template writes {visible(after, 40)!r}, no token that ends a turn.")
+    return int(tokenizer.eos_token_id)
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, given: str) -> None:
+    """Gives a tokenizer another template, by name (`chatml`) or from a file, and proves its tokens.
+
+    Raises:
+        ModelError: the file can't be read, or the template writes tokens that the vocabulary does not have.
+    """
+    name = tokenizer.name_or_path
+    if given == "chatml":
+        begins = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
+        tokenizer.chat_template = ("{{- bos_token }}" if begins else "") + CHATML
+    else:
+        try:
+            tokenizer.chat_template = Path(given).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{visible(given, 200)}: this chat_template can't be read: {error}. Give a file, or chatml.") from None
+    written = "".join(filter(None, (_written(tokenizer, {}, talk) for talk in _CONVERSATIONS)))
+    own = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    missing = sorted(set(_MARK.findall(written)) - own)
+    if missing:
+        has = ", ".join(sorted(own & set(_MARK.findall(" ".join(own))))[:8])
+        raise ModelError(
+            f"{name}: chat_template {visible(given, 200)} writes {', '.join(missing)}, which this vocabulary spells in pieces. Give a "
+            f"template of its own tokens ({has or 'it has none of this kind'}), as a file."
+        )
+    end_of_turn(tokenizer, {}, must=True)
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Tokens that steer a conversation, with their ids: no text from data may become one of them.
+
+    Flags don't decide it: R1's token of a user's turn is not marked special. What the template writes is one, and what looks like
+    one; but not tags of thoughts and tools, which are a part of answers, nor white space.
+    """
+    template = tokenizer.get_chat_template()
+    return {
+        token.content: index
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if (token.special or token.content in template or _MARK.fullmatch(token.content))
+        and not token.content.isspace()
+        and not _OF_ANSWERS.search(token.content)
+    }
+
+
+def answer_tags(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Tags of thoughts and tools that are single tokens, with their ids."""
+    return {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if _OF_ANSWERS.search(token.content)}
