@@ -126,6 +126,7 @@ def _write_student(run_dir: Path, rows: int) -> None:
             rows_kept=rows - 3,
             drops={"too_long": 3},
             files=[out.path / "adapter" / "weights"],
+            records=[out.path / "metrics.jsonl"],
             facts=facts(
                 parameters=600_000_000, trainable_parameters=10_000_000, steps=160, tokens=123_456, precision="bf16", world_size=1,
                 peak_memory_gib=3.25, tokenizer_digest="ab" * 32, template_digest="cd" * 32,

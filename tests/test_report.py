@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fabricated import CONTROLS, HOSTILE, change_manifest, make_run, recipe_for
 
-from distill.errors import MissingStageError, visible
+from distill.errors import IntegrityError, MissingStageError, visible
 from distill.recipe.reading import load_recipe
 from distill.reporting.pages import excerpt, fenced, markdown_text
 from distill.reporting.summary import parameters_text
@@ -268,3 +268,17 @@ def test_a_browser_shows_it_without_scrolling_sideways(run_dir: Path, tmp_path: 
     assert len(sizes["pictures"]) == 3 and min(sizes["pictures"]) > 0.8 * min(width, 600)
     assert sizes["text"] >= 9  # CSS pixels: legible
     assert "CONSOLE" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "manifest.json"])
+@pytest.mark.parametrize("damage", ["delete", "empty", "cut", "flip"])
+def test_a_damaged_input_is_one_error_that_names_it(tmp_path: Path, name: str, damage: str) -> None:
+    make_run(tmp_path)
+    path = tmp_path / "student" / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "delete":
+        place = len(content) // 2
+        path.write_bytes({"empty": b"", "cut": content[:place], "flip": content[:place] + b"\xff" + content[place + 1 :]}[damage])
+    with pytest.raises((IntegrityError, MissingStageError), match="student"):
+        report.run(recipe_for(tmp_path))

@@ -34,7 +34,9 @@ def write_student(place: Path, inputs: list[Path], settings: dict[str, Any], lin
         (out.path / "adapter").mkdir()
         (out.path / "adapter" / "weights").write_text("stand-in")
         known = {"steps": 20, "tokens": 9_000, "trainable_parameters": 1_000_000, "precision": "bf16"}
-        out.finish(rows_in=40, rows_kept=38, drops={"too_long": 2}, files=[out.path / "adapter" / "weights"], facts=facts(**known, **more))
+        weights, logged = [out.path / "adapter" / "weights"], [out.path / "metrics.jsonl"]
+        drops = {"too_long": 2}
+        out.finish(rows_in=40, rows_kept=38, drops=drops, files=weights, records=logged, facts=facts(**known, **more))
 
 
 def write_round(run_dir: Path, number: int, *, stop: str = "", bare: bool = False) -> None:

@@ -13,7 +13,7 @@ from distill.measure.intervals import Estimate
 from distill.recipe.experiment import Recipe
 from distill.reporting.public import file_or_name, hide_secrets
 from distill.run.log import duration_text
-from distill.run.manifest import MANIFEST, Manifest, read_manifest
+from distill.run.manifest import MANIFEST, Manifest, checked_file, read_manifest
 from distill.run.tables import read_rows
 
 Row = dict[str, Any]
@@ -275,9 +275,14 @@ def _digest_text(digest: str | None) -> str:
     return f"SHA-256 {digest[:16]}" if digest else UNKNOWN
 
 
-def metrics(path: Path) -> list[Row]:
-    """Logged training metrics with a loss, a dictionary a logging step."""
-    if not path.exists():
+def metrics(student: Path) -> list[Row]:
+    """Logged training metrics with a loss, a dictionary a logging step.
+
+    Raises:
+        IntegrityError: they are not as the training left them.
+    """
+    path = checked_file(student, "metrics.jsonl")
+    if path is None:
         return []
     entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [entry for entry in entries if "loss" in entry]

@@ -82,7 +82,7 @@ def round_rows(summary: RunSummary, folders: Sequence[dict[str, Path]]) -> list[
         count = sum(wrote.get("finish_reasons", {}).values())
         share = wrote["finish_reasons"].get("length", 0) / count if count else None
         trained = stages["train"].facts if "train" in stages else {}
-        logged = metrics(places["train"] / "metrics.jsonl") if "train" in places else []
+        logged = metrics(places["train"]) if "train" in places else []
         divergences = [entry.get("kl", entry.get("log_ratio")) for entry in logged]
         ends = [value for value in divergences if value is not None]
         rows.append(

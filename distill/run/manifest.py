@@ -105,6 +105,18 @@ def check_files(folder: Path) -> Manifest:
     return manifest
 
 
+def checked_file(folder: Path, name: str) -> Path | None:
+    """A file of a finished stage whose digest was compared; null where the stage wrote none.
+
+    Raises:
+        IntegrityError: it is gone or altered.
+    """
+    digest, path = read_manifest(folder).named.get(name), folder / name
+    if digest is not None and (not path.is_file() or digest_file(path) != digest):
+        raise IntegrityError(f"{path}: is gone or was altered. Restore it, or make the stage again with --redo.")
+    return None if digest is None else path
+
+
 def check_sizes(folder: Path, manifest: Manifest) -> None:
     """Looks whether every file that a manifest names is there and has its size; what is in it is looked at when it is read.
 

@@ -6,8 +6,9 @@ right nor as wrong: its prompt is left out of the comparison, and the share of s
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,15 +31,18 @@ if TYPE_CHECKING:
     from distill.engines.earlier import EarlierTraces
 
 TASK = "heldout"
+_NO_REFERENCE = "Name the column with the right answers there, or set evaluate: null."
 
 
 def plan(recipe: Recipe) -> StagePlan:
     """What the stage is asked to make.
 
     Raises:
-        DataError: the recipe leaves it out.
+        DataError: the recipe leaves it out, or names no reference, without which no answer can be judged.
     """
     evaluate = _evaluate_of(recipe)
+    if recipe.prompts.columns.reference is None:
+        raise DataError(f"evaluate: prompts.columns.reference is null, so no answer could be judged. {_NO_REFERENCE}")
     specs = {"student": recipe.student.identity()}
     if recipe.teacher is not None and "teacher" in evaluate.models:
         specs["teacher"] = recipe.teacher.identity()
@@ -64,15 +68,17 @@ def _evaluate_of(recipe: Recipe) -> Evaluate:
 
 
 def _evaluate(recipe: Recipe, evaluate: Evaluate, out: StageFolder) -> Manifest:
-    from distill.engines import TraceTable
-    from distill.engines.earlier import refuse_another
-    from distill.models.loading import pick_device
-
     clock = Clock(out.path)
     source = folder(recipe, "prompts")
     heldout = read_manifest(source).rows("heldout")
     wanted = range(heldout if evaluate.max_prompts is None else min(evaluate.max_prompts, heldout))
     prompts = list(rows_at(source, "heldout", wanted, ["prompt_id", "messages", "reference"]))
+    _refuse_unanswerable(source, prompts)
+
+    from distill.engines import TraceTable
+    from distill.engines.earlier import refuse_another
+    from distill.models.loading import pick_device
+
     table = out.table("traces", TRACE, resume=True)
     earlier, before = _earlier(recipe, out), read_manifest(out.earlier).facts if out.earlier else {"models": {}}
     traces = TraceTable(table, out.journal(), evaluate, recipe.seed, earlier)
@@ -97,6 +103,17 @@ def _evaluate(recipe: Recipe, evaluate: Evaluate, out: StageFolder) -> Manifest:
             tokens=traces.tokens,
         ),
     )
+
+
+def _refuse_unanswerable(source: Path, prompts: list[dict[str, Any]]) -> None:
+    """Refuses prompts of which nothing can be measured, before a model is loaded."""
+    if not prompts:
+        raise DataError(f"{source}: holds no held-out prompt, so there is nothing to measure on. Raise prompts.heldout_size.")
+    if all(row["reference"] is None for row in prompts):
+        raise DataError(
+            f"{source}: not one of {len(prompts):,} held-out prompts has a reference (prompts.columns.reference), so no answer could be "
+            f"judged. {_NO_REFERENCE}"
+        )
 
 
 def _earlier(recipe: Recipe, out: StageFolder) -> EarlierTraces | None:
@@ -166,7 +183,12 @@ def _scores(answers: list[dict[str, Any]], evaluate: Evaluate, seed: int) -> lis
     """Rows of the table `scores`."""
     accuracy_RP = _accuracy_by_prompt(answers, evaluate.models)
     if not accuracy_RP.shape[1]:
-        raise DataError("evaluate: not one held-out answer could be judged. Check prompts.columns.reference and prompts.answer_pattern.")
+        reasons = Counter(answer["reason"] for answer in answers if answer["correct"] is None)
+        found = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+        raise DataError(
+            f"evaluate: no held-out prompt has answers that could all be judged ({found}). Check prompts.columns.reference, "
+            "prompts.answer_pattern and evaluate.check_timeout_s; the answers are kept, or set evaluate: null."
+        )
     draws_RB = resampled_means(accuracy_RP, seed)
     scores = []
     for index, role in enumerate(evaluate.models):

@@ -109,7 +109,7 @@ def _steps(recipe: Recipe) -> list[MadeStep]:
 def _pictures(recipe: Recipe, summary: RunSummary) -> dict[str, str | None]:
     from distill.reporting.plots import accuracy_bars, funnel_bars, loss_curve
 
-    logged, steps = metrics(student_folder(recipe) / "metrics.jsonl"), funnel(summary, recipe)
+    logged, steps = metrics(student_folder(recipe)), funnel(summary, recipe)
     divergences = [(entry["step"], entry["kl"]) for entry in logged if entry.get("kl") is not None]
     return {
         "accuracy_svg": accuracy_bars(summary.results) if summary.results else None,

@@ -1,0 +1,63 @@
+"""What evaluate refuses, and when: before a model answers anything that nobody could judge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fabricated import facts, recipe_for, trace
+
+from distill.errors import DataError
+from distill.recipe.experiment import Recipe
+from distill.recipe.results import Evaluate
+from distill.run.folder import StageFolder
+from distill.run.schema import PROMPT
+from distill.stages import evaluate
+
+
+def recipe_of(run_dir: Path, **changes: Any) -> Recipe:
+    """Models that are nowhere: whoever loads one fails with another error."""
+    return recipe_for(run_dir, evaluate={"models": ["base"]}, student={"model": "nobody/nothing"}, **changes)
+
+
+def write_prompts(run_dir: Path, references: list[str | None]) -> None:
+    rows = [trace(index, f"What is {index} + 0?", "") for index in range(len(references))]
+    kept = [
+        {"prompt_id": r["prompt_id"], "messages": r["messages"], "reference": reference}
+        for r, reference in zip(rows, references, strict=True)
+    ]
+    with StageFolder(run_dir / "prompts", "prompts", {}) as out:
+        out.write_table("train", kept, PROMPT)
+        out.write_table("heldout", kept, PROMPT)
+        out.finish(rows_in=len(rows), rows_kept=len(rows), facts=facts())
+
+
+def test_a_recipe_that_names_no_reference_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    columns = {"prompt": "question", "reference": None}
+    with pytest.raises(DataError, match=r"^evaluate: prompts\.columns\.reference is null.*evaluate: null"):
+        evaluate.plan(recipe_of(tmp_path, prompts={"source": "x.jsonl", "columns": columns}))
+
+
+@pytest.mark.parametrize(
+    ("references", "message"),
+    [
+        ([None, None, None], r"not one of 3 held-out prompts has a reference.*evaluate: null"),
+        ([], r"holds no held-out prompt.*heldout_size"),
+    ],
+)
+def test_prompts_that_measure_nothing_are_refused_before_a_model_is_loaded(
+    tmp_path: Path, references: list[str | None], message: str
+) -> None:
+    write_prompts(tmp_path, references)
+    with pytest.raises(DataError, match=message):
+        evaluate.run(recipe_of(tmp_path))
+
+
+def test_answers_of_which_none_can_be_judged_say_why() -> None:
+    answers = [
+        {"model_role": "base", "prompt_id": str(index), "correct": None, "reason": "checker_timed_out" if index else "no_reference"}
+        for index in range(4)
+    ]
+    with pytest.raises(DataError, match=r"\(3 checker_timed_out, 1 no_reference\).*check_timeout_s"):
+        evaluate._scores(answers, Evaluate(models=["base"]), 0)
