@@ -105,9 +105,10 @@ def run_all(
     last: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, kept and made anew, and why; do nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask before --redo deletes what cost something.")] = False,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Begin without what `distill check` proves.")] = False,
 ) -> None:
-    """All stages of a recipe: goes on with what was begun, skips what is done, adds to it where more is asked for."""
-    from distill.before import outlook, quick
+    """All stages of a recipe, once `distill check` holds: goes on with what was begun, skips what is done, adds where more is asked for."""
+    from distill.before import check, outlook, quick
     from distill.errors import RecipeError
     from distill.pipeline import delete_from, run_pipeline
 
@@ -119,7 +120,9 @@ def run_all(
         return
     if redo and first is not None:
         raise RecipeError("--redo and --from exclude each other: what is deleted is made anew from there on. Leave --from out.")
-    outlook.refuse_what_cannot_end(loaded, first, last, redo)
+    to_do = outlook.refuse_what_cannot_end(loaded, first, last, redo)
+    if not no_check:
+        check.before_run(loaded, to_do)
     if redo:
         if not outlook.agree_to_redo(loaded, redo, yes=yes):
             raise typer.Exit(1)
@@ -198,10 +201,14 @@ def check(
     context: typer.Context,
     recipe: RecipePath,
     quick: Annotated[bool, typer.Option("--quick", help="A second, without torch: keys, folders, terms, the first rows.")] = False,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="That will train, where they are launched by accelerate.")] = 1,
 ) -> None:
-    """Prove a recipe before anything is spent: keys, files, vocabulary, template, supervised tokens, lengths."""
+    """Prove a recipe before anything is spent: keys, files, packages, tokens, lengths; and rehearse it with miniature models."""
+    from distill.before import check as whole
+    from distill.before import quick as short
+
     loaded = _load(recipe, context)
-    if not importlib.import_module("distill.before.quick" if quick else "distill.before.check").run(loaded):
+    if not (short.run(loaded) if quick else whole.run(loaded, processes)):
         raise typer.Exit(1)
 
 

@@ -43,13 +43,22 @@ def run_stage(name: str, recipe: Recipe, *, number: int = 0, redo: bool = False,
 
 
 @plain_storage_errors()
-def run_all(recipe: Recipe, *, talk: bool = False) -> None:
-    """Runs all stages of a recipe, going on where an earlier run stopped."""
+def run_all(recipe: Recipe, *, talk: bool = False, check: bool = True) -> None:
+    """Runs all stages of a recipe, going on where an earlier run stopped.
+
+    Args:
+        recipe: Of `load_recipe`.
+        talk: As in `run_stage`.
+        check: Whether what `distill check` proves comes first, where something that costs is still to do.
+    """
     from distill import pipeline
+    from distill.before.check import before_run
     from distill.before.outlook import refuse_what_cannot_end
 
-    refuse_what_cannot_end(recipe)
+    to_do = refuse_what_cannot_end(recipe)
     with _voice(talk):
+        if check:
+            before_run(recipe, to_do)
         pipeline.run_pipeline(recipe)
 
 

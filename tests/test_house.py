@@ -35,8 +35,23 @@ LAYERS = [
     {"errors"},
     {"__init__"},
 ]
-TORCH_FREE = {"cli", "library", "pipeline", "reporting", "checks", "measure", "data", "recipe", "run", "embedded", "errors", "before.check"}
-TORCH_FREE |= {"before.quick", "before.findings"}
+TORCH_FREE = {
+    "cli",
+    "library",
+    "pipeline",
+    "reporting",
+    "checks",
+    "measure",
+    "data",
+    "recipe",
+    "run",
+    "embedded",
+    "errors",
+    "before.check",
+    "before.machine",
+    "before.record",
+}
+TORCH_FREE |= {"before.quick", "before.findings", "before.packages", "before.tokens", "before.brought"}
 
 
 def name_of(path: Path) -> str:

@@ -59,7 +59,7 @@ def adapter(student: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, teacher: Path) -> Path:
     place = tmp_path_factory.mktemp("rounds")
-    result = distill("run", write_recipe(place, tiny_model_dir, teacher, rollouts=", first_max_new_tokens: 5"))
+    result = distill("run", write_recipe(place, tiny_model_dir, teacher, rollouts=", first_max_new_tokens: 5"), "--no-check")
     assert result.returncode == 0, result.stderr[-3000:]
     assert "round 1 of 2" in result.stdout and "round 2 of 2" in result.stdout
     return place / "recipe.yaml"
@@ -107,7 +107,7 @@ def test_a_finished_run_does_no_work(finished: Path) -> None:
 def test_killed_rounds_end_with_the_same_weights(finished: Path, tmp_path: Path) -> None:
     """Killed as soon as each of the second round's stages has begun, and run again."""
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "distill", "run", str(finished), "--run_dir", str(run)]
+    command = [sys.executable, "-m", "distill", "run", str(finished), "--no-check", "--run_dir", str(run)]
     for stage in ("rollouts", "targets", "student"):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 300
@@ -126,7 +126,7 @@ def test_rounds_from_the_base_with_a_share_of_the_teachers_traces(tmp_path: Path
     path = write_recipe(tmp_path, tiny_model_dir, teacher, start="base", rollouts=", teacher_share: 0.25")
     recipe = load_recipe(path)
     assert stages_of(recipe) == ["prompts", "generate", "curate", "score", "evaluate", "report", "export"]  # none of it trains before them
-    assert distill("run", path).returncode == 0
+    assert distill("run", path, "--no-check").returncode == 0
     trained = read_manifest(folder(recipe, "train", 1))
     assert trained.rows_in == 12 + 24 and trained.rows_kept == 12 + 4 and trained.drops == {"not_drawn": 20}
     assert "student" not in read_manifest(folder(recipe, "rollouts", 1)).inputs  # the base wrote
@@ -143,7 +143,7 @@ def test_rounds_from_the_base_with_a_share_of_the_teachers_traces(tmp_path: Path
 )
 def test_rounds_stop_with_a_reason(limit: str, says: str, tmp_path: Path, tiny_model_dir: Path, teacher: Path) -> None:
     path = write_recipe(tmp_path, tiny_model_dir, teacher, rollouts=limit)
-    result = distill("run", path)
+    result = distill("run", path, "--no-check")
     assert result.returncode == 0 and says in result.stdout, result.stdout + result.stderr[-1500:]
     recipe = load_recipe(path)
     stopped_after = 1 if "kl" in limit else 0
@@ -208,9 +208,9 @@ def test_damaged_recipes_of_rounds(old: str, new: str, says: str, tmp_path: Path
 def test_more_rounds_go_on_from_those_there_are(tmp_path: Path, tiny_model_dir: Path, teacher: Path) -> None:
     """Where the schedule and the horizon are each round's own; else the key that stands in the way is named, before anything is spent."""
     recipe = write_recipe(tmp_path, tiny_model_dir, teacher, rollouts=", schedule_over: each_round", start="base")
-    assert distill("run", recipe, "--rounds", "1").returncode == 0
+    assert distill("run", recipe, "--no-check", "--rounds", "1").returncode == 0
     before = {name: read_manifest(tmp_path / "run" / "rounds" / "01" / name) for name in ("rollouts", "targets", "student")}
-    more = distill("run", recipe)
+    more = distill("run", recipe, "--no-check")
     assert more.returncode == 0, more.stderr[-2000:]
     assert {name: read_manifest(tmp_path / "run" / "rounds" / "01" / name) for name in before} == before
     assert read_manifest(tmp_path / "run" / "eval").inputs.keys() == {"prompts", "rounds/02/student"}

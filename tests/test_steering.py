@@ -34,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> tupl
     recipe = write_recipe(folder, tiny_model_dir)
     run = ["--run_dir", folder / "run"]
     steps = ["--train.trainer_args.max_steps", "3"]
-    ok("run", recipe, *run, *steps, "--until", "generate", "--generate.max_new_tokens", "12", "--generate.batch_size", "5")
+    ok("run", recipe, "--no-check", *run, *steps, "--until", "generate", "--generate.max_new_tokens", "12", "--generate.batch_size", "5")
     ok("curate", recipe, *run, "--curate.max_per_prompt", "1")
     ok("train", recipe, *run, *steps, "--train.trainer_args.learning_rate", "3e-4", "--seed", "7")
     ok("run", recipe, *run, "--from", "evaluate", "--evaluate.max_new_tokens", "8", "--evaluate.max_prompts", "6")
@@ -110,7 +110,7 @@ def test_redo_asks_before_it_deletes_what_cost_something(made: tuple[Path, Path]
     refused = distill("run", *words, "--redo", "train")
     assert refused.returncode == 1 and "there is nobody to ask" in refused.stderr and str(run / "student") in refused.stderr
     assert (run / "student" / "manifest.json").exists()
-    said = ok("run", *words, "--redo", "curate", "--until", "curate", "--yes")
+    said = ok("run", *words, "--no-check", "--redo", "curate", "--until", "curate", "--yes")
     assert "nothing to do" in said and not (run / "student").exists() and read_manifest(run / "curated").rows_kept == 48
 
 
@@ -120,7 +120,7 @@ def test_more_samples_and_epochs_go_on_from_what_is_there(made: tuple[Path, Path
     before = {(row["prompt_id"], row["sample_index"]): row for row in read_rows(run / "traces", "traces")}
     student = read_manifest(run / "student")
     more = ["--generate.samples_per_prompt", "4", "--train.trainer_args.max_steps", "5", "--seed"]
-    said = ok("run", *words, *more, "5", "--until", "curate")
+    said = ok("run", *words, "--no-check", *more, "5", "--until", "curate")
     assert "144 traces were written before" in said
     after = {(row["prompt_id"], row["sample_index"]): row for row in read_rows(run / "traces", "traces")}
     assert len(after) == 48 * 4 and before.items() <= after.items()

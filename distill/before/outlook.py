@@ -116,16 +116,18 @@ def dry_run(recipe: Recipe, first: str | None = None, last: str | None = None, r
     return all(action != "refuse" for _, action, _ in found)
 
 
-def refuse_what_cannot_end(recipe: Recipe, first: str | None = None, last: str | None = None, redo: str = "") -> None:
-    """Refuses a run of which a later step is known to be refused, before an earlier one has cost, or deleted, anything.
+def refuse_what_cannot_end(recipe: Recipe, first: str | None = None, last: str | None = None, redo: str = "") -> list[Step]:
+    """The steps that are still to do, unless a later one is known to be refused, before an earlier one has cost, or deleted, anything.
 
     Raises:
         StageConflictError: naming folder, keys and values.
         RecipeError: the recipe has no such stage.
     """
-    for _, action, why in outlook(recipe, select(steps_of(recipe), first, last), made_from(recipe, redo) if redo else ()):
+    found = outlook(recipe, select(steps_of(recipe), first, last), made_from(recipe, redo) if redo else ())
+    for _, action, why in found:
         if action == "refuse":
             raise StageConflictError(why)
+    return [step for step, action, _ in found if action != "keep"]
 
 
 def refuse_what_follows(recipe: Recipe, step: Step) -> None:

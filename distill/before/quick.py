@@ -13,6 +13,7 @@ from itertools import islice
 
 from distill.before.findings import Findings
 from distill.before.outlook import outlook
+from distill.before.packages import check_packages
 from distill.data.completions import brought, columns_of
 from distill.data.files import Placed
 from distill.data.licences import check_terms
@@ -34,13 +35,19 @@ def run(recipe: Recipe, *, there: bool = True) -> bool:
         there: Whether to look at what is in the run's folder, too.
     """
     found = Findings()
-    common(recipe, found)
-    given = len(recipe.train.trainer_args)
-    found.good("trainer arguments", f"{given} are given, of known names and types" if given else "the kit's own")
-    _check_sources(recipe, found)
+    claims(recipe, found)
     if there:
         _check_what_is_there(recipe, found)
     return found.end("nothing was found that speaks against this recipe; `distill check` also reads all rows, and tokenises some")
+
+
+def claims(recipe: Recipe, found: Findings) -> None:
+    """What can be said of the recipe alone, whatever is in its folder."""
+    common(recipe, found)
+    check_packages(recipe, found, importing=False)
+    given = len(recipe.train.trainer_args)
+    found.good("trainer arguments", f"{given} are given, of known names and types" if given else "the kit's own")
+    _check_sources(recipe, found)
 
 
 def common(recipe: Recipe, found: Findings) -> None:

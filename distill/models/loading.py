@@ -88,7 +88,9 @@ def load_model(spec: ModelSpec, device: torch.device, dtype: torch.dtype | None 
         options["device_map"] = {"": str(device)}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(embedded.resolve(spec.model), revision=spec.revision, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except ImportError as error:  # of a package that its weights are packed with
+        raise ModelError(f"{spec.model}: the model can't be loaded without a package: {_first_line(error)}. Install it.") from None
+    except (OSError, ValueError) as error:
         raise ModelError(f"{spec.model}: the model can't be loaded: {_first_line(error)}. {_ADVICE}") from None
     if spec.quantization == "none":
         model.to(device)  # type: ignore[arg-type]  # transformers decorates `to` without its signature

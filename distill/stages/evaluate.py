@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc
 
+from distill.checks.references import unjudged_because
 from distill.errors import DataError
 from distill.measure.intervals import gap_recovered, mean_interval, resampled_means
 from distill.recipe.experiment import Recipe
@@ -114,6 +115,8 @@ def _refuse_unanswerable(source: Path, prompts: list[dict[str, Any]]) -> None:
             f"{source}: not one of {len(prompts):,} held-out prompts has a reference (prompts.columns.reference), so no answer could be "
             f"judged. {_NO_REFERENCE}"
         )
+    if problem := unjudged_because([row["reference"] for row in prompts]):
+        raise DataError(f"{source}: {problem}. {_NO_REFERENCE}")
 
 
 def _earlier(recipe: Recipe, out: StageFolder) -> EarlierTraces | None:

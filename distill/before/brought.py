@@ -1,0 +1,154 @@
+"""What of the traces that are there already, brought ones or those of an earlier run, would be learned from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from distill.before.findings import Even, Findings
+from distill.recipe.experiment import Recipe
+from distill.recipe.traces import Curate
+from distill.run.manifest import MANIFEST, read_manifest
+from distill.run.schema import prompt_id
+from distill.run.tables import iter_rows
+from distill.stages import folder
+
+if TYPE_CHECKING:
+    from distill.checks.choice import Choice
+    from distill.stages.prompts import Survey
+
+Row = dict[str, Any]
+SAMPLE = 2000
+"""Rows that are looked at, of any number; evenly drawn."""
+_TOGETHER = 200  # matched to their prompts at once
+_CURATED = 300  # that curate's checks look at, or up to twice as many
+_LOW = 0.5  # share of traces kept under which something is hardly as it is meant
+
+
+def check_traces(recipe: Recipe, survey: Survey, found: Findings) -> tuple[list[Row], int]:
+    """Some rows with messages and completion, and of how many: of those an earlier run has curated, or of brought ones.
+
+    Evenly drawn; none before they are written.
+    """
+    curated = folder(recipe, "curate")
+    there = (curated / MANIFEST).exists()
+    sample = _Sample(survey)
+
+    def attempt() -> str:
+        if there:
+            sample.total = read_manifest(curated).rows("curated")
+            sample.rows = list(iter_rows(curated, "curated", step=-(-sample.total // SAMPLE), columns=["messages", "completion"]))
+            return f"{sample.total:,} curated ones in {curated}"
+        fitting, total = sample.read(recipe)
+        return f"{fitting:,} of {total:,} belong to a training prompt"
+
+    if not there and recipe.traces is None:
+        return [], 0
+    if not found.prove("traces", attempt):
+        return [], 0
+    if not sample.rows:
+        found.bad("traces", "none has a prompt of this run. Their text must be the same; check traces.columns.")
+    elif not there:
+        _check_curation(recipe.curate, sample.whole or [row | {"sample_index": 0, "reference": None} for row in sample.rows], found)
+    return [row for row in sample.rows if _is_well_formed(recipe.curate, row)], sample.total
+
+
+def _is_well_formed(curate: Curate, row: Row) -> bool:
+    """Whether curate would let the form of a row through."""
+    from distill.checks.form import check_finish, check_think
+
+    finished = "finish" not in curate.checks or check_finish(row.get("finish_reason"), row["completion"]).passed
+    return bool(finished and ("think" not in curate.checks or check_think(row["completion"]).passed))
+
+
+class _Sample:
+    """Traces evenly drawn from all; and, for curate, some of those whose prompts are in a survey's sample, with their references."""
+
+    def __init__(self, survey: Survey) -> None:
+        self.rows: list[Row] = []
+        self.whole: list[Row] = []
+        self.total = 0
+        self._survey = survey
+
+    def read(self, recipe: Recipe) -> tuple[int, int]:
+        """Reads all brought traces; returns how many belong to a training prompt, and of how many."""
+        seen: Counter[bool] = Counter()
+        drawn: Even[Row] = Even(SAMPLE)
+        whole: Even[Row] = Even(_CURATED)
+        references = {row["prompt_id"]: row["reference"] for row in self._survey.sample}
+        of_prompt: Counter[str] = Counter()
+        for row in _brought(recipe, self._survey, seen):
+            drawn.add(row)
+            if row["prompt_id"] in references:
+                numbered = {"sample_index": of_prompt[row["prompt_id"]], "reference": references[row["prompt_id"]]}
+                whole.add(numbered | row)
+                of_prompt[row["prompt_id"]] += 1
+        self.rows, self.total, self.whole = drawn.kept, drawn.total, whole.kept
+        return seen[True], seen.total()
+
+
+def _brought(recipe: Recipe, survey: Survey, seen: Counter[bool]) -> Iterator[Row]:
+    """Brought traces of training prompts; counts all, by whether they are."""
+    from distill.data.completions import brought, columns_of
+    from distill.data.identities import Identities, as_numbers
+    from distill.data.mapping import PromptMapping
+    from distill.data.sources import brought_traces
+
+    traces = recipe.traces
+    assert traces is not None
+    known = Identities(survey.ids)
+    mapping = PromptMapping(recipe.prompts, traces.columns, traces.source)
+    rows = brought_traces(traces).rows([*mapping.columns, *columns_of(traces)], "traces")
+    while batch := list(islice(rows, _TOGETHER)):
+        talks = [mapping.messages(raw, where) or [] for where, raw in batch]
+        ids = [prompt_id(messages) for messages in talks]
+        for (where, raw), messages, name, place in zip(batch, talks, ids, known.places(as_numbers(ids)), strict=True):
+            row = brought(traces, raw, where)
+            fits = row.reason is None and place >= 0
+            seen[fits] += 1
+            if fits:
+                yield {"prompt_id": name, "messages": messages, "completion": row.text, "finish_reason": row.finish_reason}
+
+
+def _check_curation(curate: Curate, rows: list[Row], found: Findings) -> None:
+    """What share of brought traces curate would keep, by the reasons of the others."""
+    choice = _curated(curate, rows)
+    share = choice.num_kept / len(rows)
+    lost = ", ".join(f"{count / len(rows):.0%} {reason}" for reason, count in sorted(choice.drops.items(), key=lambda drop: -drop[1]))
+    detail = f"{share:.0%} of {len(rows):,} traces looked at would be kept" + (f"; dropped: {lost}" if lost else "")
+    if not choice.num_kept:
+        found.bad("curate", f"{detail}. Look at the traces; correct what they are made from, or change curate.checks.{_advice(choice)}")
+    elif share < _LOW:
+        found.warn("curate", f"{detail}.{_advice(choice)}")
+    else:
+        found.good("curate", detail)
+
+
+def _advice(choice: Choice) -> str:
+    first = max(choice.drops, key=lambda reason: choice.drops[reason], default="")
+    return {
+        "think:no_reasoning": " Traces without reasoning are learned from with curate.checks: [finish, math].",
+        "math:no_reference": " Set prompts.columns.reference, or leave math out of curate.checks.",
+    }.get(first, "")
+
+
+def _curated(curate: Curate, rows: list[Row]) -> Choice:
+    """What curate's own checks and choice say of some traces."""
+    from distill.checks.choice import Evidence, choose
+    from distill.checks.form import check_finish, check_think
+    from distill.checks.math import MathJudge
+
+    evidence = Evidence(len(rows), curate.checks)
+    for number, row in enumerate(rows):
+        evidence.describe(number, row)
+        if "finish" in curate.checks:
+            evidence.note(number, check_finish(row["finish_reason"], row["completion"]))
+        if "think" in curate.checks:
+            evidence.note(number, check_think(row["completion"]))
+    if "math" in curate.checks:
+        with MathJudge(curate.check_timeout_s, curate.workers) as judge:
+            for number, verdict in judge.stream(enumerate((row["completion"], row["reference"]) for row in rows)):
+                evidence.note(number, verdict)
+    return choose(evidence, curate)
