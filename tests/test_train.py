@@ -346,3 +346,41 @@ def test_a_finished_student_is_not_trained_again(recipe: Callable[..., Path]) ->
     result = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert "nothing to do" in result.stdout and (student / "manifest.json").stat().st_mtime_ns == before
     assert not math.isnan(read_manifest(student).facts["train_loss"])
+
+
+@pytest.mark.parametrize("folder", ["s*", "exp[1]:2?"])
+def test_a_run_is_where_its_path_says(folder: str, recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Not where a pattern would find another run, and whatever a URL looks like."""
+    from test_kd import command
+
+    path = recipe("s1", trainer_args={"max_steps": 1, "packing": True, "num_train_epochs": 1}, count=8)
+    run = tmp_path / folder
+    shutil.copytree(tmp_path / "s1", run)
+    rows = traces(5)
+    shutil.rmtree(run / "curated")
+    with StageFolder(run / "curated", "curate", {}) as out:
+        out.write_table("curated", rows, TRACE)
+        out.finish(rows_in=5, rows_kept=5)
+    assert command("train", path, "--run_dir", str(run)) == 0
+    assert read_manifest(run / "student").rows_in == 5 and not (tmp_path / "s1" / "student").exists()
+
+
+def test_what_a_reporter_writes_is_kept(recipe: Callable[..., Path]) -> None:
+    """TensorBoard's files lie beside the checkpoints, which go."""
+    from transformers import TrainerCallback
+
+    from distill.recipe.reading import load_recipe
+    from distill.stages.train import run
+
+    class Reporter(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for name in ("runs/today/events.out.tfevents.1", "emissions.csv"):
+                place = Path(args.output_dir) / name
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_text("reported")
+
+    path = recipe("reported", trainer_args={"max_steps": 1}, count=8)
+    manifest = run(load_recipe(path), watchers=[Reporter()])
+    student = path.with_suffix("") / "student"
+    assert set(manifest.records) == {"metrics.jsonl", "logs/today/events.out.tfevents.1", "logs/emissions.csv"}
+    assert (student / "logs" / "emissions.csv").read_text() == "reported" and not (student / "checkpoints").exists()

@@ -17,6 +17,7 @@ from distill.recipe.prompts import Prompts
 from distill.recipe.results import Evaluate, Export, Report
 from distill.recipe.steps import PASSES
 from distill.recipe.traces import Curate, Generate, Traces
+from distill.recipe.trainer_values import needs_evaluation
 
 
 class Recipe(Section):
@@ -26,7 +27,7 @@ class Recipe(Section):
     """Letters, digits, `.`, `_` and `-`."""
     run_dir: OutputPath | None = None
     """Folder of the run, relative to the folder the command is run in; null means `runs/<name>`."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of the split, of every sampled token and of training."""
     teacher: ModelSpec | None = None
     """The model that is learned from; may be left out where traces are brought."""
@@ -149,6 +150,9 @@ class Recipe(Section):
             raise ValueError(f"train.trainer_args.{min(ignored)} would be ignored in the rounds: their loss is that of train.kd")
         if self.train.global_batch_size is not None and PASSES in self.rollouts.trainer_args:
             raise ValueError(f"rollouts.trainer_args.{PASSES} follows from train.global_batch_size, so give one of them")
+        asking = needs_evaluation(self.rollouts.trainer_args)
+        if asking is not None and not self.train.validation_prompts:
+            raise ValueError(f"rollouts.trainer_args.{asking} needs an evaluation while the student trains; set train.validation_prompts")
         self._schedule_has_parts()
         if self.rounds == 1 and self.rollouts.first_max_new_tokens is not None:
             raise ValueError("rollouts.first_max_new_tokens would be ignored: there is one round, so nothing grows")

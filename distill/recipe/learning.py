@@ -11,6 +11,7 @@ from distill.losses.settings import Divergence, Objective, default_divergence
 from distill.recipe.base import PositiveInt, Sampling, Section, Share, TrainerArgs
 from distill.recipe.steps import AT_ONCE, PASSES
 from distill.recipe.trainer_args import ConfigName, check_trainer_args
+from distill.recipe.trainer_values import needs_evaluation
 from distill.targets.spec import ChosenToken, Sampled, TargetSpec, TopK
 
 Method = Literal["sft", "kd", "on_policy", "cross_tokenizer"]
@@ -184,7 +185,7 @@ class Rollouts(Sampling):
 # Fields of TRL's configs that show, keep or hasten, and leave the weights alone.
 _SHOWS_AND_KEEPS = (
     *("logging_", "log_", "report_to", "run_name", "project", "trackio_", "disable_tqdm", "num_completions_to_print"),
-    *("include_num_input_tokens_seen", "skip_memory_metrics", "push_to_hub", "hub_", "enable_jit_checkpoint", "ddp_timeout"),
+    *("include_num_input_tokens_seen", "skip_memory_metrics", "hub_", "enable_jit_checkpoint", "ddp_timeout"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
     *("dataset_num_proc", "torch_empty_cache_steps"),
 )
@@ -256,6 +257,14 @@ class Train(Section):
         ignored = LOSS_OF_SFT & set(self.trainer_args)
         if self.method == "kd" and ignored:
             raise ValueError(f"train.trainer_args.{min(ignored)} belongs to the loss of method sft; kd has its own, see train.kd")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluates_on_something(self) -> Train:
+        asking = needs_evaluation(self.trainer_args)
+        if asking is not None and not self.validation_prompts:
+            instead = "leave it out: there are no traces to evaluate on" if self.is_live else "set train.validation_prompts"
+            raise ValueError(f"train.trainer_args.{asking} needs an evaluation while the student trains; {instead}")
         return self
 
     @model_validator(mode="after")

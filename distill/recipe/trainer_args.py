@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from distill.recipe.trainer_values import check_trainer_values
+
 ConfigName = Literal["SFTConfig", "DistillationConfig", "ServerDistillationConfig", "GOLDConfig"]
 
 # Base class first: a later file overrides an earlier one, as inheritance does.
@@ -195,4 +197,5 @@ def check_trainer_args(given: dict[str, Any], config: ConfigName = "SFTConfig") 
             adapter.validate_python(value)
         except ValidationError:
             raise ValueError(f"{name} must be {fields[name].annotation}, got {value!r}") from None
+    check_trainer_values(given)
     return given

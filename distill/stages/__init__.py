@@ -46,7 +46,7 @@ WRITES = {
     "generate": _tables("traces", "dropped"),
     "curate": _tables("curated", "dropped", "verdicts"),
     "score": ("targets-*-of-*.targets", "targets-*-of-*.targets.part", "journal-*-of-*.jsonl"),
-    "train": ("adapter/*", "model/*", "tokenizer/*", "checkpoints/*", "metrics.jsonl"),
+    "train": ("adapter/*", "model/*", "tokenizer/*", "checkpoints/*", "logs/*", "metrics.jsonl"),
     "rollouts": _tables("traces"),
     "evaluate": _tables("traces", "answers", "scores"),
     "report": ("report.html", "report.md", "summary.txt"),

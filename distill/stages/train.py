@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from distill.trainers.targets import StoredTargets
 
 
+_NO_LOGS = ("README.md", "training_args.bin")  # the trainer's own, of no use without results
+
+
 class _Material(NamedTuple):
     """What one training is made of."""
 
@@ -178,7 +181,7 @@ def _train(
     free_memory()
     facts |= _stop(recipe, number, metrics)
     kept = rows.rows_in - sum(rows.drops.values())
-    records = [out.path / "metrics.jsonl"]
+    records = [metrics, *_keep_logs(out.path)]
     manifest = out.finish(rows_in=rows.rows_in, rows_kept=kept, drops=rows.drops, files=files, records=records, facts=facts)
     for leftover in _cache(recipe).glob("cache-*"):  # packs and orders that the trainer made of the rows
         leftover.unlink()
@@ -306,6 +309,19 @@ def _save(recipe: Recipe, target: Path, trainer: Any, processes: Processes) -> l
     if recipe.student.adapter.type == "lora":
         _order_modules(weights / "adapter_config.json")
     return [*weights.iterdir(), *tokenizer.iterdir()]
+
+
+def _keep_logs(student: Path) -> list[Path]:
+    """Moves what a reporter (TensorBoard, CodeCarbon, ...) wrote beside the checkpoints, which go, into `logs/`; returns all there."""
+    written = student / "checkpoints"
+    files = [path for path in written.rglob("*") if path.is_file()] if written.is_dir() else []
+    for file in files:
+        place = file.relative_to(written)
+        if not place.parts[0].startswith("checkpoint-") and place.name not in _NO_LOGS:
+            kept = student / "logs" / Path(*place.parts[place.parts[0] == "runs" :])
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(kept)
+    return [path for path in (student / "logs").rglob("*") if path.is_file()]
 
 
 def _order_modules(config: Path) -> None:

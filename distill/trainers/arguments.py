@@ -28,8 +28,12 @@ from distill.models.processes import world_size
 from distill.recipe.experiment import Recipe
 from distill.recipe.learning import DEFAULT_EPOCHS, Train
 from distill.recipe.steps import AT_ONCE, DEFAULT_ROWS, PASSES, step_size
+from distill.run.log import say
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
+
+_ON_GPUS_ALONE = {"fp16": "a CPU computes in fp32 here", "activation_offloading": "on a CPU activations are in its memory already"}
 
 
 def training_arguments(recipe: Recipe, train: Train, output_dir: Path, device: torch.device) -> SFTConfig:
@@ -59,7 +63,7 @@ def training_arguments(recipe: Recipe, train: Train, output_dir: Path, device: t
         given["router_aux_loss_coef"] = 0.0  # the loss on targets is the whole loss
         given.setdefault("logging_first_step", True)  # how far from the teacher the student was before it learned
     if train.validation_prompts and "eval_strategy" not in train.trainer_args:
-        given |= {"eval_strategy": "steps", "eval_steps": given["save_steps"]}
+        given |= {"eval_strategy": "steps", "eval_steps": train.trainer_args.get("eval_steps", given["save_steps"])}
     section = "train.trainer_args" if train is recipe.train else "rollouts.trainer_args over train.trainer_args"
     return build_arguments(SFTConfig, given, section)
 
@@ -72,6 +76,15 @@ def build_arguments(config: type[Arguments], given: dict[str, Any], section: str
     """
     # transformers renames the field that TRL 1.16 still defines, and warns of it at every start.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+    for name, why in _ON_GPUS_ALONE.items():
+        if given["use_cpu"] and given.get(name):
+            say(f"train     {name} is left out: {why}")
+            given = given | {name: False}
+    if given.get("fsdp") and world_size() == 1:
+        raise RecipeError(
+            f"{section}.fsdp: deals weights out to several processes, and this is one. Train with `accelerate launch -m distill.train`, or "
+            "leave it out."
+        )
     try:
         arguments = config(**given)
     except (ValueError, TypeError, ImportError) as error:
