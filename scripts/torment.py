@@ -1,7 +1,7 @@
 """Kills and damages runs on the embedded pair, and shows whether any of it goes unnoticed: exit code 1 if so.
 
     python scripts/torment.py kills              # 200 SIGKILLs: before and after each renaming of each stage, and at random moments
-    python scripts/torment.py damage             # 300 damaged files of finished and half-finished runs
+    python scripts/torment.py damage             # 260 damaged files of finished and half-finished runs
     python scripts/torment.py damage --count 40 --stages score train
 
 The run has all stages and two on-policy rounds; score and train are killed in two processes, too. Commands run in processes forked
@@ -11,9 +11,11 @@ from one that has imported everything, on one CPU core: about 6 minutes for the 
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 SEED = 20261126
@@ -26,21 +28,23 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=None, help="kills, or damaged files")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--stages", nargs="*", default=[], help="only these")
-    parser.add_argument("--keep", type=Path, help="folder for the runs, which are kept; a temporary one if left out")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing more after so long; the table is of what was done")
+    parser.add_argument("--keep", type=Path, help="folder for the runs, which are kept and used again; else a temporary one")
     asked = parser.parse_args()
     # Imported here: a worker that checks answers imports this file, and nothing of this.
     from torment_parts import children, damage, kills
 
+    until_s = time.monotonic() + 60 * asked.minutes
     children.prepare()
     place = asked.keep or Path(tempfile.mkdtemp(prefix="torment-"))
+    faults: list[tuple[str, ...]]
     try:
         if asked.what == "kills":
-            rows = kills.torment(place, asked.count or 200, asked.seed, asked.stages)
+            rows = kills.torment(place, asked.count or 200, asked.seed, asked.stages, until_s)
             faults = [row for row in rows if row[-1] != kills.EQUAL]
             rows = [("step", "kills", "end"), *rows, ("all", str(sum(int(row[1]) for row in rows)), f"{len(faults)} faults")]
         else:
-            verifies = "verify" in children.command("--help").said
-            rows, faults = damage.torment(place, asked.count or 300, asked.seed, asked.stages, verifies)
+            rows, faults = damage.torment(place, asked.count or 260, asked.seed, asked.stages, until_s)
     finally:
         if asked.keep is None:
             shutil.rmtree(place, ignore_errors=True)

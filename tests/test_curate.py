@@ -17,7 +17,7 @@ import pytest
 
 from distill.checks import Verdict
 from distill.checks.choice import Evidence, choose
-from distill.errors import DataError, StageConflictError
+from distill.errors import DataError, IntegrityError, StageConflictError
 from distill.recipe.experiment import Recipe
 from distill.recipe.traces import Curate
 from distill.run.folder import StageFolder
@@ -236,3 +236,29 @@ def test_a_killed_curation_ends_with_the_same_rows_and_redoes_no_finished_batch(
         assert read_rows(tmp_path / "run" / "curated", table) == read_rows(tmp_path / "whole" / "curated", table)
     assert [row["reason"] for row in read_rows(tmp_path / "run" / "curated", "dropped")].count("math:no_reference") == 8
     assert len(read_rows(tmp_path / "run" / "curated", "curated")) == 400 - 20 - 8
+
+
+def test_a_damaged_line_of_the_journal_is_judged_again_as_its_error_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever line it is, no verdict moves to another trace."""
+    rows = [trace("2", prompt=f"p{index}", reference=None) for index in range(130)]
+    rows[::7] = [trace("<think>\n\n</think>", prompt=f"p{index}") for index in range(0, 130, 7)]
+    write_traces(tmp_path / "whole", rows)
+    asked = {"checks": ["math"], "keep_unjudged": True}
+    undisturbed = run(recipe(tmp_path / "whole", **asked))
+    assert set(undisturbed.drops) == {"math:no_answer"}
+    for line in range(3):
+        target = tmp_path / f"run{line}"
+        write_traces(target, rows)
+        with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+            patched.setattr("distill.stages.curate._write", lambda *_: 1 // 0)
+            run(recipe(target, **asked))
+        journal = target / "curated" / JOURNAL
+        lines = journal.read_bytes().splitlines(keepends=True)
+        assert len(lines) == 3
+        lines[line] = lines[line].replace(b"passed", b"parsed", 1)
+        journal.write_bytes(b"".join(lines))
+        with pytest.raises(IntegrityError, match=rf"journal\.jsonl:{line + 1}: .*Delete the line"):
+            run(recipe(target, **asked))
+        del lines[line]
+        journal.write_bytes(b"".join(lines))
+        assert run(recipe(target, **asked)).digest == undisturbed.digest

@@ -494,6 +494,33 @@ def test_altered_shards_are_noticed(recipe: Callable[..., Path]) -> None:
         check_files(folder_of(path))
 
 
+@pytest.mark.parametrize("damage", ["line", "all", "skipped", "begun"])
+def test_what_a_journal_lost_is_read_again(damage: str, recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a part that was finished, and of one that was begun; as the error of a damaged line advises."""
+    rows = [row | {"completion": row["completion"] * (9 if index == 5 else 1)} for index, row in enumerate(traces(12))]
+    whole, path = recipe("whole", rows=rows, batch_size=3), recipe("damaged", rows=rows, batch_size=3)
+    for each in (whole, path):
+        monkeypatch.setattr(reading, "WINDOW_ROWS", 6)
+        with monkeypatch.context() as patched, contextlib.suppress(ZeroDivisionError):
+            if each == path:
+                patched.setattr("distill.stages.score._complete", lambda *_: 1 // 0)
+            scored = distill("score", each, "--train.max_length", "160")
+    assert scored.returncode == 1 and read_manifest(folder_of(whole)).drops == {"too_long": 1}
+    journal, shard = (folder_of(path) / f"{name}" for name in ("journal-00000-of-00001.jsonl", "targets-00000-of-00001.targets"))
+    lines = journal.read_bytes().splitlines(keepends=True)
+    place = next(index for index, line in enumerate(lines) if (b"skipped" in line) == (damage == "skipped"))
+    if damage == "begun":
+        shard.rename(shard.with_name(shard.name + ".part"))
+    journal.write_bytes(b"".join([*lines[:place], lines[place].replace(b'"key"', b'"kez"'), *lines[place + 1 :]]))
+    refused = distill("score", path, "--train.max_length", "160")
+    assert refused.returncode == 1 and f"{journal}:{place + 1}: this line was altered" in refused.stderr
+    journal.write_bytes(b"" if damage == "all" else b"".join(lines[:place] + lines[place + 1 :]))
+    score(path, "--train.max_length", "160")
+    left, right = (read_manifest(folder_of(each)) for each in (path, whole))
+    assert (left.digest, left.drops) == (right.digest, right.drops)
+    assert all(left.facts[name] == right.facts[name] for name in ("tokens", "positions", "captured_mass"))
+
+
 @pytest.mark.parametrize("target", ["{kind: top_k, k: 8}", "{kind: sampled, draws: 20}", "{kind: chosen_token}"])
 def test_targets_that_the_teacher_does_not_think_are_noticed(target: str, recipe: Callable[..., Path]) -> None:
     """A shard that is whole, but holds each row's targets one position late."""

@@ -30,7 +30,8 @@ ENVIRONMENT = {
 }
 """Of every command: the same numbers on all CPUs, and no network."""
 
-TRACEBACK = "Traceback (most recent call last)"
+_TRACEBACK = "Traceback (most recent call last)"
+_UNFORESEEN = re.compile(r"failed-\d{8}-\d{6}-\d+\.log")  # where the kit writes what it did not foresee
 _LIMIT_S = 300.0  # no command takes nearly as long
 _POLL_S = 0.002
 _HEAVY = ("torch", "transformers.models.qwen3.modeling_qwen3", "trl", "peft", "accelerate", "datasets", "matplotlib.pyplot", "rich.table")
@@ -55,6 +56,18 @@ class Outcome(NamedTuple):
     """Exit code; of a killed one the negative signal."""
     said: str
     seconds: float
+
+    @property
+    def broke(self) -> str:
+        """The last line of a traceback, or of an error that nobody foresaw; nothing where it ended as it should."""
+        if _TRACEBACK in self.said or _UNFORESEEN.search(self.said) or (self.code not in (0, 1) and not self.killed):
+            return self.said.strip().splitlines()[-1][-200:] if self.said.strip() else f"exit code {self.code}"
+        return ""
+
+    @property
+    def error(self) -> str:
+        """What it said was wrong."""
+        return self.said[self.said.find("error:") :].strip() if "error:" in self.said else ""
 
     @property
     def killed(self) -> bool:

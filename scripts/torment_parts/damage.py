@@ -10,12 +10,13 @@ from __future__ import annotations
 import random
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from distill.run.log import progress
-from torment_parts.children import TRACEBACK, Kill, command
+from torment_parts.children import Kill, command
 from torment_parts.runs import STEPS, Scene, Step, copy_until, make_scene, same
 
 HALVES: dict[str, list[Kill]] = {
@@ -31,6 +32,7 @@ HALVES: dict[str, list[Kill]] = {
 }
 """Where each stage is stopped to be damaged half-way."""
 
+_ADVICES = 4  # followed one after the other
 Rng = random.Random
 
 
@@ -119,10 +121,14 @@ class Damage:
             for number, kill in enumerate(HALVES[step.stage]):
                 for scene in (self.scene, self.stranger):
                     target = self._half(scene, step, number)
+                    if (target / ".made").exists():
+                        continue
+                    shutil.rmtree(target, ignore_errors=True)
                     copy_until(scene, step, target)
                     ended = scene.do(step, target, kill=kill)
                     if not ended.killed:
                         raise RuntimeError(f"{step} was not stopped at {kill.path}: {ended.said[-500:]}")
+                    (target / ".made").touch()
 
     def _half(self, scene: Scene, step: Step, number: int) -> Path:
         return scene.run.parent / f"half-{step.folder.replace('/', '-')}-{number}"
@@ -162,89 +168,109 @@ class Damage:
         origins = [self._half(scene, step, case.place) if step else scene.run for scene in (self.scene, self.stranger)]
         target = self.place / "damaged"
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(origins[0], target)
+        shutil.copytree(origins[0], target, ignore=shutil.ignore_patterns(".made"))
         before = (target / case.file).read_bytes()
         KINDS[case.kind](target / case.file, origins[1] / case.file, rng)
-        return self._half_finished(step, target, case) if step else self._finished(target, case, before)
+        return self._half_finished(step, target) if step else self._finished(target, case, before)
 
-    def _half_finished(self, step: Step, target: Path, case: Case) -> Finding:
+    def _half_finished(self, step: Step, target: Path) -> Finding:
         ended = self.scene.do(step, target)
-        said = ended.said[ended.said.find("error:") :].strip()
-        if TRACEBACK in ended.said or ended.code not in (0, 1):
-            return Finding("TRACEBACK", ended.said.strip().splitlines()[-1][-200:])
+        if ended.broke:
+            return Finding("TRACEBACK", ended.broke)
         if not ended.code:
             wrong = same(self.scene, target, step)
             return Finding("SILENT", wrong) if wrong else Finding("redone")
-        if str(target) not in said:
-            return Finding("UNNAMED", said[:200])
-        return self._follow(step, target, said)
+        return self._follow(step, target, ended.error) if str(target) in ended.error else Finding("UNNAMED", ended.error[:200])
 
     def _follow(self, step: Step, target: Path, said: str) -> Finding:
         """Does what the error advises, the gentlest first, until it says nothing more; that must end well."""
-        for _ in range(4):
-            again: list[str] = []
+        for _ in range(_ADVICES):
+            redo: list[str] = []
             if line := re.search(r"(\S+\.jsonl):(\d+):.*[Dd]elete the line", said):
                 lines = Path(line[1]).read_bytes().splitlines(keepends=True)
                 Path(line[1]).write_bytes(b"".join(lines[: int(line[2]) - 1] + lines[int(line[2]) :]))
             elif file := re.search(r"error: (/\S+?):\s.*\b[Dd]elete (?:it|the file)\b", said):
                 Path(file[1]).unlink(missing_ok=True)
+            elif folder := re.search(r"error: (/\S+?):\s.*\bMove the folder away", said):
+                shutil.rmtree(folder[1])
             elif "--redo" in said:
-                again = ["--redo"]
+                redo = ["--redo"]
             else:
                 return Finding("UNADVISED", said[:200])
-            ended = self.scene.do(step, target, *again)
-            if TRACEBACK in ended.said or ended.code not in (0, 1):
-                return Finding("TRACEBACK", f"after its advice: {ended.said.strip().splitlines()[-1][-200:]}")
+            ended = self.scene.do(step, target, *redo)
+            if ended.broke:
+                return Finding("TRACEBACK", f"after its advice: {ended.broke}")
             if not ended.code:
                 wrong = same(self.scene, target, step)
                 return Finding("BAD ADVICE", f"{wrong}: {said[:200]}") if wrong else Finding("noticed")
-            said = ended.said[ended.said.find("error:") :].strip()
+            said = ended.error
         return Finding("BAD ADVICE", said[:200])
 
     def _finished(self, target: Path, case: Case, before: bytes) -> Finding:
         named = False
         if self._verifies:
             verified = command("verify", target)
-            if TRACEBACK in verified.said or verified.code not in (0, 1):
-                return Finding("TRACEBACK", f"verify: {verified.said.strip().splitlines()[-1][-200:]}")
-            # A file that is no result, as one of the cache, may be named by its folder.
-            named = bool(verified.code) and Path(case.file).name.split(".")[0] in verified.said
+            if verified.broke:
+                return Finding("TRACEBACK", f"verify: {verified.broke}")
+            file = target / case.file
+            stage = next((step.folder for step in STEPS if case.file.startswith(f"{step.folder}/")), case.file)
+            named = bool(verified.code) and (str(target / stage) in verified.said or str(file) in verified.said)
         ended = command("run", self.scene.recipe, "--run_dir", target)
-        if TRACEBACK in ended.said or ended.code not in (0, 1):
-            return Finding("TRACEBACK", ended.said.strip().splitlines()[-1][-200:])
-        if ended.code and str(target) not in ended.said:
-            return Finding("UNNAMED", ended.said.strip()[-200:])
+        if ended.broke:
+            return Finding("TRACEBACK", ended.broke)
+        if ended.code and str(target) not in ended.error:
+            return Finding("UNNAMED", ended.error[:200])
         if named or ended.code:
             return Finding("noticed")
         wrong = [f"{step}: {found}" for step in STEPS if (found := same(self.scene, target, step))]
-        there = (target / case.file).read_bytes() if (target / case.file).exists() else None
         if case.file.startswith("cache/") and not wrong:
             return Finding("harmless")  # whoever trains on it next looks at it
+        there = (target / case.file).read_bytes() if (target / case.file).exists() else None
         if not wrong and there == before and case.kind != "extra file beside":
             return Finding("redone")
         return Finding("SILENT", "; ".join(wrong)[:200])
 
 
-def torment(place: Path, count: int, seed: int, stages: list[str], verifies: bool) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-    """So many cases, of every kind of file and damage first; rows of the table by kind of damage, and the faults one by one."""
+class Rows(NamedTuple):
+    """What is printed."""
+
+    table: list[tuple[str, ...]]
+    faults: list[tuple[str, ...]]
+
+
+def torment(place: Path, count: int, seed: int, stages: list[str], until_s: float) -> Rows:
+    """So many cases, of every kind of file and damage first; a table by kind of damage, and the faults one by one.
+
+    Args:
+        place: Empty folder for the runs.
+        count: Cases.
+        seed: Of cases and damage.
+        stages: Only these half-way; empty takes all.
+        until_s: Of `time.monotonic`; then no other case is begun.
+    """
     rng = random.Random(seed)
-    damage = Damage(place, verifies=verifies, stages=stages)
+    damage = Damage(place, verifies="verify" in command("--help").said, stages=stages)
     chosen = _spread(damage.cases(rng), count)
     found: list[tuple[Case, Finding]] = []
     with progress(len(chosen), "cases", "damage") as bar:
         for case in chosen:
+            if time.monotonic() > until_s:
+                break
             found.append((case, damage.judge(case, rng)))
             bar.update()
+    return Rows(_table(found), [(finding.verdict, case.name, finding.detail) for case, finding in found if finding.verdict.isupper()])
+
+
+def _table(found: list[tuple[Case, Finding]]) -> list[tuple[str, ...]]:
     verdicts = ["noticed", "redone", "harmless", *sorted({finding.verdict for _, finding in found if finding.verdict.isupper()})]
-    rows = [("damage", "state", *verdicts)]
+    rows: list[tuple[str, ...]] = [("damage", "state", *verdicts)]
     for kind in KINDS:
         for state in ("finished", "half-finished"):
             here = [finding.verdict for case, finding in found if case.kind == kind and bool(case.state) == (state != "finished")]
             if here:
                 rows.append((kind, state, *(str(here.count(verdict)) for verdict in verdicts)))
-    rows.append(("all", "", *(str(sum(finding.verdict == verdict for _, finding in found)) for verdict in verdicts)))
-    faults: list[tuple[str, ...]] = [(finding.verdict, case.name, finding.detail) for case, finding in found if finding.verdict.isupper()]
-    return rows, faults
+    totals = [sum(finding.verdict == verdict for _, finding in found) for verdict in verdicts]
+    return [*rows, ("all", str(len(found)), *map(str, totals))]
 
 
 def _spread(cases: list[Case], count: int) -> list[Case]:

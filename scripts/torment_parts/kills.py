@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import re
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from distill.run.log import Progress, progress
-from torment_parts.children import TRACEBACK, Kill
+from torment_parts.children import Kill
 from torment_parts.runs import STEPS, Scene, Step, copy_until, make_scene, same
 
 _WHOLE = (".parquet", ".targets", "manifest.json", "adapter_config.json", "report.html", "README.md")
@@ -27,7 +28,7 @@ class Tally(NamedTuple):
     fault: str
 
 
-def torment(place: Path, count: int, seed: int, stages: list[str]) -> list[tuple[str, ...]]:
+def torment(place: Path, count: int, seed: int, stages: list[str], until_s: float) -> list[tuple[str, ...]]:
     """At least so many kills, spread over all steps, in one process and in two; a row of the table for each step.
 
     Args:
@@ -35,6 +36,7 @@ def torment(place: Path, count: int, seed: int, stages: list[str]) -> list[tuple
         count: Kills.
         seed: Of the moments.
         stages: Only these; empty takes all.
+        until_s: Of `time.monotonic`; then no other step is begun.
     """
     rng = random.Random(seed)
     rows: list[tuple[str, ...]] = []
@@ -45,6 +47,8 @@ def torment(place: Path, count: int, seed: int, stages: list[str]) -> list[tuple
             steps = [step for step in wanted if processes == 1 or step.stage in ("score", "train")]
             share = count * (0.75 if processes == 1 else 0.25) / max(len(steps), 1)
             for step in steps:
+                if time.monotonic() > until_s:
+                    break
                 kills, fault = _step(scene, step, place / "tormented", round(share + 0.5), rng, bar)
                 rows.append((f"{step}, {processes} process{'es' * (processes > 1)}", f"{kills}", fault or EQUAL))
     return rows
@@ -63,7 +67,7 @@ def _step(scene: Scene, step: Step, target: Path, count: int, rng: random.Random
             if ended.killed:
                 kills += 1
                 bar.update()
-            elif ended.code or TRACEBACK in ended.said:
+            elif ended.code or ended.broke:
                 return Tally(kills, f"went on with exit code {ended.code}: {ended.said.strip()[-300:]}")
             else:
                 break

@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from distill.errors import DistillError
+from distill.run.files import digest_file
+from distill.run.log import progress
 from distill.run.manifest import Manifest, read_manifest
-from distill.run.tables import read_rows
 from torment_parts.children import Kill, Outcome, command
 
 _RECIPE = """
@@ -17,7 +19,7 @@ seed: {seed}
 teacher: {{model: embedded:teacher, dtype: float32}}
 student: {{model: embedded:student, dtype: float32, adapter: {{type: lora, r: 4}}}}
 prompts: {{source: {problems}, heldout_size: 6}}
-generate: {{samples_per_prompt: 4, max_new_tokens: 96, temperature: 1.0, top_p: 1.0, batch_size: 24}}
+generate: {{samples_per_prompt: 3, max_new_tokens: 64, temperature: 1.0, top_p: 1.0, batch_size: 24}}
 curate: {{checks: [think, math], max_per_prompt: 2, keep_unjudged: true, workers: 1}}
 score: {{target: {{kind: top_k, k: 8}}, batch_size: 8, verify_rows: 2}}
 train:
@@ -25,8 +27,8 @@ train:
   max_length: 256
   trainer_args: {{max_steps: 6, save_steps: 2, logging_steps: 1, learning_rate: 1e-3, per_device_train_batch_size: 4}}
 rounds: 2
-rollouts: {{prompts_per_round: 8, max_new_tokens: 32, batch_size: 4, trainer_args: {{max_steps: 4}}}}
-evaluate: {{models: [base, student], max_new_tokens: 32, batch_size: 4}}
+rollouts: {{prompts_per_round: 8, max_new_tokens: 24, batch_size: 4, trainer_args: {{max_steps: 4}}}}
+evaluate: {{models: [base, student], max_new_tokens: 24, batch_size: 4}}
 export: {{parity_prompts: 2}}
 """
 
@@ -89,13 +91,19 @@ def write_recipe(place: Path, seed: int) -> Path:
 
 
 def make_scene(place: Path, seed: int = 0, processes: int = 1) -> Scene:
-    """Makes the undisturbed run."""
+    """Makes the undisturbed run, or finds it made."""
+    times = place / "seconds.json"
+    if times.exists():
+        return Scene(place / "recipe.yaml", place / "run", json.loads(times.read_text(encoding="utf-8")), processes)
     scene = Scene(write_recipe(place, seed), place / "run", {}, processes)
-    for step in STEPS:
-        found = scene.do(step, scene.run)
-        if found.code:
-            raise RuntimeError(f"the undisturbed run failed in {step}:\n{found.said}")
-        scene.seconds[str(step)] = found.seconds
+    with progress(len(STEPS), "steps", f"undisturbed run, seed {seed}, {processes} processes") as bar:
+        for step in STEPS:
+            found = scene.do(step, scene.run)
+            if found.code:
+                raise RuntimeError(f"the undisturbed run failed in {step}:\n{found.said}")
+            scene.seconds[str(step)] = found.seconds
+            bar.update()
+    times.write_text(json.dumps(scene.seconds), encoding="utf-8")
     return scene
 
 
@@ -108,17 +116,20 @@ def copy_until(scene: Scene, step: Step, target: Path) -> None:
 
 
 def content(folder: Path) -> Any:
-    """All of a finished stage that must not depend on what happened on the way: rows, targets, weights."""
+    """All of a finished stage that must not depend on what happened on the way: digests of rows, targets and weights as they are now.
+
+    Read without Arrow, whose threads would be copied into the next command.
+    """
     manifest: Manifest = read_manifest(folder)
     pages = (".md", ".html", ".txt")  # with seconds in them
-    files = {name: digest for name, digest in manifest.files.items() if not name.endswith(pages)}
-    tables = {table: read_rows(folder, table) for table in manifest.tables}
-    return json.dumps([tables, files, manifest.rows_in, manifest.rows_kept, manifest.drops], sort_keys=True, default=str)
+    names = [shard.file for shards in manifest.tables.values() for shard in shards]
+    names += [name for name in manifest.files if not name.endswith(pages)]
+    return {name: digest_file(folder / name) for name in names}, manifest.rows_in, manifest.rows_kept, manifest.drops
 
 
 def same(scene: Scene, run: Path, step: Step) -> str:
     """Nothing if a step's folder holds what the undisturbed run has there, else what is wrong with it."""
     try:
         return "" if content(run / step.folder) == content(scene.run / step.folder) else "another result"
-    except Exception as error:  # whatever is wrong with it
+    except (DistillError, OSError) as error:
         return f"{type(error).__name__}: {error}"
