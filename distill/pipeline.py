@@ -17,7 +17,7 @@ from distill.run.log import ledger, nothing_to_do, say
 from distill.run.manifest import MANIFEST, Manifest, read_manifest
 from distill.run.owned import EARLIER
 from distill.run.verify import Layout, verify
-from distill.stages import CACHE, RECIPE, ROUND_STAGES, WRITES, Step, folder, steps_of
+from distill.stages import CACHE, MARKS, RECIPE, ROUND_STAGES, WRITES, Step, folder, steps_of
 
 _UNITS = {
     "prompts": "prompts",
@@ -130,7 +130,7 @@ def verify_run(run: Path) -> bool:
     Raises:
         MissingStageError: it holds no stage.
     """
-    found = verify(run, Layout(RECIPE, CACHE, "failed-*.log", WRITES))
+    found = verify(run, Layout(RECIPE, CACHE, "failed-*.log", MARKS, WRITES))
     for kind, path, why in found.faults:
         say(f"{kind:<8}  {visible(str(path))}" + (f"  ({why})" if why else ""), result=True)
     under_way = f"; {found.unknown:,} of stages under way have no digest yet" if found.unknown else ""

@@ -25,7 +25,7 @@ from distill.run.verify import Layout, verify
 
 NUMBERS = pa.schema([("number", pa.int64())])
 WRITES = ("numbers-*.parquet", "log.jsonl", "model.bin")
-LAYOUT = Layout("recipe.yaml", "cache", "failed-*.log", {"numbers": WRITES})
+LAYOUT = Layout("recipe.yaml", "cache", "failed-*.log", ("rows-*.json",), {"numbers": WRITES})
 
 
 def rows(count: int) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ _BOOKKEEPING = frozenset({PLAN, CLOCK, JOURNAL, SHARDS, MANIFEST})
 _LAST = (PLAN, MANIFEST, LOCK)  # deleted behind all else, so that what a kill leaves is still known for a stage
 _CACHE_TAG = "CACHEDIR.TAG"
 _CACHE_SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55\n"
-_UNMARKED = ("rows-*.arrow*", "rows-*.parquet*", "cache-*.arrow*")  # what an earlier kit left in one
+_UNMARKED = ("rows-*.arrow*", "rows-*.parquet*", "rows-*.json*", "cache-*.arrow*")  # what an earlier kit left in one
 _TEMPORARY = ".tmp"
 _SHOWN, _LONGEST = 5, 100  # names, and characters of one
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from distill.errors import IntegrityError, MissingStageError
 from distill.run.files import digest_file, is_whole_record, read_json
@@ -42,9 +43,11 @@ class Layout(NamedTuple):
     record: str
     """Name of the recipe that is kept in it."""
     cache: str
-    """Name of the folder that can be made anew; whoever reads it looks at it."""
+    """Name of the folder that can be made anew."""
     notes: str
     """Pattern of what commands leave in it for people."""
+    marks: Sequence[str]
+    """Patterns of files, in the cache and of stages under way, that hold the digests of others beside them."""
     writes: Mapping[str, Sequence[str]]
     """Stage, and patterns of the files that it may write."""
 
@@ -67,15 +70,16 @@ def verify(run: Path, layout: Layout) -> Verified:
         raise MissingStageError(f"{run}: holds no stage of a run. Give the folder of one, e.g. runs/quickstart.")
     faults = list(_extra(run, stages, layout))
     checks: list[Check] = [lambda: _of_record(run / layout.record)]
+    checks += [lambda mark=mark: _of_mark(mark) for mark in _marks(run / layout.cache, layout.marks)]  # type: ignore[misc]
     unknown = 0
     for folder in stages:
         try:
             if (folder / PLAN).exists():
                 plan = read_json(folder / PLAN)
                 faults += [Fault("extra", folder / name) for name in strangers(folder, layout.writes.get(plan.get("stage", ""), ("*",)))]
-                found = list(_of_begun(folder, plan))
-                unknown += sum(each is None for each in found)
-                checks += [each for each in found if each is not None]
+                begun, without = _of_begun(folder, plan, layout.marks)
+                checks += begun
+                unknown += without
             elif (folder / MANIFEST).exists():
                 checks += _of_finished(run, folder, read_manifest(folder))
                 faults += [Fault("extra", folder / name) for name in strangers(folder, ()) if not name.startswith(EARLIER)]
@@ -118,17 +122,48 @@ def _of_finished(run: Path, folder: Path, manifest: Manifest) -> Iterator[Check]
         yield lambda: _of_inputs(run, folder, manifest)
 
 
-def _of_begun(folder: Path, plan: dict[str, object]) -> Iterator[Check | None]:
-    """What can be looked at of each file of a stage under way; null where that is nothing."""
-    belongs_to = binding(str(plan.get("stage", "")), plan["settings"], plan["inputs"])  # type: ignore[arg-type]
+def _of_begun(folder: Path, plan: dict[str, Any], marks: Sequence[str]) -> tuple[list[Check], int]:
+    """What can be looked at of a stage under way, and the number of its files of which that is nothing."""
+    belongs_to = binding(str(plan.get("stage", "")), plan["settings"], plan["inputs"])
+    checks: list[Check] = []
+    known: set[Path] = set()
+    for mark in _marks(folder, marks):
+        known.add(mark)
+        with contextlib.suppress(IntegrityError):
+            known |= _named_in(mark).keys()
+        checks.append(lambda mark=mark: _of_mark(mark))  # type: ignore[misc]
+    without = 0
     for name in names_in(folder):
         path = folder / name
         if name == SHARDS:
-            yield lambda path=path: _of_shards(path, belongs_to)  # type: ignore[misc]
+            checks.append(lambda path=path: _of_shards(path, belongs_to))  # type: ignore[misc]
         elif name == JOURNAL or (name.startswith("journal-") and name.endswith(".jsonl")):
-            yield lambda path=path: _of_journal(path, belongs_to)  # type: ignore[misc]
-        elif not is_bookkeeping(name) and name != MANIFEST and not name.startswith(f"{EARLIER}/"):
-            yield None
+            checks.append(lambda path=path: _of_journal(path, belongs_to))  # type: ignore[misc]
+        elif path not in known and not is_bookkeeping(name) and name != MANIFEST and not name.startswith(f"{EARLIER}/"):
+            without += 1
+    return checks, without
+
+
+def _marks(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return sorted(path for pattern in patterns for path in folder.glob(pattern))
+
+
+def _named_in(mark: Path) -> dict[Path, str]:
+    """The files whose digests a file holds.
+
+    Raises:
+        IntegrityError: it was altered.
+    """
+    content = read_json(mark)
+    return {mark.parent / name: digest for name, digest in content.get("files", content).items()}
+
+
+def _of_mark(mark: Path) -> Iterator[Fault]:
+    try:
+        for file, digest in _named_in(mark).items():
+            yield from _of_file(file, digest)
+    except IntegrityError as error:
+        yield _altered(error)
 
 
 def _of_file(path: Path, digest: str) -> Iterator[Fault]:

@@ -60,6 +60,9 @@ SCRATCH = {"train": "checkpoints"}
 CACHE = "cache"
 """In a run's folder, what can be made anew from its stages."""
 
+MARKS = ("rows-*.json", "checkpoints/*/whole")
+"""Files with the digests of others beside them, in the cache and in a folder under way."""
+
 RECIPE = "recipe.yaml"
 """In a run's folder, the recipe that its stages were made with."""
 

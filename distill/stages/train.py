@@ -157,7 +157,7 @@ def _train(
         rows = _rows(recipe, material, number, chat, stored)
     metrics, mark = out.path / "metrics.jsonl", CheckpointMark(processes, launch, checkpoint)
     bar = ProgressBar(len(rows.dataset), launch.rows_a_step)
-    callbacks = [MetricsFile(metrics, checkpoint.step if checkpoint else 0), bar, StopOnNonFinite(), mark, *watchers]
+    callbacks = [MetricsFile(metrics), bar, StopOnNonFinite(), mark, *watchers]
     student = _student_to_train(recipe, material)
     trainer = build_trainer(recipe, material.train, student, arguments, rows, chat, stored, part=material.part, callbacks=callbacks)
     mark.trainer = trainer

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from distill.errors import ModelError
@@ -18,12 +16,19 @@ from distill.trainers.arguments import precision_name
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every logged dictionary to `metrics.jsonl`, with the optimizer step it belongs to."""
+    """Appends every logged dictionary to `metrics.jsonl`, with the optimizer step it belongs to.
 
-    def __init__(self, path: Path, start_step: int) -> None:
+    What was logged before a resume is written anew from the checkpoint, whose digests were compared.
+    """
+
+    def __init__(self, path: Path) -> None:
         self._path = path
-        if PartialState().is_main_process:
-            _keep_until(path, start_step)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Begins the file."""
+        if state.is_world_process_zero:
+            lines = (json.dumps({"step": logs["step"], **logs}) + "\n" for logs in state.log_history)
+            self._path.write_text("".join(lines), encoding="utf-8")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes one line."""
@@ -96,19 +101,3 @@ def _first_line(args: TrainingArguments, state: TrainerState, model: torch.nn.Mo
         f"train     {rows:,} rows, {state.max_steps:,} steps of {rows_a_step:,} {unit}; {args.world_size} x {device}, "
         f"{precision_name(args)}; {trained:,} of {total:,} parameters are trained"
     )
-
-
-def _entries(path: Path) -> list[dict[str, Any]]:
-    """What was logged, without a line torn by a kill, or one that another process is writing."""
-    entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            entries.append(json.loads(line))
-    return entries
-
-
-def _keep_until(path: Path, step: int) -> None:
-    """Cuts lines behind a step off: a resumed run writes them again."""
-    if path.exists():
-        kept = [json.dumps(entry) + "\n" for entry in _entries(path) if entry["step"] <= step and step > 0]
-        path.write_text("".join(kept), encoding="utf-8")
