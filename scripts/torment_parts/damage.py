@@ -109,13 +109,14 @@ class Damage:
     """The undisturbed run, one from elsewhere, and their copies half-way.
 
     Args:
-        place: Empty folder.
+        place: For the runs.
         verifies: Whether there is `distill verify`.
+        stages: To be damaged half-way; empty takes all.
     """
 
     def __init__(self, place: Path, *, verifies: bool, stages: list[str]) -> None:
         self.place, self._verifies = place, verifies
-        self.scene, self.stranger = make_scene(place / "own"), make_scene(place / "stranger", seed=1)
+        self.scene, self.stranger = make_scene(place / "own", stages=stages), make_scene(place / "stranger", seed=1, stages=stages)
         self.steps = [step for step in STEPS if step.number < 2 and (not stages or step.stage in stages)]
         for step in self.steps:
             for number, kill in enumerate(HALVES[step.stage]):
@@ -215,14 +216,14 @@ class Damage:
             file = target / case.file
             stage = next((step.folder for step in STEPS if case.file.startswith(f"{step.folder}/")), case.file)
             named = bool(verified.code) and (str(target / stage) in verified.said or str(file) in verified.said)
-        ended = command("run", self.scene.recipe, "--run_dir", target)
+        ended = command("run", self.scene.recipe, "--run_dir", target, "--until", self.scene.steps[-1].stage)
         if ended.broke:
             return Finding("TRACEBACK", ended.broke)
         if ended.code and str(target) not in ended.error:
             return Finding("UNNAMED", ended.error[:200])
         if named or ended.code:
             return Finding("noticed")
-        wrong = [f"{step}: {found}" for step in STEPS if (found := same(self.scene, target, step))]
+        wrong = [f"{step}: {found}" for step in self.scene.steps if (found := same(self.scene, target, step))]
         if case.file.startswith("cache/") and not wrong:
             return Finding("harmless")  # whoever trains on it next looks at it
         there = (target / case.file).read_bytes() if (target / case.file).exists() else None
@@ -242,7 +243,7 @@ def torment(place: Path, count: int, seed: int, stages: list[str], until_s: floa
     """So many cases, of every kind of file and damage first; a table by kind of damage, and the faults one by one.
 
     Args:
-        place: Empty folder for the runs.
+        place: Folder for the runs.
         count: Cases.
         seed: Of cases and damage.
         stages: Only these half-way; empty takes all.

@@ -32,7 +32,7 @@ def torment(place: Path, count: int, seed: int, stages: list[str], until_s: floa
     """At least so many kills, spread over all steps, in one process and in two; a row of the table for each step.
 
     Args:
-        place: Empty folder for the runs.
+        place: Folder for the runs.
         count: Kills.
         seed: Of the moments.
         stages: Only these; empty takes all.
@@ -42,7 +42,7 @@ def torment(place: Path, count: int, seed: int, stages: list[str], until_s: floa
     rows: list[tuple[str, ...]] = []
     with progress(count, "kills", "kills") as bar:
         for processes in (1, 2):
-            scene = make_scene(place / f"by-{processes}", processes=processes)
+            scene = make_scene(place / f"by-{processes}", processes=processes, stages=stages)
             wanted = [step for step in STEPS if not stages or step.stage in stages]
             steps = [step for step in wanted if processes == 1 or step.stage in ("score", "train")]
             share = count * (0.75 if processes == 1 else 0.25) / max(len(steps), 1)

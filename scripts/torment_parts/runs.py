@@ -72,6 +72,8 @@ class Scene(NamedTuple):
     """Of each step."""
     processes: int
     """That score and train."""
+    steps: list[Step]
+    """Of the run."""
 
     def do(self, step: Step, run: Path, *words: str, kill: Kill | None = None) -> Outcome:
         """The command of a step, in a run's folder."""
@@ -90,14 +92,21 @@ def write_recipe(place: Path, seed: int) -> Path:
     return place / "recipe.yaml"
 
 
-def make_scene(place: Path, seed: int = 0, processes: int = 1) -> Scene:
-    """Makes the undisturbed run, or finds it made."""
+def steps_until(stages: list[str]) -> list[Step]:
+    """All steps to the last of some stages; of none all."""
+    last = max((place for place, step in enumerate(STEPS) if step.stage in stages), default=len(STEPS) - 1)
+    return STEPS[: last + 1]
+
+
+def make_scene(place: Path, seed: int = 0, processes: int = 1, stages: list[str] | None = None) -> Scene:
+    """Makes the undisturbed run as far as to the last of some stages, or finds it made."""
+    steps = steps_until(stages or [])
     times = place / "seconds.json"
     if times.exists():
-        return Scene(place / "recipe.yaml", place / "run", json.loads(times.read_text(encoding="utf-8")), processes)
-    scene = Scene(write_recipe(place, seed), place / "run", {}, processes)
-    with progress(len(STEPS), "steps", f"undisturbed run, seed {seed}, {processes} processes") as bar:
-        for step in STEPS:
+        return Scene(place / "recipe.yaml", place / "run", json.loads(times.read_text(encoding="utf-8")), processes, steps)
+    scene = Scene(write_recipe(place, seed), place / "run", {}, processes, steps)
+    with progress(len(steps), "steps", f"undisturbed run, seed {seed}, by {processes}") as bar:
+        for step in steps:
             found = scene.do(step, scene.run)
             if found.code:
                 raise RuntimeError(f"the undisturbed run failed in {step}:\n{found.said}")
