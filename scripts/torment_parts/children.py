@@ -161,7 +161,7 @@ def _killer(kill: Kill) -> Callable[[str, tuple[object, ...]], None]:
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal due
-        if due:
+        if due and event != "os.kill":  # which the line below is
             os.kill(os.getpid(), signal.SIGKILL)
         if event != kill.event:
             return

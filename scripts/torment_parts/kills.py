@@ -42,10 +42,12 @@ def torment(place: Path, count: int, seed: int, stages: list[str], until_s: floa
     rows: list[tuple[str, ...]] = []
     with progress(count, "kills", "kills") as bar:
         for processes in (1, 2):
-            scene = make_scene(place / f"by-{processes}", processes=processes, stages=stages)
             wanted = [step for step in STEPS if not stages or step.stage in stages]
             steps = [step for step in wanted if processes == 1 or step.stage in ("score", "train")]
-            share = count * (0.75 if processes == 1 else 0.25) / max(len(steps), 1)
+            if not steps:
+                continue
+            scene = make_scene(place / f"by-{processes}", processes=processes, stages=stages)
+            share = count * (0.75 if processes == 1 else 0.25) / len(steps)
             for step in steps:
                 if time.monotonic() > until_s:
                     break
