@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-GIVEN_UP_S = 60  # when a case counts as a hang, however busy the machine is
+GIVEN_UP_S = int(os.environ.get("GIVEN_UP_S", "60"))  # when a case counts as a hang, however busy the machine is
 SLOW_S = 2.0  # of its own time, that a command may need for an error; looked at in the table alone
 LONGEST = 2500  # characters of a message
 OUTCOMES = ("one clear error", "rightly accepted", "wrong", "traceback", "hang")
@@ -115,7 +115,7 @@ def judge(case: Case, ending: Ending, folder: Path) -> tuple[str, str]:
     lacks = [word for word in case.says if word not in ending.message]
     said = [word for word in case.hides if word in ending.message]
     controls = {sign for sign in ending.message if unicodedata.category(sign) in ("Cc", "Cf", "Cs") and sign not in "\n\t"}
-    rejected = re.search(r"(\S+): unknown key.*Did you mean (\S+)\?", ending.message)
+    rejected = re.search(r"(\S+): unknown key.*Did you mean (\S+)\?", ending.message[:LONGEST])
     faults = [
         f"exit code {ending.code}" * (ending.code != 1),
         "no message" * (not ending.message),

@@ -50,7 +50,7 @@ class Prompts(Section):
 
     source: PathOrName
     """File (jsonl, json, csv, parquet; the first three also as .gz or .zst), folder or glob of such files, Hub data set id, or
-    `embedded:arithmetic`."""
+    `embedded:arithmetic`. A file or folder of that very name comes before a glob."""
     subset: str | None = None
     """Configuration of a Hub data set, e.g. `main`; not for files."""
     split: str = "train"
