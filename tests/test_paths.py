@@ -16,7 +16,7 @@ student: {model: ~/models/student}
 prompts: {source: problems.jsonl, heldout_source: "test/*.jsonl"}
 generate: {}
 train:
-  trainer_args: {deepspeed: zero.json, run_name: zero.json, accelerator_config: {split_batches: false}}
+  trainer_args: {deepspeed: zero.json, run_name: zero.json, accelerator_config: {non_blocking: false}}
 """
 
 
