@@ -295,9 +295,9 @@ def measure(folder: Path, chat: ChatFormat, problems: list[tiny_task.Problem], *
     """Accuracies of what was saved, as it will be loaded: in single precision, through the kit's own engine."""
     model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     record: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters()), "problems": len(problems)}
-    record["greedy"] = accuracy(model, chat, problems, Sampling(temperature=0.0, max_new_tokens=192))
+    record["greedy"] = accuracy(model, chat, problems, Sampling(temperature=0.0, max_new_tokens=192, batch_size=128))
     if sampled:
-        record["temperature_1"] = accuracy(model, chat, problems, Sampling(temperature=1.0, top_p=1.0, max_new_tokens=192))
+        record["temperature_1"] = accuracy(model, chat, problems, Sampling(temperature=1.0, top_p=1.0, max_new_tokens=192, batch_size=128))
     return record
 
 
@@ -307,11 +307,9 @@ def accuracy(model: Qwen3ForCausalLM, chat: ChatFormat, problems: list[tiny_task
     rows = [{"prompt_id": prompt_id(_messages(p)), "messages": _messages(p), "reference": str(p.answer)} for p in problems]
     requests = requests_for(rows, 1, seed=0)
     right, tokens = [], []
-    for start in range(0, len(requests), 128):
-        batch = requests[start : start + 128]
-        for request, completion in zip(batch, engine.complete(batch), strict=True):
-            right.append(completion.finish_reason == "stop" and completion.text.endswith(f"\\boxed{{{request.reference}}}"))
-            tokens.append(len(completion.completion_ids))
+    for request, completion in zip(requests, engine.complete(requests), strict=True):
+        right.append(completion.finish_reason == "stop" and completion.text.endswith(f"\\boxed{{{request.reference}}}"))
+        tokens.append(len(completion.completion_ids))
     return {"accuracy": round(float(np.mean(right)), 4), "mean_tokens": round(float(np.mean(tokens)), 1)}
 
 

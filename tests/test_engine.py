@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ import torch
 from distill.engines import Completion, Request, TraceTable, request_seed, requests_for, write_traces
 from distill.engines.batching import MemoryGuard, by_length
 from distill.engines.earlier import EarlierTraces
-from distill.engines.hf import HFEngine, SeededSampler
+from distill.engines.drawing import drawn
+from distill.engines.hf import HFEngine
 from distill.errors import IntegrityError
 from distill.models.chat import ChatFormat
 from distill.models.loading import load_chat_format, load_model
@@ -65,25 +67,38 @@ def test_a_restart_asks_only_for_what_is_missing(spec: ModelSpec, chat: ChatForm
     requests = requests_for(prompts(12), 1, seed=1)
     whole = write_traces(engine(spec, chat, sampling), requests, sampling, Journal(tmp_path / "whole"), "teacher", "test")
 
-    class Counting(HFEngine):
-        asked: Sequence[Request] = ()
-
-        def complete(self, batch: list[Request]) -> list:  # type: ignore[type-arg]
-            self.asked = [*self.asked, *batch]
-            return super().complete(batch)
-
     lines = (tmp_path / "whole").read_bytes().splitlines(keepends=True)
-    (tmp_path / "cut").write_bytes(b"".join(lines[:2]) + lines[2][:50])  # killed while writing the third batch
-    again = Counting(load_model(spec, CPU), chat, sampling)
+    (tmp_path / "cut").write_bytes(b"".join(lines[:2]) + lines[2][:50])  # killed while writing the third line
+    there = len(list(Journal(tmp_path / "cut").rows()))
+    again = Asked(load_model(spec, CPU), chat, sampling)
     assert write_traces(again, requests, sampling, Journal(tmp_path / "cut"), "teacher", "test") == whole
-    assert len(again.asked) == 4
-    done = Counting(load_model(spec, CPU), chat, sampling)
+    assert len(again.asked) == 12 - there
+    done = Asked(load_model(spec, CPU), chat, sampling)
     assert write_traces(done, requests, sampling, Journal(tmp_path / "whole"), "teacher", "test") == whole
     assert not done.asked
 
 
 class Killed(BaseException):
     """A kill, as far as one can be raised."""
+
+
+class Asked(HFEngine):
+    """Counts what it is asked for, and is killed when so many completions have ended."""
+
+    ends_after: int | None = None
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.asked: list[Request] = []
+        self.ended = 0
+
+    def write(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Completion]]]:
+        self.asked += requests
+        for ended in super().write(requests):
+            if self.ends_after is not None and self.ended >= self.ends_after:
+                raise Killed
+            self.ended += len(ended)
+            yield ended
 
 
 def fill(folder: Path, engine: HFEngine, sampling: Sampling, authors: Sequence[str] = ("teacher",)) -> list[dict[str, object]]:
@@ -97,43 +112,36 @@ def fill(folder: Path, engine: HFEngine, sampling: Sampling, authors: Sequence[s
     return read_rows(folder, "traces")
 
 
-def engine_killed_at(batch: int, spec: ModelSpec, chat: ChatFormat, sampling: Sampling) -> HFEngine:
-    """An engine that counts its batches, and is killed before it writes one of them."""
-
-    class Engine(HFEngine):
-        asked = 0
-
-        def complete(self, batch_: list[Request]) -> list[Completion]:
-            self.asked += 1
-            if self.asked == batch:
-                raise Killed
-            return super().complete(batch_)
-
-    return Engine(load_model(spec, CPU), chat, sampling)
+def engine_killed_after(ended: int | None, spec: ModelSpec, chat: ChatFormat, sampling: Sampling) -> Asked:
+    """An engine that is killed when so many completions have ended."""
+    engine = Asked(load_model(spec, CPU), chat, sampling)
+    engine.ends_after = ended
+    return engine
 
 
 @pytest.mark.parametrize("authors", [["teacher"], ["base", "student"]])
-def test_a_table_is_filled_window_by_window_and_a_kill_repeats_no_batch(
+def test_a_table_is_filled_window_by_window_and_a_kill_repeats_nothing(
     authors: list[str], spec: ModelSpec, chat: ChatFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten rows a window are five prompts: 12 prompts make windows of 10, 10 and 4 rows, in batches of 4, 4 and 2 or of 4."""
+    """Ten rows a window are five prompts: 12 prompts make windows of 10, 10 and 4 rows."""
     monkeypatch.setattr("distill.engines.ROWS_PER_SHARD", 10)
     sampling = Sampling(samples_per_prompt=2, max_new_tokens=6, temperature=1.0, batch_size=4)
     whole = fill(tmp_path / "whole", engine(spec, chat, sampling), sampling, authors)
-    batches = 7 * len(authors)
     assert len(whole) == 24 * len(authors)
     shards = read_manifest(tmp_path / "whole").tables["traces"]
     assert [shard.rows for shard in shards] == [10, 10, 4] * len(authors)
     requests = requests_for(prompts(12), 2, seed=1)
     expected = [(request.prompt_id, request.sample_index, author) for author in authors for request in requests]
     assert [(row["prompt_id"], row["sample_index"], row["author"]) for row in whole] == expected
-    for batch in range(1, batches + 1, 1 if len(authors) == 1 else 4):
-        place = tmp_path / str(batch)
+    for ended in (0, 5, 11, 19) if len(authors) == 1 else (13, 30):
+        place = tmp_path / str(ended)
+        first = engine_killed_after(ended, spec, chat, sampling)
         with pytest.raises(Killed):
-            fill(place, engine_killed_at(batch, spec, chat, sampling), sampling, authors)
-        again = engine_killed_at(0, spec, chat, sampling)
+            fill(place, first, sampling, authors)
+        assert first.ended >= ended
+        again = engine_killed_after(None, spec, chat, sampling)
         assert fill(place, again, sampling, authors) == whole
-        assert again.asked == batches - (batch - 1)  # type: ignore[attr-defined]
+        assert again.ended == 24 * len(authors) - first.ended
         assert read_manifest(place).tables == read_manifest(tmp_path / "whole").tables
         assert read_manifest(place).facts == read_manifest(tmp_path / "whole").facts
 
@@ -161,9 +169,9 @@ def test_a_kill_between_a_windows_shard_and_its_journal_repeats_nothing(
             patch.setattr(Journal, "clear", lambda self: killed(self.path, self.path))  # after the last shard of a window
             with pytest.raises(Killed):
                 fill(place, engine(spec, chat, sampling), sampling)
-        again = engine_killed_at(0, spec, chat, sampling)
+        again = engine_killed_after(None, spec, chat, sampling)
         assert fill(place, again, sampling) == whole
-        assert again.asked == (1 if count < 4 else 0)  # type: ignore[attr-defined]  # the second window is one batch
+        assert again.ended == (2 if count < 4 else 0)  # the second window
         assert read_manifest(place).tables == read_manifest(tmp_path / "whole").tables
 
 
@@ -212,7 +220,7 @@ def test_the_sampler_draws_from_the_distribution() -> None:
     uniforms_BT = torch.from_numpy(np.random.default_rng(0).random((draws, 1), dtype=np.float32))
     with np.errstate(divide="ignore"):
         scores = torch.from_numpy(np.log(probabilities)).float().expand(draws, -1)
-    tokens = SeededSampler(uniforms_BT, 3)(torch.zeros(draws, 3), scores).argmax(-1)
+    tokens = drawn(scores, uniforms_BT[:, 0])
     counts = np.bincount(tokens.numpy(), minlength=7)
     possible = probabilities > 0
     assert counts[~possible].sum() == 0
@@ -223,7 +231,7 @@ def test_the_sampler_draws_from_the_distribution() -> None:
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24, 0.5])
 def test_the_sampler_never_draws_an_impossible_token(uniform: float) -> None:
     scores = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
-    token = SeededSampler(torch.tensor([[uniform]]), 0)(torch.zeros(1, 0), scores).argmax(-1)
+    token = drawn(scores, torch.tensor([uniform]))
     assert int(token) in (1, 3)
 
 
@@ -271,14 +279,12 @@ class Counting:
         self.asked: list[tuple[str, int]] = []
         self._dies_after = dies_after
 
-    def prompt_length(self, request: Request) -> int:
-        return len(request.messages[0]["content"])
-
-    def complete(self, batch: list[Request]) -> list[Completion]:
-        if self._dies_after is not None and len(self.asked) >= self._dies_after:
-            raise KeyboardInterrupt
-        self.asked += [(request.prompt_id, request.sample_index) for request in batch]
-        return [Completion(str(request.seed), [1], [2, request.sample_index], "stop") for request in batch]
+    def write(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Completion]]]:
+        for place, request in enumerate(requests):
+            if self._dies_after is not None and len(self.asked) >= self._dies_after:
+                raise KeyboardInterrupt
+            self.asked.append((request.prompt_id, request.sample_index))
+            yield [(place, Completion(str(request.seed), [1], [2, request.sample_index], "stop"))]
 
 
 @pytest.mark.parametrize("dies_after", [0, 4, 9, 21])

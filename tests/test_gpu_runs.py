@@ -21,7 +21,6 @@ from test_kd import definition, log, train
 from test_train import adapter, losses, traces
 
 from distill.engines import Request, requests_for
-from distill.engines.batching import by_length
 from distill.engines.hf import HFEngine
 from distill.models.chat import IGNORE
 from distill.models.loading import load_chat_format, load_model
@@ -243,11 +242,7 @@ class Writer(NamedTuple):
         """The tokens of each request."""
         sampling = Sampling(max_new_tokens=WRITTEN, temperature=1.0, top_p=1.0, batch_size=batch_size)
         engine = HFEngine(cast(self.model, dtype), self.chat, sampling)
-        found = {}
-        for batch in by_length(requests, engine.prompt_length, batch_size):
-            completions = engine.complete(batch)
-            found |= {request.seed: completion.completion_ids for request, completion in zip(batch, completions, strict=True)}
-        return [found[request.seed] for request in requests]
+        return [completion.completion_ids for completion in engine.complete(requests)]
 
     @torch.no_grad()
     def entropy(self, requests: Sequence[Request], written: Sequence[list[int]]) -> float:

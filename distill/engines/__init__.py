@@ -1,6 +1,6 @@
 """Engines write completions. One protocol, and the loop that every stage runs them in.
 
-The loop knows nothing of how tokens are made: it puts requests in batches, keeps every finished batch on disk, asks
+The loop knows nothing of how tokens are made: it hands requests over, keeps every finished completion on disk, asks
 only for what is missing after a restart, and gives rows in the order of the requests.
 """
 
@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distill.engines.batching import by_length
 from distill.engines.earlier import EarlierTraces
 from distill.recipe.base import Sampling
 from distill.run.journal import Journal
@@ -57,12 +56,11 @@ class Completion:
 class Engine(Protocol):
     """Something that writes completions."""
 
-    def prompt_length(self, request: Request) -> int:
-        """Tokens of the rendered prompt."""
-        ...
+    def write(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Completion]]]:
+        """Completions as they end, in any order, each with its place among the requests.
 
-    def complete(self, batch: list[Request]) -> list[Completion]:
-        """One completion for each request, in order; a request's random numbers depend on its seed alone, its tokens also on rounding."""
+        A request's random numbers depend on its seed alone, its tokens also on rounding.
+        """
         ...
 
 
@@ -154,10 +152,9 @@ class TraceTable:
 def write_traces(
     engine: Engine, requests: Sequence[Request], sampling: Sampling, journal: Journal, author: str, description: str
 ) -> list[dict[str, Any]]:
-    """Trace rows for requests that are few, in their order, keeping every finished batch in the journal.
+    """Trace rows for requests that are few, in their order, keeping every finished one in the journal.
 
-    Batches are the same after a restart, so its rows are too, to the last bit; another `batch_size` changes only the
-    rounding of the logits.
+    After a restart a sequence has other neighbours, as with another `batch_size`: that changes only the rounding of the logits.
     """
     with progress(len(requests), "traces", description, done=_journalled(journal, author)) as bar:
         rows: list[dict[str, Any]] = _written(engine, requests, sampling, journal, author, bar).to_pylist()
@@ -191,8 +188,8 @@ def _written(
     done = set(places)
     todo = [request for index, request in enumerate(requests) if index not in done]
     tokens, start_s = 0, time.perf_counter()
-    for batch in by_length(todo, engine.prompt_length, sampling.batch_size):
-        rows = [_row(request, completion, author) for request, completion in zip(batch, engine.complete(batch), strict=True)]
+    for ended in engine.write(todo):
+        rows = [_row(todo[number], completion, author) for number, completion in ended]
         journal.append(rows)
         keep(rows)
         bar.update(len(rows))

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from distill.engines import Request, requests_for
+from distill.engines.drawing import Sampler
 from distill.engines.hf import HFEngine
 from distill.models.chat import ChatFormat, chat_format
 from distill.recipe.base import Sampling
@@ -65,21 +66,22 @@ class _Setting:
             rows.append({"prompt_id": str(number), "messages": [{"role": "user", "content": words}], "reference": None})
         return requests_for(rows, 1, 0)
 
-    def sampling(self, new_tokens: int) -> Sampling:
+    def sampling(self, new_tokens: int, batch_size: int) -> Sampling:
         """How the kit draws."""
-        return Sampling(max_new_tokens=new_tokens, temperature=_TEMPERATURE, top_p=_TOP_P)
+        return Sampling(max_new_tokens=new_tokens, temperature=_TEMPERATURE, top_p=_TOP_P, batch_size=batch_size)
 
 
 def _measure_kit(setting: _Setting, batch_size: int, bare: Figures | None) -> Figures:
     """Tokens/s of `HFEngine.complete`: tokenised prompts to texts."""
     requests = setting.requests(batch_size)
-    engines = [HFEngine(setting.model, setting.chat, setting.sampling(count)) for count in (setting.warm_up_tokens, setting.new_tokens)]
-    for request in requests:
-        assert {engine.prompt_length(request) for engine in engines} == {setting.prompt_tokens}
+    counts = (setting.warm_up_tokens, setting.new_tokens)
+    engines = [HFEngine(setting.model, setting.chat, setting.sampling(count, batch_size)) for count in counts]
+    assert {len(setting.chat.prompt_ids(request.messages)) for request in requests} == {setting.prompt_tokens}
     engines[0].complete(requests)
     figures = _timed(setting, lambda: sum(len(completion.completion_ids) for completion in engines[1].complete(requests)))
-    processors = engines[1]._processors(requests, setting.prompt_tokens, setting.device)
-    step_ms = _sampler_ms(setting, batch_size, processors, lambda scores_BV: scores_BV.argmax(-1))
+    sampler = Sampler(setting.sampling(1, batch_size), setting.shape.vocab_size)
+    uniforms_B = torch.rand(batch_size, device=setting.device)
+    step_ms = _sampler_ms(setting, batch_size, lambda _, logits_BV: sampler(logits_BV, uniforms_B))
     return _with_shares(figures, step_ms, bare)
 
 
@@ -107,7 +109,7 @@ def _measure_bare(setting: _Setting, batch_size: int) -> Figures:
     generate(setting.warm_up_tokens)
     figures = _timed(setting, lambda: generate(setting.new_tokens))
     processors = LogitsProcessorList([TemperatureLogitsWarper(_TEMPERATURE), TopPLogitsWarper(_TOP_P)])
-    step_ms = _sampler_ms(setting, batch_size, processors, lambda scores_BV: scores_BV.softmax(-1).multinomial(1))
+    step_ms = _sampler_ms(setting, batch_size, lambda ids_BT, logits_BV: processors(ids_BT, logits_BV).softmax(-1).multinomial(1))
     return _with_shares(figures, step_ms, None)
 
 
@@ -121,14 +123,14 @@ def _timed(setting: _Setting, write: Callable[[], int]) -> Figures:
 
 
 @torch.inference_mode()
-def _sampler_ms(setting: _Setting, batch_size: int, processors: Any, draw: Callable[[Tensor], Tensor]) -> float:
-    """Milliseconds a step of the processors and the draw alone, on logits of the model's size."""
+def _sampler_ms(setting: _Setting, batch_size: int, draw: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Milliseconds a step of the draw alone, on logits of the model's size."""
     logits_BV = torch.randn(batch_size, setting.shape.vocab_size, device=setting.device)
     ids_BT = torch.zeros(batch_size, setting.prompt_tokens + setting.sampler_steps, dtype=torch.long, device=setting.device)
 
     def step(number: int) -> None:
         # Processors may write into what they are given, as they may in `generate`.
-        draw(processors(ids_BT[:, : setting.prompt_tokens + number], logits_BV.clone()))
+        draw(ids_BT[:, : setting.prompt_tokens + number], logits_BV.clone())
 
     step(0)
     start = _now(setting)
