@@ -33,11 +33,11 @@ def jobs(count: int, longest: int = 12) -> list[Job]:
 def test_slots_that_are_filled_again_write_what_transformers_own_loop_writes(engine: HFEngine) -> None:
     """Ends at different lengths, by tokens that stop and by the limit; some prompts asked for twice."""
     asked = [*jobs(20), *(Job(job.prompt_ids, job.seed + 100) for job in jobs(5))]
-    stops = [*engine._chat.stop_ids, *range(10, 14)]
+    stops = [*engine._chat.stop_ids, *range(10, 20)]
     decoder = Decoder(engine._model, engine._sampler, stops, engine._chat.pad_id, 40, num_slots=6)
     written = dict(pair for ended in decoder.run(asked) for pair in ended)
     assert sorted(written) == list(range(25))
-    assert len({len(ids) for ids in written.values()}) > 10 and max(map(len, written.values())) == 40
+    assert len({len(ids) for ids in written.values()}) > 8 and max(map(len, written.values())) == 40
     for place, ids in enumerate(engine._complete(asked)):
         assert ids[: len(written[place])] == written[place]
 
@@ -101,3 +101,10 @@ def test_models_whose_cache_is_more_than_keys_and_values_go_batch_by_batch() -> 
     small = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1}
     assert not can_refill(AutoModelForCausalLM.from_config(MambaConfig(**small, state_size=4)))
     assert can_refill(AutoModelForCausalLM.from_config(Qwen3Config(**small, num_attention_heads=2, num_key_value_heads=1, head_dim=8)))
+
+
+def test_a_prompt_that_is_longer_than_all_that_stay_leaves_no_trace(engine: HFEngine) -> None:
+    """The longest prompt ends with its first token, so what was read in beside it needs fewer columns than were read."""
+    decoder = Decoder(engine._model, Ends([1, 9, 5], 9, 1), [1], 0, 9, num_slots=3)
+    asked = [Job([5] * 30, 0), Job([6] * 3, 1), Job([6] * 2, 2)]
+    assert {place: len(ids) for ended in decoder.run(asked) for place, ids in ended} == {0: 1, 1: 9, 2: 5}

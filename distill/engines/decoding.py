@@ -95,11 +95,10 @@ def _laid_out(there: Tensor | None, kept: Tensor, length: int, added: Tensor | N
     assert like is not None
     # Zeros, because what a mask hides is still multiplied.
     room = like.new_zeros((len(kept) + len(rows), like.shape[1], length + max(_ROOM, length // 4), like.shape[3]))
-    if there is not None:
-        last = min(length, there.shape[2])
-        room[: len(kept), :, length - last : length] = there[kept, :, there.shape[2] - last :]
-    if added is not None:
-        room[len(kept) :, :, length - added.shape[2] : length] = added[rows]
+    for part, source, numbers in ((room[: len(kept)], there, kept), (room[len(kept) :], added, rows)):
+        if source is not None:
+            last = min(length, source.shape[2])  # it is longer where the longest has ended
+            part[:, :, length - last : length] = source[numbers, :, source.shape[2] - last :]
     return room, room[:, :, :length]
 
 
