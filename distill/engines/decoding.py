@@ -20,8 +20,8 @@ from distill.run.log import say
 
 Draw = Callable[[Tensor, Tensor], Tensor]
 """(B,) next tokens from (B, V) logits of the last position and (B,) uniform numbers."""
-_VACANT = 8  # room is made anew when one of so many slots has fallen empty: often enough to fill them, seldom enough to copy little
-_ROOM = 256  # columns behind the last one when the cache is laid out, at least
+_PATIENCE = 0.5  # passes of the model that empty slots may have taken in vain, before one is spent on filling them
+_ROOM = 64  # columns behind the last one when the cache is laid out, at least
 
 
 class Job(NamedTuple):
@@ -83,7 +83,7 @@ def _appended(room: Tensor | None, there: Tensor | None, columns: Tensor) -> tup
     before = 0 if there is None else there.shape[2]
     length = before + columns.shape[2]
     if room is None or length > room.shape[2]:
-        room = columns.new_zeros((*columns.shape[:2], length + max(_ROOM, length // 4), columns.shape[3]))
+        room = columns.new_empty((*columns.shape[:2], length + max(_ROOM, length // 4), columns.shape[3]))
         if there is not None:
             room[:, :, :before] = there
     room[:, :, before:length] = columns
@@ -93,8 +93,8 @@ def _appended(room: Tensor | None, there: Tensor | None, columns: Tensor) -> tup
 def _laid_out(there: Tensor | None, kept: Tensor, length: int, added: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:
     like = there if there is not None else added
     assert like is not None
-    # Zeros, because what a mask hides is still multiplied.
-    room = like.new_zeros((len(kept) + len(rows), like.shape[1], length + max(_ROOM, length // 4), like.shape[3]))
+    room = like.new_empty((len(kept) + len(rows), like.shape[1], length + max(_ROOM, length // 4), like.shape[3]))
+    room[:, :, :length] = 0  # because what a mask hides is still multiplied
     for part, source, numbers in ((room[: len(kept)], there, kept), (room[len(kept) :], added, rows)):
         if source is not None:
             last = min(length, source.shape[2])  # it is longer where the longest has ended
@@ -163,9 +163,12 @@ class Decoder:
         """
         order = sorted(range(len(jobs)), key=lambda place: len(jobs[place].prompt_ids), reverse=True)
         waiting = deque(_Slot(place, jobs[place]) for place in order)
+        wasted = 0  # slot steps since the slots were filled
         while waiting or self._slots:
             vacant = sum(slot.ended for slot in self._slots)
-            anew = vacant * _VACANT >= len(self._slots)
+            wasted += vacant
+            anew = vacant == len(self._slots) or wasted > _PATIENCE * len(self._slots)
+            wasted = 0 if anew else wasted
             room = self._num_slots - len(self._slots) + vacant if anew else 0
             entered = [waiting.popleft() for _ in range(min(room, len(waiting)))]
             failure = ""
