@@ -12,8 +12,8 @@ import torch
 
 from distill.engines import Completion, Request, TraceTable, request_seed, requests_for, write_traces
 from distill.engines.batching import MemoryGuard, by_length
-from distill.engines.earlier import EarlierTraces
 from distill.engines.drawing import drawn
+from distill.engines.earlier import EarlierTraces
 from distill.engines.hf import HFEngine
 from distill.errors import IntegrityError
 from distill.models.chat import ChatFormat
@@ -156,7 +156,8 @@ def test_a_kill_between_a_windows_shard_and_its_journal_repeats_nothing(
     whole = fill(tmp_path / "whole", engine(spec, chat, sampling), sampling)
     assert [shard.rows for shard in read_manifest(tmp_path / "whole").tables["traces"]] == [4, 4, 2, 2]
     for count in range(1, 5):
-        place, commits = tmp_path / str(count), []
+        commits: list[Path] = []
+        place = tmp_path / str(count)
 
         def killed(temporary: Path, final: Path, commits: list[Path] = commits, count: int = count) -> None:
             if len(commits) == count:
