@@ -97,7 +97,7 @@ def _cause(error: Exception) -> str:
         return "The machine's memory was not enough."
     if type(error).__name__ == "OutOfMemoryError":
         lower = "lower the batch (train.trainer_args.per_device_train_batch_size, ...batch_size)"
-        return f"The GPU's memory was not enough: {lower}, or set PYTORCH_ALLOC_CONF=expandable_segments:True, which leaves fewer gaps."
+        return f"The GPU's memory was not enough: {lower}."
     for place in _places():
         if shutil.disk_usage(place).free < _FULL_BYTES:
             return f"The disk of {place} is full, which may be the cause."
