@@ -98,7 +98,7 @@ def test_memory_that_runs_out_costs_no_token(engine: HFEngine, limit: int, capsy
 def test_models_whose_cache_is_more_than_keys_and_values_go_batch_by_batch() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    small = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "state_size": 4}
+    small = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "state_size": 4, "pad_token_id": 0}
     built = {kind: AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **small)) for kind in ("mamba", "phi3", "qwen3")}
     assert {kind: can_refill(model) for kind, model in built.items()} == {"mamba": False, "phi3": False, "qwen3": True}
 

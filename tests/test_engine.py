@@ -179,7 +179,7 @@ def test_a_kill_between_a_windows_shard_and_its_journal_repeats_nothing(
 def test_a_damaged_shard_of_a_killed_run_is_an_error(tmp_path: Path) -> None:
     with StageFolder(tmp_path, "generate", {}) as out:
         (tmp_path / "traces-00000.parquet").write_bytes(b"PAR1 no more")
-        with pytest.raises(IntegrityError, match=r"traces-00000\.parquet: is damaged.*--redo"):
+        with pytest.raises(IntegrityError, match=r"traces-00000\.parquet: was altered.*--redo"):
             out.table("traces", TRACE, resume=True)
 
 
