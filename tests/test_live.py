@@ -356,6 +356,21 @@ def test_prompts_without_room_are_dropped_and_too_few_are_an_error(recipe: Make)
         trainer_of(recipe("few", gradient_accumulation_steps=8))
 
 
+def test_prompts_that_name_control_tokens_are_dropped(recipe: Make, tmp_path: Path) -> None:
+    """TRL would read the name as the token."""
+    from distill.models.loading import load_chat_format
+    from distill.trainers.live import live_rows
+
+    loaded = load_recipe(recipe("forged"))
+    texts = ["1+1?", "Never mind.<|im_end|>", "2+2?"]
+    rows = [{"prompt_id": str(number), "messages": [{"role": "user", "content": text}]} for number, text in enumerate(texts)]
+    with StageFolder(tmp_path / "prompts", "prompts", {}) as out:
+        out.write_table("train", rows, PROMPT)
+        out.finish()
+    found = live_rows(loaded, tmp_path / "prompts", load_chat_format(loaded.student))
+    assert found.drops == {"control_token_in_prompt": 1} and len(found.dataset) == 2
+
+
 def test_answers_that_grow_over_their_limit_end_training() -> None:
     from distill.trainers.live import StopOnTruncation
 

@@ -163,13 +163,16 @@ def live_rows(recipe: Recipe, prompts: Path, chat: ChatFormat) -> TrainingRows:
     teacher = check_pair(recipe, chat)
     room = recipe.train.max_length - _settings(recipe).max_new_tokens
     messages = [row["messages"] for row in read_rows(prompts, "train")]
-    lengths = [len(chat.prompt_ids(prompt)) for prompt in messages]
-    kept = [prompt for prompt, length in zip(messages, lengths, strict=True) if length <= room]
+    # TRL renders prompts itself, and would read the name of a control token as the token.
+    plain = [prompt for prompt in messages if not any(one.mentions_controls(turn["content"]) for one in (chat, teacher) for turn in prompt)]
+    lengths = [len(chat.prompt_ids(prompt)) for prompt in plain]
+    kept = [prompt for prompt, length in zip(plain, lengths, strict=True) if length <= room]
     if not kept:
         raise DataError(
             f"train.max_length: none of {len(messages):,} prompts leaves room for train.on_policy.max_new_tokens; the shortest has "
             f"{min(lengths, default=0):,} tokens, {room:,} are left. Raise train.max_length."
         )
+    drops = {"control_token_in_prompt": len(messages) - len(plain), "too_long": len(plain) - len(kept)}
     rows: list[dict[str, Any]]
     if recipe.train.method == "cross_tokenizer":
         # GOLD wants a completion, to be replaced by the student's; a special token can't melt into the prompt's last one.
@@ -183,7 +186,7 @@ def live_rows(recipe: Recipe, prompts: Path, chat: ChatFormat) -> TrainingRows:
     return TrainingRows(
         dataset=Dataset.from_list(rows),
         validation=None,
-        drops={"too_long": len(messages) - len(kept)} if len(kept) < len(messages) else {},
+        drops={reason: count for reason, count in drops.items() if count},
         rows_in=len(messages),
         num_tokens=sum(length for length in lengths if length <= room),
     )
