@@ -288,7 +288,8 @@ def _rest(prompt: str, trace: dict[str, Any]) -> str:
         fault = "never closes the thought that " + ("the chat template has opened" if opening else "it opens")
         advice = "Use a template that opens none, traces that think, or curate.checks with think, which drops such traces"
     if fault:
-        raise ModelError(f"trace {trace.get('prompt_id', '')}: {fault}: {visible(completion, 60)!r}. {advice}.")
+        asked = visible(trace["messages"][-1]["content"], 60)
+        raise ModelError(f"the answer to {asked!r} {fault}: {visible(completion, 60)!r}. {advice}.")
     return rest
 
 
