@@ -33,6 +33,7 @@ from distill.run.schema import trace_key
 from distill.run.tables import iter_pieces
 from distill.trainers.targets import NO_TARGET, StoredTargets
 
+_WAY = 2  # in which a trace becomes a row; raised where another comes of the same trace, so that no older rows are found again
 _BYTES_PER_BATCH = 32 * 2**20  # of tokens that are written together: fewer and larger ones are mapped faster
 _TOKENS = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
 _PLACES = pa.field("target_index", pa.list_(pa.int64()))
@@ -92,7 +93,7 @@ def encoded_traces(
 def rows_name(folder: Path, chat: ChatFormat, train: Train, stored: StoredTargets | None, source: int) -> str:
     """Name of the file with the tokens: another wherever any of them could be another."""
     targets = None if stored is None else (source, stored.places_digest)
-    content = [read_manifest(folder).digest, chat.tokenizer_digest, chat.template_digest, train.max_length, train.overlong, targets]
+    content = [_WAY, read_manifest(folder).digest, chat.tokenizer_digest, chat.template_digest, train.max_length, train.overlong, targets]
     return f"rows-{hashlib.sha256(repr(content).encode()).hexdigest()[:16]}.arrow"
 
 
