@@ -638,7 +638,7 @@ def in_two_processes(kind: str, *recipes: str | Path, **environment: str) -> Non
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        timeout=300,
+        timeout=900,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert all("going on from step 5" in result.stdout for recipe in recipes if str(recipe).endswith("!"))

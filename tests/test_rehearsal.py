@@ -46,14 +46,8 @@ AT_A_GLANCE = {
 }  # fmt: skip
 
 REHEARSED = {
-    "evaluating without validation rows": ([ARGUMENT + "eval_strategy", "epoch"], "didn't pass an `eval_dataset`"),
     "no target module": (["--student.adapter.target_modules", "[kk_proj]"], "kk_proj"),
     "empty target modules": (["--student.adapter.target_modules", "[]"], "target_modules"),
-    "the best checkpoint of nothing": ([ARGUMENT + "save_strategy", "best"], "metric_for_best_model"),
-    "a metric that is not measured": (
-        ["--train.validation_prompts", "5", ARGUMENT + "save_strategy", "best", ARGUMENT + "metric_for_best_model", "eval_f1"],
-        "eval_nll",
-    ),
     "a schedule's unknown setting": ([ARGUMENT + "lr_scheduler_kwargs", "{cycles: 1}"], "cycles"),
     "an unknown loss": ([ARGUMENT + "loss_type", "focal"], "focal"),
     "an unknown packing": ([ARGUMENT + "packing", "true", ARGUMENT + "packing_strategy", "tight"], "tight"),

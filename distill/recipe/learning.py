@@ -185,7 +185,7 @@ class Rollouts(Sampling):
 # Fields of TRL's configs that show, keep or hasten, and leave the weights alone.
 _SHOWS_AND_KEEPS = (
     *("logging_", "log_", "report_to", "run_name", "project", "trackio_", "disable_tqdm", "num_completions_to_print"),
-    *("include_num_input_tokens_seen", "skip_memory_metrics", "hub_", "enable_jit_checkpoint", "ddp_timeout"),
+    *("include_num_input_tokens_seen", "skip_memory_metrics", "push_to_hub", "hub_", "enable_jit_checkpoint", "ddp_timeout"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
     *("dataset_num_proc", "torch_empty_cache_steps"),
 )

@@ -37,20 +37,12 @@ _RANGES: dict[str, Range] = {
     **dict.fromkeys(("ddp_timeout", "ddp_bucket_cap_mb"), _COUNTS),
 }
 _REFUSED: dict[tuple[str, Any], str] = {
-    (
-        "save_strategy",
-        "best",
-    ): "a killed run goes on from its last checkpoint: set steps or epoch; load_best_model_at_end keeps the best",
-    (
-        "save_only_model",
-        True,
-    ): "a killed run couldn't go on from a checkpoint without optimizer; save_total_limit says how many are kept",
+    ("save_only_model", True): "a killed run couldn't go on from a checkpoint without optimizer; save_total_limit says how many stay",
     ("ignore_data_skip", True): "a run that goes on would train on the same rows again",
     ("auto_find_batch_size", True): "a step would take fewer rows than it was asked to; set train.global_batch_size, and lower "
     "per_device_train_batch_size until it fits",
     ("average_tokens_across_devices", False): "the loss of a step would depend on how its rows are dealt out to processes",
     ("train_sampling_strategy", "batch_rebalance"): "it deals rows out by the number of processes, and repeats some; take group_by_length",
-    ("push_to_hub", True): "upload the folder that `distill export` writes: it has the licence and a card with results",
 }
 _DEALT_BY_ACCELERATE = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")
 _EVAL_METRICS = frozenset(
@@ -80,9 +72,11 @@ def check_trainer_values(given: Mapping[str, Any]) -> None:
     dealt = sorted(set(_DEALT_BY_ACCELERATE) & set(given.get("accelerator_config") or {}))
     if dealt:
         raise ValueError(f"accelerator_config.{dealt[0]} would be ignored: the kit deals rows out to processes itself")
-    metric = given.get("metric_for_best_model")
+    metric, known = given.get("metric_for_best_model"), ", ".join(f"eval_{name}" for name in sorted(_EVAL_METRICS))
     if isinstance(metric, str) and metric.removeprefix("eval_") not in _EVAL_METRICS:
-        raise ValueError(f"metric_for_best_model must be one of {', '.join(sorted(_EVAL_METRICS))}, got {metric!r}")
+        raise ValueError(f"metric_for_best_model must be one of {known}, got {metric!r}")
+    if metric is None and given.get("save_strategy") == "best":
+        raise ValueError(f"save_strategy best needs metric_for_best_model: one of {known}")
 
 
 def needs_evaluation(given: Mapping[str, Any]) -> str | None:
