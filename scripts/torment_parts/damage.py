@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -258,6 +259,8 @@ def torment(place: Path, count: int, seed: int, stages: list[str], until_s: floa
             if time.monotonic() > until_s:
                 break
             found.append((case, damage.judge(case, rng)))
+            if found[-1][1].verdict.isupper():
+                print("FAULT", found[-1][1].verdict, case.name, found[-1][1].detail, sep="  ", file=sys.stderr, flush=True)
             bar.update()
     return Rows(_table(found), [(finding.verdict, case.name, finding.detail) for case, finding in found if finding.verdict.isupper()])
 
