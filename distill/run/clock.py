@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distill import __version__
-from distill.run.files import write_text
+from distill.run.files import read_json, write_json
 from distill.run.manifest import CLOCK
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
@@ -53,7 +52,7 @@ class Clock:
         """Writes the seconds down, if it was long ago that they were."""
         if self._file and time.perf_counter() - self._kept >= _KEEP_EVERY_S and self._file.parent.is_dir():
             self._kept = time.perf_counter()
-            write_text(self._file, json.dumps({"wall_s": round(self.wall_s, 2)}))
+            write_json(self._file, {"wall_s": round(self.wall_s, 2)})
 
     def facts(self, **more: Any) -> dict[str, Any]:
         """Wall seconds, date, versions and machine, with what else the stage measured; the clock stops being kept."""
@@ -82,7 +81,7 @@ def keep_running_clocks() -> None:
 
 def _seconds_in(file: Path) -> float:
     try:
-        return float(json.loads(file.read_text(encoding="utf-8"))["wall_s"])
+        return float(read_json(file)["wall_s"])
     except (OSError, ValueError, KeyError, TypeError):  # no piece before, or its note is lost: nothing that rows depend on
         return 0.0
 
