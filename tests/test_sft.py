@@ -108,6 +108,26 @@ def test_a_step_is_trls(settings: dict[str, Any], student_dir: Path, tmp_path: P
     same_as_trl(ours, theirs, () if "gradient_accumulation_steps" in settings else ("entropy", "mean_token_accuracy"))
 
 
+def test_a_loss_that_comes_in_bf16_is_divided_before(student_dir: Path, tmp_path: Path) -> None:  # noqa: F811
+    """FSDP2 gives the loss in the type of the weights, and takes its gradient in it: a factor 1 / tokens would be rounded there."""
+    model, tokenizer = load(student_dir)
+    arguments = SFTConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, max_length=None)
+    trainer = TraceTrainer(model=model, args=arguments, train_dataset=rows_of(tokenizer), processing_class=tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        def forward(**inputs: Any) -> dict[str, Any]:
+            outputs = model(**inputs)
+            return outputs | {"loss": outputs["loss"].to(dtype)}
+
+        model.zero_grad()
+        trainer.compute_loss(forward, dict(batch), num_items_in_batch=torch.tensor(1_013)).backward()
+        found: torch.Tensor = model.model.norm.weight.grad.clone()
+        return found
+
+    torch.testing.assert_close(gradient(torch.bfloat16), gradient(torch.float32), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("settings", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.2}], ids=lambda settings: next(iter(settings)))
 @pytest.mark.filterwarnings("ignore:.*label_smoothing_factor")
 def test_a_loss_of_trls_own_is_left_to_it(settings: dict[str, Any], student_dir: Path, tmp_path: Path) -> None:  # noqa: F811
