@@ -255,6 +255,8 @@ def test_a_browser_shows_it_without_scrolling_sideways(run_dir: Path, tmp_path: 
         f'<iframe id="frame" width="{width}" height="900" src="file://{run_dir}/report/report.html"></iframe><pre id="found"></pre><script>'
         "onload = () => { const page = document.getElementById('frame').contentDocument, body = page.documentElement;"
         "document.getElementById('found').textContent = JSON.stringify({inner: body.clientWidth, needed: body.scrollWidth,"
+        "scripts: page.scripts.length,"
+        "controls: /[\\u0000-\\u0008\\u000b-\\u001f\\u007f-\\u009f\\u202a-\\u202e\\u2066-\\u2069]/.test(page.body.innerText),"
         "pictures: [...page.querySelectorAll('svg')].map(svg => svg.getBoundingClientRect().width),"
         "text: Math.min(...[...page.querySelectorAll('svg text')].map(text => text.getBoundingClientRect().height))}) }</script>"
     )
@@ -265,6 +267,7 @@ def test_a_browser_shows_it_without_scrolling_sideways(run_dir: Path, tmp_path: 
     assert found, result.stderr[-2000:]
     sizes = json.loads(found.group(1))
     assert sizes["needed"] <= sizes["inner"] <= width
+    assert sizes["scripts"] == 0 and sizes["controls"] is False  # of prompts and traces, see `HOSTILE`
     assert len(sizes["pictures"]) == 3 and min(sizes["pictures"]) > 0.8 * min(width, 600)
     assert sizes["text"] >= 9  # CSS pixels: legible
     assert "CONSOLE" not in result.stderr
