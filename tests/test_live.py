@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import torch
 from conftest import build_tiny_model
@@ -114,9 +115,13 @@ def command(recipe: Path) -> list[str]:
     return [sys.executable, str(ROOT / "distill" / "train.py"), "--config", str(recipe)]
 
 
+def trained(recipe: Path) -> subprocess.CompletedProcess[str]:
+    return commands.run(command(recipe)[1:], timeout_s=900)
+
+
 def train(recipe: Path) -> Path:
     """Trains through the command line, and returns the student's folder."""
-    result = subprocess.run(command(recipe), capture_output=True, text=True, timeout=900)
+    result = trained(recipe)
     assert result.returncode == 0, result.stderr[-3000:]
     return recipe.with_suffix("") / "student"
 
@@ -187,7 +192,7 @@ def test_a_killed_run_ends_with_the_losses_of_an_undisturbed_one(recipe: Make) -
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (student / "manifest.json").exists()
-    result = subprocess.run(command(path), capture_output=True, text=True, timeout=900)
+    result = trained(path)
     assert result.returncode == 0 and "going on from step 3" in result.stdout, result.stderr[-2000:]
     assert logged(student) == logged(undisturbed)
 
@@ -312,7 +317,7 @@ def test_pairs_that_a_method_can_t_compare_are_refused(load: Callable[..., Recip
 def test_a_refusal_is_one_message_and_comes_before_any_weights(recipe: Make, foreign_dir: Path) -> None:
     (foreign_dir / "model.safetensors").rename(foreign_dir / "hidden")
     try:
-        result = subprocess.run(command(recipe("refused", teacher=foreign_dir)), capture_output=True, text=True, timeout=900)
+        result = trained(recipe("refused", teacher=foreign_dir))
     finally:
         (foreign_dir / "hidden").rename(foreign_dir / "model.safetensors")
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr[-2000:]
@@ -402,7 +407,7 @@ def whole(tmp_path: Path) -> Path:
 
 
 def distill(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "distill", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=900)
+    return commands.run(["-m", "distill", *arguments], timeout_s=900)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 
 from distill.run.manifest import MANIFEST, Manifest, read_manifest
@@ -23,8 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def distill(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "distill", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    return commands.run(["-m", "distill", *arguments])
 
 
 def write_recipe(folder: Path, model: Path) -> Path:
@@ -50,7 +50,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> 
     """A recipe and the run it made, undisturbed."""
     folder = tmp_path_factory.mktemp("pipeline")
     recipe = write_recipe(folder, tiny_model_dir)
-    result = distill("run", recipe, "--run_dir", folder / "run")
+    command = [sys.executable, "-m", "distill", "run", str(recipe), "--run_dir", str(folder / "run")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)  # one that starts from nothing
     assert result.returncode == 0, result.stderr[-3000:]
     assert "\r" not in result.stderr, "a bar was drawn where nobody watches"
     assert "gap recovered" in result.stdout and str(folder / "run" / "report" / "report.html") in result.stdout

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from conftest import build_tiny_model
@@ -49,7 +50,7 @@ def write_recipe(place: Path, student: Path, teacher: Path, *, rollouts: str = "
 
 
 def distill(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "distill", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=600)
+    return commands.run(["-m", "distill", *arguments])
 
 
 def adapter(student: Path) -> dict[str, torch.Tensor]:

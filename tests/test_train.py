@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -70,10 +71,12 @@ def recipe(tmp_path: Path, tiny_model_dir: Path) -> Callable[..., Path]:
 
 def train(recipe: Path, *, processes: int = 0, overrides: list[str] | None = None, without: str = "") -> Path:
     """Trains through the command line, and returns the student's folder."""
-    launcher = [*LAUNCH, str(processes)] if processes else [sys.executable]
-    command = [*launcher, str(ROOT / "distill" / "train.py"), "--config", str(recipe), *(overrides or [])]
+    words = [str(ROOT / "distill" / "train.py"), "--config", str(recipe), *(overrides or [])]
     environment = {name: value for name, value in os.environ.items() if name != without}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    if processes:
+        result = subprocess.run([*LAUNCH, str(processes), *words], capture_output=True, text=True, env=environment, timeout=900)
+    else:
+        result = commands.run(words, environment=environment, timeout_s=900)
     assert result.returncode == 0, result.stderr[-3000:]
     return recipe.with_suffix("") / "student"
 
@@ -302,8 +305,7 @@ def test_over_long_rows_are_dropped_and_counted_or_cut_when_asked(recipe: Callab
 
 
 def test_nothing_that_fits_is_an_error_that_says_so(recipe: Callable[..., Path]) -> None:
-    command = [sys.executable, str(ROOT / "distill" / "train.py"), "--config", str(recipe("none")), "--train.max_length", "3"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    result = commands.run([ROOT / "distill" / "train.py", "--config", recipe("none"), "--train.max_length", "3"])
     assert result.returncode == 1 and "none of 48 traces fits into 3 tokens" in result.stderr and "Traceback" not in result.stderr
 
 
@@ -315,16 +317,14 @@ def test_a_loss_that_is_no_number_ends_training(recipe: Callable[..., Path], tin
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     path = recipe("nan")
     path.write_text(path.read_text().replace(f"student:\n  model: {tiny_model_dir}", f"student:\n  model: {broken}"))
-    command = [sys.executable, str(ROOT / "distill" / "train.py"), "--config", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    result = commands.run([ROOT / "distill" / "train.py", "--config", path])
     assert result.returncode == 1 and "Lower train.trainer_args.learning_rate" in result.stderr, result.stderr[-1500:]
     assert not (path.with_suffix("") / "student" / "manifest.json").exists()
 
 
 def test_a_value_that_trl_refuses_is_an_error_of_the_recipe(recipe: Callable[..., Path]) -> None:
     path = recipe("refused", trainer_args={"lr_scheduler_type": "cosinus"})
-    command = [sys.executable, str(ROOT / "distill" / "train.py"), "--config", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    result = commands.run([ROOT / "distill" / "train.py", "--config", path])
     assert result.returncode == 1 and "train.trainer_args" in result.stderr and "cosinus" in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -342,8 +342,7 @@ def test_a_finished_student_is_not_trained_again(recipe: Callable[..., Path]) ->
     path = recipe("done", trainer_args={"max_steps": 1})
     student = train(path)
     before = (student / "manifest.json").stat().st_mtime_ns
-    command = [sys.executable, str(ROOT / "distill" / "train.py"), "--config", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    result = commands.run([ROOT / "distill" / "train.py", "--config", path])
     assert "nothing to do" in result.stdout and (student / "manifest.json").stat().st_mtime_ns == before
     assert not math.isnan(read_manifest(student).facts["train_loss"])
 
