@@ -142,7 +142,8 @@ def test_a_cpu_computes_in_what_the_recipe_says_and_else_in_what_it_is_good_at(
 
 def test_training_in_bf16_stays_close_to_fp32(recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTILL_CPU_DTYPE", "bfloat16")
-    narrow, plain = train(recipe("narrow")), train(recipe("plain", student="  dtype: float32\n"))
+    steps = {"max_steps": 3}
+    narrow, plain = train(recipe("narrow", trainer_args=steps)), train(recipe("plain", trainer_args=steps, student="  dtype: float32\n"))
     assert [read_manifest(student).facts["precision"] for student in (narrow, plain)] == ["bf16", "fp32"]
     assert losses(narrow) == pytest.approx(losses(plain), rel=2e-2) and losses(narrow) != losses(plain)
 
