@@ -14,6 +14,7 @@ from rich.text import Text
 from distill.errors import DistillError, visible
 
 Item = TypeVar("Item")
+_LIBRARY = re.compile(r".*(?:site-packages/|(?=distill/))(.+)")
 _LONGEST, _LONGEST_REASON = 2000, 600  # characters that are shown of a detail, and of what a library says
 
 
@@ -79,9 +80,8 @@ def _said_by_library(error: Exception) -> str:
     """What a library says, and which of its files."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     said = visible(" ".join(text.split()), _LONGEST_REASON).rstrip(".") or "no reason is given"
-    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    place = re.split(r"site-packages/|(?=distill/)", files[-1])[-1]
-    return f"{said} ({type(error).__name__} in {place}). Correct the keys that it speaks of."
+    places = [found[1] for frame in traceback.extract_tb(error.__traceback__) if (found := _LIBRARY.search(frame.filename))]
+    return f"{said} ({type(error).__name__}{f' in {places[-1]}' if places else ''}). Correct the keys that it speaks of."
 
 
 class Even(Generic[Item]):

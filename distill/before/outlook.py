@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distill.errors import DistillError, MissingStageError, StageConflictError
+from distill.errors import DistillError, MissingStageError, StageConflictError, visible
 from distill.pipeline import call, made_from, select
 from distill.recipe.experiment import Recipe
 from distill.run.folder import refusal
@@ -109,9 +109,9 @@ def dry_run(recipe: Recipe, first: str | None = None, last: str | None = None, r
         table.add_column(name, overflow="fold")
     words = {"keep": "kept", "make": "made", "go on": "gone on with", "grow": "grown", "refuse": "refused"}
     for step, action, why in found:
-        table.add_row(str(step), Text(words.get(action, "made anew"), _STYLES.get(action, "")), Text(why))
+        table.add_row(str(step), Text(words.get(action, "made anew"), _STYLES.get(action, "")), Text(visible(why)))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    console.print(f"run folder {run_dir(recipe)}; nothing was done", soft_wrap=True)
+    console.print(visible(f"run folder {run_dir(recipe)}; nothing was done"), soft_wrap=True, markup=False)
     console.print(table)
     return all(action != "refuse" for _, action, _ in found)
 
@@ -166,7 +166,7 @@ def agree_to_redo(recipe: Recipe, stage: str, *, yes: bool) -> bool:
     listed = "\n".join(f"  {folder(recipe, *step)}  ({_cost(recipe, step)})" for step in steps)
     if not sys.stdin.isatty():
         raise StageConflictError(f"--redo would delete\n{listed}\nand there is nobody to ask. Add --yes if that is meant.")
-    print(f"--redo deletes\n{listed}")
+    print(visible(f"--redo deletes\n{listed}"))
     return input("Delete all of it? [y/N] ").strip().lower() in ("y", "yes")
 
 
