@@ -69,7 +69,7 @@ def test_quick_refutes(
 
 def test_quick_ends_with_an_exit_code(recipe: Path) -> None:
     result = distill("check", recipe, "--quick", "--prompts.columns.prompt", "absent")
-    assert result.returncode == 1 and "1 of these claims failed" in result.stdout and not result.stderr
+    assert result.returncode == 1 and "of these claims failed" in result.stdout and not result.stderr
 
 
 def test_quick_knows_what_is_there(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

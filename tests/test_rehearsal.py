@@ -1,6 +1,6 @@
 """What used to be found only after the teacher was paid: each case ends in one clear error before a run has written anything.
 
-Cases that a glance at keys, packages, device and numbers settles are quick; those that need the trainer itself are rehearsed.
+Most are refused with the recipe, or at a glance at packages, device, data and numbers; those that need the trainer are rehearsed.
 """
 
 from __future__ import annotations
@@ -39,15 +39,39 @@ AT_A_GLANCE = {
     "too many validation prompts": (["--train.validation_prompts", "100"], "there are 100 training prompts"),
     "fsdp in one process": ([ARGUMENT + "fsdp", "full_shard"], "accelerate launch --use_fsdp"),
     "deepspeed without a launch": ([ARGUMENT + "deepspeed", "{zero_optimization: {stage: 2}}"], "accelerate launch --use_deepspeed"),
-    "pushing while offline": ([ARGUMENT + "push_to_hub", "true"], "the Hub is switched off here"),
     "no references": (["--prompts.columns", "{prompt: question}", "--curate.checks", "[finish]"], "evaluate: null"),
     "words as references": (["--prompts.columns", "{prompt: question, reference: name}", "--curate.checks", "[finish]"], "evaluate: null"),
+    "pushing while offline": ([ARGUMENT + "push_to_hub", "true"], "the Hub is switched off here"),
+    "prompts that all go": (["--prompts.answer_pattern", "= (.*)"], "100 no_answer_match"),
     "words to be judged by curate": (["--prompts.columns", "{prompt: question, reference: name}"], "curate.checks has math"),
+}  # fmt: skip
+
+WITH_THE_RECIPE = {
+    "evaluating without validation rows": ([ARGUMENT + "eval_strategy", "steps"], "train.validation_prompts"),
+    "the best checkpoint by no measure": ([ARGUMENT + "save_strategy", "best"], "save_strategy best needs metric_for_best_model"),
+    "a metric that nobody knows": ([ARGUMENT + "metric_for_best_model", "eval_f1"], "metric_for_best_model must be one of"),
+    "checkpoints without optimizer": ([ARGUMENT + "save_only_model", "true"], "save_only_model can't be true"),
+    "a seed of 33 bits": (["--seed", "4294967296"], "seed: input should be less than"),
+    "no rows at once": ([ARGUMENT + "per_device_train_batch_size", "0"], "must be at least 1"),
+    "fewer rows than none": ([ARGUMENT + "per_device_train_batch_size", "-1"], "must be at least 1"),
+    "no pass": ([ARGUMENT + "gradient_accumulation_steps", "0"], "must be at least 1"),
+    "a learning rate that is no number": ([ARGUMENT + "learning_rate", ".nan"], "not a finite number"),
+    "a negative learning rate": ([ARGUMENT + "learning_rate", "-1.0"], "learning_rate must be at least 0"),
+    "fewer workers than none": ([ARGUMENT + "dataloader_num_workers", "-1"], "must be at least 0"),
+    "noise that is no number": ([ARGUMENT + "neftune_noise_alpha", ".nan"], "not a finite number"),
+    "a check without an end": (["--curate.check_timeout_s", ".inf"], "not a finite number"),
+    "an infinite adapter": (["--student.adapter.lora_alpha", ".inf"], "not a finite number"),
+    "a placeholder that stays": (["--prompts.template", "{context} {prompt}"], "{context} would stay as it is"),
+    "a template's own argument": (["--student.chat_template_kwargs", "{messages: 5}"], "messages is what the kit itself gives"),
 }  # fmt: skip
 
 REHEARSED = {
     "no target module": (["--student.adapter.target_modules", "[kk_proj]"], "kk_proj"),
     "empty target modules": (["--student.adapter.target_modules", "[]"], "target_modules"),
+    "a metric that is not measured here": (
+        ["--train.validation_prompts", "5", ARGUMENT + "load_best_model_at_end", "true", ARGUMENT + "metric_for_best_model", "eval_kd"],
+        "eval_nll",
+    ),
     "a schedule's unknown setting": ([ARGUMENT + "lr_scheduler_kwargs", "{cycles: 1}"], "cycles"),
     "an unknown loss": ([ARGUMENT + "loss_type", "focal"], "focal"),
     "an unknown packing": ([ARGUMENT + "packing", "true", ARGUMENT + "packing_strategy", "tight"], "tight"),
@@ -89,6 +113,12 @@ def test_one_error_at_a_glance(case: str, recipe: Path) -> None:
     overrides, words = AT_A_GLANCE[case]
     message = refused(recipe, *overrides)
     assert words in message and "--no-check" in message and "rehearsal" not in message
+
+
+@pytest.mark.parametrize("case", WITH_THE_RECIPE)
+def test_one_error_with_the_recipe(case: str, recipe: Path) -> None:
+    overrides, words = WITH_THE_RECIPE[case]
+    assert words in refused(recipe, *overrides)
 
 
 @pytest.mark.slow
@@ -171,6 +201,7 @@ ROUNDS = ["--rounds", "2", "--rollouts", "{max_new_tokens: 64, stop_kl: 0.1, tra
         ([ARGUMENT + "save_strategy", "no"], "no checkpoint is asked for"),
         ([ARGUMENT + "save_strategy", "epoch", ARGUMENT + "packing", "true"], "stopped and gone on with"),
         (["--student.quantization", "nf4", ARGUMENT + "optim", "paged_adamw_8bit"], "stopped and gone on with"),
+        (["--student.adapter.target_modules", "[layers.2.self_attn.q_proj]"], "stopped and gone on with"),
         (["--student.adapter", "{type: full}"], "stopped and gone on with"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value)[:40],

@@ -11,6 +11,7 @@ import importlib
 import io
 import os
 import random
+import re
 import sys
 import tempfile
 import warnings
@@ -26,7 +27,7 @@ from distill.before.findings import Findings
 from distill.before.machine import model_config
 from distill.before.packages import reporters
 from distill.errors import DistillError
-from distill.models.loading import free_memory, load_tokenizer, pick_device
+from distill.models.loading import free_memory, load_tokenizer, lora_config, pick_device
 from distill.models.miniature import miniature
 from distill.pipeline import call
 from distill.recipe.experiment import Recipe
@@ -87,7 +88,7 @@ def rehearse(recipe: Recipe, rows: list[Row], found: Findings) -> None:
 
         if not found.prove("miniatures", _silent(prepare, names)):
             return
-        small = _small(recipe, place)
+        small = _small(recipe, place, _targets(recipe, configs["student"]))
         _write_rows(small, rows)
         for step in _steps(small):
             if not found.prove(f"rehearsal of {step}", _silent(lambda step=step: _play(step, small), names)):  # type: ignore[misc]
@@ -140,12 +141,27 @@ def _silent(attempt: Callable[[], str], names: dict[str, str]) -> Callable[[], s
     return silent
 
 
-def _small(recipe: Recipe, place: Path) -> Recipe:
+def _targets(recipe: Recipe, config: Any) -> Any:
+    """What the adapter is put on, by names that a model with fewer layers has, too: those of one layer stand for it in each."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    adapter = recipe.student.adapter
+    if adapter.type == "full" or not any(character.isdigit() for character in "".join(adapter.target_modules)):
+        return None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.student.trust_remote_code)
+    found = [name for name, _ in model.named_modules() if check_target_module_exists(lora_config(adapter), name)]
+    return sorted({re.split(r"\.\d+\.", name)[-1] for name in found}) or None
+
+
+def _small(recipe: Recipe, place: Path, targets: list[str] | None) -> Recipe:
     """The recipe with miniatures for models, and few short rows and steps; what only says how is as it was."""
     changed = recipe.model_dump(mode="json") | {"run_dir": str(place / "run"), "evaluate": None, "export": None}
     for role in ("student", "teacher"):
         if changed[role] is not None:
             changed[role] |= {"model": str(place / role), "revision": None}
+    if targets is not None:
+        changed["student"]["adapter"]["target_modules"] = targets
     for section in ("generate", "rollouts"):
         if changed[section] is not None:
             longest = min(changed[section]["max_new_tokens"], _TOKENS)
