@@ -6,7 +6,7 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -211,11 +211,11 @@ class Decoder:
             return torch.tensor(values, dtype=torch.long, device=self._model.device)
 
         if not self._cache.layers:
-            self._cache.layers = [RoomyLayer() for _ in added.layers]
+            self._cache.layers = [RoomyLayer() for _ in added.layers]  # type: ignore[no-untyped-call]
         lengths = [len(slot.ids) - 1 for slot in slots]
         kept_k, rows_n = numbers(kept), numbers([rows[number] for number in stay])
-        for number, layer in enumerate(self._cache.layers):
-            layer.lay_out(kept_k, max(lengths), added.layers[number] if entered else DynamicLayer(), rows_n)
+        for number, layer in enumerate(cast(list[RoomyLayer], self._cache.layers)):
+            layer.lay_out(kept_k, max(lengths), cast(DynamicLayer, added.layers[number]) if entered else DynamicLayer(), rows_n)
         self._tokens_B1 = numbers([slot.written[-1] for slot in slots])[:, None]
         self._lengths_B = numbers(lengths)
         self._steps_B = numbers([len(slot.written) for slot in slots])

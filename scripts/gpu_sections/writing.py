@@ -108,7 +108,7 @@ def _measure_bare(setting: _Setting, batch_size: int) -> Figures:
 
     generate(setting.warm_up_tokens)
     figures = _timed(setting, lambda: generate(setting.new_tokens))
-    processors = LogitsProcessorList([TemperatureLogitsWarper(_TEMPERATURE), TopPLogitsWarper(_TOP_P)])
+    processors: Any = LogitsProcessorList([TemperatureLogitsWarper(_TEMPERATURE), TopPLogitsWarper(_TOP_P)])
     step_ms = _sampler_ms(setting, batch_size, lambda ids_BT, logits_BV: processors(ids_BT, logits_BV).softmax(-1).multinomial(1))
     return _with_shares(figures, step_ms, None)
 
