@@ -185,6 +185,8 @@ def test_what_only_sounds_like_a_secret_is_taken(tmp_path: Path) -> None:
     fields = ["--student.pad_token", "<pad>", "--student.chat_template_kwargs.image_token", "<image>"]
     recipe = load_recipe(write(tmp_path, GOOD), [*fields, "--train.trainer_args.include_num_input_tokens_seen", "all"])
     assert recipe.student.chat_template_kwargs == {"image_token": "<image>"}
+    kwargs = {"add_bos_token": True, "thinking_budget_tokens": 1024, "bot_token": "<bot>"}
+    assert load_recipe(tmp_path / "recipe.yaml", {"student.chat_template_kwargs": kwargs}).student.chat_template_kwargs == kwargs
     assert load_recipe(tmp_path / "recipe.yaml", ["--train.trainer_args.hub_token", "null"]).train.trainer_args == {
         "learning_rate": 1e-5,
         "hub_token": None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ from fabricated import CONTROLS, HOSTILE, change_manifest, make_run, recipe_for
 
 from distill.errors import IntegrityError, MissingStageError, visible
 from distill.recipe.reading import load_recipe
+from distill.reporting.made import MadeStep, repeat_commands
 from distill.reporting.pages import excerpt, fenced, markdown_text
 from distill.reporting.summary import parameters_text
 from distill.run.log import duration_text
@@ -100,6 +102,15 @@ def test_the_recipe_in_the_report_can_be_run_again(run_dir: Path, tmp_path: Path
     (tmp_path / "recipe.yaml").write_text(block.group(1))
     assert load_recipe(tmp_path / "recipe.yaml", []) == recipe_for(Path(run_dir.name))
     assert str(run_dir) not in "".join(path.read_text() for path in (run_dir / "report").glob("report.*"))
+
+
+def test_commands_that_repeat_a_run_are_read_as_they_were_made(tmp_path: Path) -> None:
+    whole = load_recipe("quickstart")
+    changes = {"seed": 7, "prompts.answer_pattern": "#### '(.+)'", "prompts.system_prompt": "null?", "curate.checks": ["finish"]}
+    made = load_recipe("quickstart", changes)
+    steps = [MadeStep(stage, 0, recipe.model_dump(mode="json")) for stage, recipe in (("prompts", made), ("curate", whole))]
+    command, _ = repeat_commands(whole, steps)
+    assert load_recipe("quickstart", shlex.split(command)[3:]).prompts == made.prompts
 
 
 def test_the_funnel_counts_down_to_what_is_kept(run_dir: Path) -> None:

@@ -106,7 +106,9 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(
     assert found is not None and found.step == 2 and not (folder / "checkpoint-4").exists()
     assert name == "whole" or f"{name}: is gone or was altered" in capsys.readouterr().out
     damage(folder / "checkpoint-2" / name)
+    (folder / "checkpoint-4.kept").mkdir()
     assert last_whole_checkpoint(folder) is None and last_whole_checkpoint(tmp_path / "absent") is None
+    assert (folder / "checkpoint-4.kept").is_dir()  # somebody's copy
 
 
 def found_sums(folder: Path) -> dict[str, Any]:

@@ -108,6 +108,14 @@ def test_a_system_turn_that_is_dropped_is_an_error(tokenizer: Any) -> None:
         chat.row([SYSTEM, USER], "4")
 
 
+def test_a_word_that_the_template_takes_out_of_a_turn_is_read(tokenizer: Any) -> None:
+    """As SmolLM3's does with `/no_think`."""
+    takes_out = CHATML.replace("message.content", "message.content | replace('/no_think', '')")
+    chat = with_template(tokenizer, "{% if '/no_think' in messages[0].content %}Briefly. {% endif %}" + takes_out)
+    text = chat.prompt_text([{"role": "system", "content": "Be kind. /no_think"}, USER])
+    assert text.startswith("Briefly. ") and "Be kind." in text and "/no_think" not in text
+
+
 def test_a_template_without_generation_prompt_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ModelError, match=r"writes '<\|im_start\|>assistant' before an answer, but not at the end of a prompt"):
         with_template(tokenizer, CHATML.partition("{% if add_generation_prompt %}")[0])

@@ -178,6 +178,9 @@ def test_growing_moves_and_deletes_only_what_is_the_stages(tmp_path: Path) -> No
 
 def test_a_cache_is_only_one_that_is_marked(tmp_path: Path) -> None:
     assert own_cache(own_cache(tmp_path / "cache")) == tmp_path / "cache"
+    before = (tmp_path / "cache" / "CACHEDIR.TAG").stat().st_mtime_ns
+    own_cache(tmp_path / "cache")
+    assert (tmp_path / "cache" / "CACHEDIR.TAG").stat().st_mtime_ns == before  # processes of a launch would write it at once
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "rows-of-mine.csv").touch()
     with pytest.raises(StageConflictError, match=r"rows-of-mine\.csv.*CACHEDIR\.TAG"):
@@ -207,6 +210,20 @@ def test_an_altered_shard_of_a_stage_under_way_is_made_again_as_its_error_says(t
         go_on(6)
     shard.unlink()
     assert go_on(6) == digests and not (tmp_path / "n" / SHARDS).exists()
+
+
+def test_shards_whose_record_is_lost_are_noted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.run.tables.ROWS_PER_SHARD", 2)
+    for until in (2, 4, 6):
+        with StageFolder(tmp_path / "n", "numbers", {"count": 6}) as out:
+            table = out.table("numbers", NUMBERS, resume=True)
+            table.extend(rows(until)[table.num_rows :])
+            table.end_shard()
+            table.stop()
+            if until == 2:
+                (tmp_path / "n" / SHARDS).unlink()
+            if until == 6:
+                assert out.finish().rows("numbers") == 6
 
 
 def test_lines_of_another_journal_are_not_taken_for_ones_own(tmp_path: Path) -> None:

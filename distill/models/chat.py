@@ -64,7 +64,7 @@ class ChatFormat:
             ModelError: the template refuses it, or leaves a turn out.
         """
         prompt = render(self.tokenizer, messages, self.template_kwargs)
-        refuse_dropped_turns(self.tokenizer, messages, prompt)
+        refuse_dropped_turns(self.tokenizer, messages, self.template_kwargs, prompt)
         return prompt
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:

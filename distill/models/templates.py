@@ -60,19 +60,28 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], kwar
         ) from None
 
 
-def refuse_dropped_turns(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: str) -> None:
-    """Looks whether what system and user said stands in the prompt; of earlier answers templates take the reasoning out.
+def refuse_dropped_turns(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], kwargs: dict[str, Any], prompt: str) -> None:
+    """Looks whether what system and user said is in the prompt; of earlier answers templates take the reasoning out.
+
+    As it stands, or else in what it does: `/no_think` may be taken out, and change the rest.
 
     Raises:
         ModelError: a turn is missing.
     """
-    for message in messages:
-        if message["role"] != "assistant" and message["content"].strip() not in prompt:
+    for place, message in enumerate(messages):
+        said = message["content"].strip()
+        if message["role"] != "assistant" and said not in prompt and not _is_read(tokenizer, messages, place, kwargs, prompt):
             raise ModelError(
                 f"{tokenizer.name_or_path}: the chat template leaves a turn of {visible(message['role'], 20)} out: "
                 f"{visible(message['content'].strip(), 60)!r}. Put its text into prompts.template, or give another template with the key "
                 "chat_template of this model."
             )
+
+
+def _is_read(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], place: int, kwargs: dict[str, Any], prompt: str) -> bool:
+    """Whether another text in a turn would make another prompt."""
+    other: list[Message] = [*messages[:place], {**messages[place], "content": _PROBE}, *messages[place + 1 :]]
+    return _written(tokenizer, kwargs, other) != prompt
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> None:

@@ -25,6 +25,13 @@ def is_secret(name: str) -> bool:
     return words.rsplit("_", 1)[-1] in _SECRETS and not _HARMLESS.match(words)
 
 
+def _may_be_one(value: Any) -> bool:
+    """Whether a value can be secret: not `add_bos_token: true`, `thinking_budget_tokens: 1024` or `bot_token: <bot>`, say."""
+    if isinstance(value, list):
+        return any(map(_may_be_one, value))
+    return isinstance(value, str) and not value.startswith(("<", "[")) and value != ""
+
+
 def refuse_secrets(values: Any, place_of: Callable[[Sequence[str]], str], path: tuple[str, ...] = ()) -> None:
     """Looks at every key of a recipe, whatever section it stands in.
 
@@ -42,7 +49,7 @@ def refuse_secrets(values: Any, place_of: Callable[[Sequence[str]], str], path: 
     if not isinstance(values, dict):
         return
     for name, value in values.items():
-        if is_secret(name) and value is not None:
+        if is_secret(name) and _may_be_one(value):
             variable = _VARIABLES.get(re.split(r"[_\W]", name.casefold())[0])
             instead = variable or "that its reader knows, such as HF_TOKEN"
             raise RecipeError(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from distill.recipe.experiment import Recipe
+from distill.recipe.takes import takes_of_recipe
 
 # What each stage is made with. Of a key that several name, the first of them that was made decides what the recipe of the run says.
 _USES = {
@@ -96,10 +97,14 @@ def _used(step: MadeStep) -> list[str]:
 
 
 def _overrides(whole: dict[str, Any], made_with: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Words of a command line that make the values of `made_with` of those in `whole`; values are written as JSON, which is YAML."""
+    """Words of a command line that make the values of `made_with` of those in `whole`.
+
+    Where a key takes text the text as it stands, as it is read there; all else as JSON, which is YAML.
+    """
     for key, value in whole.items():
         made = made_with.get(key)
         if isinstance(value, dict) and isinstance(made, dict) and set(value) == set(made) and key not in _WHOLE:
             yield from _overrides(value, made, f"{prefix}{key}.")
         elif made != value:
-            yield from (f"--{prefix}{key}", shlex.quote(json.dumps(made, ensure_ascii=False)))
+            as_it_stands = isinstance(made, str) and takes_of_recipe((*prefix.split(".")[:-1], key)).text
+            yield from (f"--{prefix}{key}", shlex.quote(made if as_it_stands else json.dumps(made, ensure_ascii=False)))

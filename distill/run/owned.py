@@ -88,7 +88,7 @@ def own_cache(folder: Path, *, make: bool = True) -> Path:
             f"{folder}: is where rows are kept as tokens, but it holds {listed(sorted(others))}, and no {_CACHE_TAG}. Move the folder "
             "away, or give another run_dir."
         )
-    if make:
+    if make and not (folder / _CACHE_TAG).exists():  # the processes of a launch ask all at once
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / _CACHE_TAG, _CACHE_SIGNATURE)
     return folder

@@ -196,7 +196,7 @@ def whole_shards(folder: Path, name: str, record: Journal) -> list[Shard]:
     Args:
         folder: Of the stage.
         name: Of the table.
-        record: Their digests. Where it is lost altogether, the shards are what they say they are.
+        record: Their digests. Where it is lost altogether, the shards are what they say they are, and are noted so.
 
     Raises:
         IntegrityError: one was altered.
@@ -211,6 +211,8 @@ def whole_shards(folder: Path, name: str, record: Journal) -> list[Shard]:
         if shard is None or (known and known.get(path.name) != shard):
             raise IntegrityError(f"{path}: was altered after it was written. Delete it to have its rows made again, or add --redo.")
         shards.append(shard)
+    if shards and not known:  # else the next one noted would make strangers of these
+        record.append([shard.model_dump() for shard in shards])
     return shards
 
 

@@ -95,7 +95,8 @@ class CheckpointMark(TrainerCallback):
         """Waits for all processes, flushes and digests what they wrote, then writes the mark."""
         folder, processes = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self._processes
         processes.wait()
-        files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != _MARK)
+        seen = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != _MARK}
+        files = sorted(set().union(*processes.gather(seen)))  # a network file system may show others' files to some of them late
         own = {}
         for name in files[processes.rank :: processes.count]:
             flush(folder / name)
@@ -118,7 +119,8 @@ def last_whole_checkpoint(folder: Path) -> Checkpoint | None:
     Args:
         folder: With the checkpoints.
     """
-    there = {int(path.name.removeprefix("checkpoint-")): path for path in folder.glob("checkpoint-*")}
+    names = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*") if path.is_dir()}
+    there = {int(step): path for step, path in names.items() if step.isdecimal()}  # not a copy that somebody has set aside
     for step in sorted(there, reverse=True):
         path = there[step]
         if (path / _MARK).exists():
