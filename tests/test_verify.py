@@ -70,6 +70,7 @@ def found(run: Path) -> list[tuple[str, str]]:
         (lambda run: flip(run / "recipe.yaml"), [("altered", "recipe.yaml")]),
         (lambda run: (run / "first/model.bin").unlink(), [("missing", "first/model.bin")]),
         (lambda run: (run / "first/notes.txt").touch(), [("extra", "first/notes.txt")]),
+        (lambda run: [(run / place / ".DS_Store").write_text("") for place in ("", "first", "rounds/01/second")], []),
         (lambda run: (run / "rounds/notes.txt").touch(), [("extra", "rounds/notes.txt")]),
         (lambda run: shutil.rmtree(run / "first"), [("missing", "first")]),
         (lambda run: (shutil.rmtree(run / "first"), make(run / "first", 4)), [("altered", "first")]),
@@ -150,6 +151,7 @@ def test_a_stage_is_not_deleted_with_what_it_has_not_written(tmp_path: Path, fin
     with pytest.raises(StageConflictError, match=r"what no stage wrote: thesis\.tex"):
         delete_stage(tmp_path / "n")
     (tmp_path / "n" / "thesis.tex").unlink()
+    (tmp_path / "n" / ".DS_Store").touch()  # what looking into a folder leaves is nobody's
     delete_stage(tmp_path / "n")
     assert not (tmp_path / "n").exists()
 
@@ -162,6 +164,19 @@ def test_a_stage_with_a_damaged_manifest_can_still_be_made_anew(tmp_path: Path) 
         read_manifest(tmp_path / "n")
     delete_stage(tmp_path / "n", WRITES)
     assert not (tmp_path / "n").exists()
+
+
+def test_a_stage_of_an_earlier_kit_is_whole_and_can_be_made_anew(run: Path) -> None:
+    """Its manifest names neither records nor sizes, and has no digest of itself; nor has the recipe."""
+    for folder in (run / "first", run / "rounds/01/second"):
+        content = read_json(folder / MANIFEST)
+        (folder / MANIFEST).write_text(json.dumps({name: value for name, value in content.items() if name not in ("records", "sizes")}))
+    (run / "recipe.yaml").write_text("name: x\n")
+    assert found(run) == []
+    (run / "first" / "thesis.tex").touch()
+    assert found(run) == [("extra", "first/thesis.tex")]
+    delete_stage(run / "rounds/01/second", WRITES)
+    assert not (run / "rounds/01/second").exists()
 
 
 def test_growing_moves_and_deletes_only_what_is_the_stages(tmp_path: Path) -> None:

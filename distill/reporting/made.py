@@ -106,5 +106,6 @@ def _overrides(whole: dict[str, Any], made_with: dict[str, Any], prefix: str = "
         if isinstance(value, dict) and isinstance(made, dict) and set(value) == set(made) and key not in _WHOLE:
             yield from _overrides(value, made, f"{prefix}{key}.")
         elif made != value:
-            as_it_stands = isinstance(made, str) and takes_of_recipe((*prefix.split(".")[:-1], key)).text
-            yield from (f"--{prefix}{key}", shlex.quote(made if as_it_stands else json.dumps(made, ensure_ascii=False)))
+            if not isinstance(made, str) or not takes_of_recipe((*prefix.split(".")[:-1], key)).text:
+                made = json.dumps(made, ensure_ascii=False)
+            yield from (f"--{prefix}{key}", shlex.quote(made))

@@ -19,19 +19,27 @@ _CACHE_TAG = "CACHEDIR.TAG"
 _CACHE_SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55\n"
 _UNMARKED = ("rows-*.arrow*", "rows-*.parquet*", "rows-*.json*", "cache-*.arrow*")  # what an earlier kit left in one
 _TEMPORARY = ".tmp"
+_OF_THE_SYSTEM = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})  # what looking into a folder leaves there; and:
+_NETWORK = (".nfs", "._")  # a deleted file that is still open; what macOS puts beside a file
 _SHOWN, _LONGEST = 5, 100  # names, and characters of one
 
 
 def is_bookkeeping(name: str) -> bool:
     """Whether a file ties its folder to no settings and no result: a stage that has nothing else has made nothing yet."""
-    return name.removesuffix(_TEMPORARY) in (PLAN, CLOCK) or name.startswith(LOCK)
+    return name.removesuffix(_TEMPORARY) in (PLAN, CLOCK) or name.startswith(LOCK) or is_of_system(name)
+
+
+def is_of_system(name: str) -> bool:
+    """Whether nobody wrote a file but the operating system, by its path."""
+    last = name.rpartition("/")[2]
+    return last in _OF_THE_SYSTEM or last.startswith(_NETWORK)
 
 
 def strangers(folder: Path, writes: Sequence[str], *, inside: bool = False) -> list[str]:
     """Files in a folder that are not its stage's, by their path within it; of a folder that holds no stage nearly all.
 
-    Of a finished stage those are its own that the manifest names; of one under way, or with a damaged manifest, those that it may
-    write.
+    Of a finished stage those are its own that the manifest names; of one under way, with a damaged manifest, or with one of an earlier
+    kit, which named not all, those that it may write.
 
     Args:
         folder: Of the stage.
@@ -43,11 +51,12 @@ def strangers(folder: Path, writes: Sequence[str], *, inside: bool = False) -> l
     named: frozenset[str] | None = None
     if not (folder / PLAN).exists():
         with contextlib.suppress(IntegrityError, MissingStageError):
-            named = frozenset(read_manifest(folder).named)
+            made = read_manifest(folder)
+            named = frozenset(made.named) if made.sizes else None
     found = [f"{EARLIER}/{name}" for name in strangers(folder / EARLIER, writes, inside=True)] if (folder / EARLIER).is_dir() else []
     for name in names_in(folder):
         plain = name.removesuffix(_TEMPORARY)
-        if name.startswith((LOCK, f"{EARLIER}/", f"{EARLIER}{_TEMPORARY}/")) or plain in _BOOKKEEPING:
+        if name.startswith((LOCK, f"{EARLIER}/", f"{EARLIER}{_TEMPORARY}/")) or plain in _BOOKKEEPING or is_of_system(name):
             continue
         if plain not in named if named is not None else not any(fnmatchcase(plain, pattern) for pattern in writes):
             found.append(name)

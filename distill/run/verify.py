@@ -13,7 +13,7 @@ from distill.run.files import digest_file, is_whole_record, read_json
 from distill.run.journal import check_journal
 from distill.run.log import progress
 from distill.run.manifest import JOURNAL, LOCK, MANIFEST, PLAN, SHARDS, Manifest, read_manifest
-from distill.run.owned import EARLIER, is_bookkeeping, names_in, strangers
+from distill.run.owned import EARLIER, is_bookkeeping, is_of_system, names_in, strangers
 from distill.run.plan import binding, name_in_run
 
 _ROUNDS = "rounds"
@@ -69,22 +69,27 @@ def verify(run: Path, layout: Layout) -> Verified:
     if not stages:
         raise MissingStageError(f"{run}: holds no stage of a run. Give the folder of one, e.g. runs/quickstart.")
     faults = list(_extra(run, stages, layout))
-    checks: list[Check] = [lambda: _of_record(run / layout.record)]
+    checks: list[Check] = []
     checks += [lambda mark=mark: _of_mark(mark) for mark in _marks(run / layout.cache, layout.marks)]  # type: ignore[misc]
-    unknown = 0
+    unknown, earlier_kit = 0, True
     for folder in stages:
         try:
             if (folder / PLAN).exists():
-                plan = read_json(folder / PLAN)
+                plan, earlier_kit = read_json(folder / PLAN), False
                 faults += [Fault("extra", folder / name) for name in strangers(folder, layout.writes.get(plan.get("stage", ""), ("*",)))]
                 begun, without = _of_begun(folder, plan, layout.marks)
                 checks += begun
                 unknown += without
             elif (folder / MANIFEST).exists():
-                checks += _of_finished(run, folder, read_manifest(folder))
-                faults += [Fault("extra", folder / name) for name in strangers(folder, ()) if not name.startswith(EARLIER)]
+                manifest = read_manifest(folder)
+                checks += _of_finished(run, folder, manifest)
+                others = strangers(folder, layout.writes.get(manifest.stage, ("*",)))
+                faults += [Fault("extra", folder / name) for name in others if not name.startswith(EARLIER)]
+                earlier_kit &= not manifest.sizes
         except (IntegrityError, KeyError) as error:
             faults.append(_altered(error) if isinstance(error, IntegrityError) else Fault("altered", folder / PLAN))
+    if not earlier_kit:  # which put no digest into it
+        checks.append(lambda: _of_record(run / layout.record))
     with progress(len(checks), "files", "verify") as bar:
         for check in checks:
             faults += check()
@@ -109,7 +114,13 @@ def _extra(run: Path, stages: Sequence[Path], layout: Layout) -> Iterator[Fault]
     for name in names_in(run):
         path = run / name
         plain = name.removesuffix(".tmp")
-        ours = plain == layout.record or name.startswith((LOCK, f"{layout.cache}/")) or fnmatchcase(name, layout.notes)
+        ours = (
+            plain == layout.record
+            or name.startswith(f"{layout.cache}/")
+            or name.startswith(LOCK)
+            or is_of_system(name)
+            or fnmatchcase(name, layout.notes)
+        )
         if ours or known.intersection(path.parents):
             continue
         yield Fault("extra", path, "" if path.parent == run else "its folder has no manifest")
