@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.errors import IntegrityError, RecipeError, visible
+from distill.errors import RecipeError, visible
 from distill.models.processes import Processes
 from distill.recipe.experiment import Recipe
 from distill.run.clock import is_main_process
 from distill.run.folder import delete_stage, refuse_to_delete
 from distill.run.log import ledger, nothing_to_do, say
-from distill.run.manifest import MANIFEST, Manifest, read_manifest
+from distill.run.manifest import MANIFEST, Manifest, check_files, read_manifest
 from distill.run.owned import EARLIER
 from distill.run.verify import Layout, verify
 from distill.stages import CACHE, MARKS, RECIPE, ROUND_STAGES, WRITES, Step, folder, steps_of
@@ -80,13 +80,20 @@ def run_pipeline(recipe: Recipe, first: str | None = None, last: str | None = No
     """
     steps = select(steps_of(recipe), first, last)
     _run(steps, recipe)
-    report = folder(recipe, "report")
     if any(step.stage == "report" for step in steps):
-        summary = report / "summary.txt"
-        if not summary.is_file():
-            raise IntegrityError(f"{summary}: is gone. Make the report anew: `distill report` with --redo.")
-        say("\n" + summary.read_text(encoding="utf-8"), result=True)
-        say(f"report: {report / 'report.html'}", result=True)
+        show_report(recipe)
+
+
+def show_report(recipe: Recipe) -> None:
+    """Says the table of results and where the page is.
+
+    Raises:
+        IntegrityError: one of them is gone or was altered.
+    """
+    report = folder(recipe, "report")
+    check_files(report)
+    say("\n" + (report / "summary.txt").read_text(encoding="utf-8"), result=True)
+    say(f"report: {report / 'report.html'}", result=True)
 
 
 def select(steps: Sequence[Step], first: str | None, last: str | None, option: str = "--from") -> list[Step]:

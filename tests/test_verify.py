@@ -12,7 +12,8 @@ import pyarrow as pa
 import pytest
 
 from distill.errors import IntegrityError, StageConflictError
-from distill.pipeline import verify_run
+from distill.pipeline import show_report, verify_run
+from distill.recipe.experiment import Recipe
 from distill.recipe.models import ModelSpec
 from distill.run import digests
 from distill.run.files import is_whole_record, read_json, write_record
@@ -293,3 +294,21 @@ def test_files_of_a_model_are_read_once(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "home" / "distill-kit" / "digests.json").write_text("[1]")
     digests._known.clear()
     assert digests.digests_of([file]) == ["d" * 64] and len(read) == 2
+
+
+def test_a_page_that_was_altered_is_not_shown(tmp_path: Path) -> None:
+    recipe = Recipe.model_validate(
+        {"name": "x", "run_dir": str(tmp_path), "student": {"model": "none"}, "prompts": {"source": "x"}, "traces": {"source": "x"}}
+        | {"evaluate": None, "export": None}
+    )
+    for altered in (b"\xffable", None):
+        shutil.rmtree(tmp_path / "report", ignore_errors=True)
+        with StageFolder(tmp_path / "report", "report", {}, writes=WRITES) as out:
+            (out.path / "summary.txt").write_bytes(b"a table")
+            out.finish(files=[out.path / "summary.txt"])
+        if altered:
+            (tmp_path / "report" / "summary.txt").write_bytes(altered)
+        else:
+            (tmp_path / "report" / "summary.txt").unlink()
+        with pytest.raises(IntegrityError, match=r"summary\.txt: is gone or was altered.*--redo"):
+            show_report(recipe)
