@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,8 +15,11 @@ import pytest
 from test_pipeline import distill, write_recipe
 from test_train import traces
 
-from distill.before import brought, check, quick
+from distill.before import brought, check, machine, quick
 from distill.before.findings import Findings, evenly
+from distill.before.packages import needs
+from distill.models.loading import pick_device
+from distill.recipe.models import ModelSpec
 from distill.recipe.reading import load_recipe
 from distill.run.folder import StageFolder
 from distill.run.schema import TRACE
@@ -196,3 +201,23 @@ def test_evenly_drawn_means_at_one_distance(total: int) -> None:
     assert count == total and min(total, 5) <= len(kept) <= 10
     assert len(set(map(int.__sub__, kept[1:], kept))) <= 1 and kept[:1] == list(range(total))[:1]
     assert not total or total - 1 - kept[-1] < total / 5
+
+
+def test_packed_weights_are_not_counted_as_whole_ones(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A model that comes in 4 bits has room where its whole weights would have none."""
+    shutil.copytree(tiny_model_dir, tmp_path / "packed")
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    specs = [ModelSpec(model=str(model), dtype="bfloat16") for model in (tiny_model_dir, tmp_path / "packed")]
+    assert [machine._bytes_each(spec, pick_device()) for spec in specs] == [2, 0.5]
+
+
+def test_packages_that_stand_for_others_suffice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe("quickstart", {"student.attn_implementation": "flash_attention_2", "train.trainer_args.report_to": "tensorboard"})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    assert {need.module for need in needs(recipe)} >= {"flash_attn"}
+    for name in ("kernels", "tensorboardX"):
+        (tmp_path / f"{name}.py").touch()
+    importlib.invalidate_caches()
+    assert needs(recipe) == []

@@ -18,6 +18,7 @@ _GIB = 2**30
 _ON_GPU_ALONE = ("activation_offloading", "use_liger_kernel", "tf32")
 """Fields of a trainer that no CPU can follow."""
 _OF_LAUNCH = {"fsdp": "--use_fsdp", "deepspeed": "--use_deepspeed"}
+_PACKED_BYTES = 0.5  # a weight of a checkpoint that brings its own packing: as little as 4 bits
 _NF4_BYTES = 0.56  # a weight with its share of the scales
 _TRAINED_BYTES = 16  # a weight, its gradient and two averages, in fp32
 
@@ -132,8 +133,7 @@ def _wanted_gib(recipe: Recipe, sizes: dict[str, int], stages: set[str], device:
         if recipe.student.adapter.type == "full":
             trained: float = sizes["student"] * _TRAINED_BYTES
         else:
-            nf4 = recipe.student.quantization == "nf4"
-            trained = sizes["student"] * (_NF4_BYTES if nf4 else training_dtype(recipe, device).itemsize)
+            trained = sizes["student"] * min(_bytes_each(recipe.student, device), training_dtype(recipe, device).itemsize)
         beside = recipe.train.is_live and "teacher" in sizes and not (recipe.train.on_policy and recipe.train.on_policy.teacher_server)
         wanted["training" + (" with the teacher beside it" if beside else "")] = trained + (at_rest("teacher") if beside else 0)
     return {what: size / _GIB for what, size in wanted.items()}
@@ -142,7 +142,10 @@ def _wanted_gib(recipe: Recipe, sizes: dict[str, int], stages: set[str], device:
 def _bytes_each(spec: ModelSpec, device: torch.device) -> float:
     from distill.models.loading import pick_dtype
 
-    return _NF4_BYTES if spec.quantization == "nf4" else pick_dtype(device, spec.dtype).itemsize
+    if spec.quantization == "nf4":
+        return _NF4_BYTES
+    packed = getattr(model_config(spec), "quantization_config", None) is not None
+    return _PACKED_BYTES if packed else pick_dtype(device, spec.dtype).itemsize
 
 
 def parameters(spec: ModelSpec) -> int | None:

@@ -67,7 +67,8 @@ def needs(recipe: Recipe) -> list[Need]:
     for role, spec in (("student", recipe.student), ("teacher", recipe.teacher)):
         if spec is not None and spec.quantization == "nf4":
             found.append(Need(f"{role}.quantization nf4", "bitsandbytes", _QLORA))
-        if spec is not None and spec.attn_implementation == "flash_attention_2":
+        # Without flash-attn transformers takes the same kernels from the package `kernels`.
+        if spec is not None and spec.attn_implementation == "flash_attention_2" and importlib.util.find_spec("kernels") is None:
             found.append(Need(f"{role}.attn_implementation flash_attention_2", "flash_attn", "flash-attn --no-build-isolation"))
     found += _of_arguments("train.trainer_args", recipe.train.trainer_args)
     if recipe.rollouts is not None:
@@ -92,6 +93,8 @@ def _of_arguments(section: str, arguments: dict[str, Any]) -> Iterator[Need]:
     if arguments.get("deepspeed"):
         yield Need(f"{section}.deepspeed", "deepspeed", "deepspeed")
     for name in reporters(arguments):
+        if name == "tensorboard" and importlib.util.find_spec("tensorboardX") is not None:  # which transformers takes as well
+            continue
         if name not in REPORTERS:
             close = difflib.get_close_matches(name, REPORTERS, n=1)
             hint = f"Did you mean {close[0]}?" if close else f"It knows {', '.join(REPORTERS)}."

@@ -73,7 +73,8 @@ def _lines(path: Path, belongs_to: str) -> Iterator[bytes]:
             if _digest(body[:-1], belongs_to) != digest:
                 raise IntegrityError(
                     f"{path}:{number}: this line was altered after it was written, or belongs to another run. "
-                    "Delete the line to have its batch made again, or add --redo to start the stage over."
+                    "Delete the line to have its batch made again, or the file where all lines are so, as those of an earlier kit are; "
+                    "or add --redo to start the stage over."
                 )
             yield line
 

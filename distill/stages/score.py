@@ -103,7 +103,8 @@ def run_shard(recipe: Recipe, shard: str, number: int = 0) -> None:
         processes.wait()
         if is_main_process():
             with out.whole():
-                missing = [part for part in range(work.parts) if not work.is_whole(part)]
+                missing = [part for part in range(work.parts) if not work.shard(part).exists()]
+                missing = missing or [part for part in range(work.parts) if not work.is_whole(part)]  # which reads all there is
                 if missing:
                     say(f"score     part {shard} is done, {len(missing)} of {work.parts} parts are not yet", result=True)
                 elif not out.complete:
