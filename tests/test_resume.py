@@ -67,6 +67,15 @@ def test_what_was_not_logged_yet_is_not_lost(recipe: Make, monkeypatch: pytest.M
     same_to_the_bit(student_of(path), student_of(recipe("undisturbed", trainer_args=SETTINGS)))
 
 
+def test_what_a_kill_left_of_the_weights_is_no_part_of_them(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    path = recipe("left", trainer_args=SETTINGS)
+    adapter_folder = interrupted(path, monkeypatch, 2).parent / "adapter"
+    adapter_folder.mkdir()
+    (adapter_folder / ".tmpAb1Cd2").write_bytes(b"half of the weights")  # as safetensors calls it until it is whole
+    student = student_of(path)
+    assert not (student / "adapter" / ".tmpAb1Cd2").exists() and not any(".tmp" in name for name in read_manifest(student).files)
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Two marked checkpoints of small files."""

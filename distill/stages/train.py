@@ -7,6 +7,7 @@ checkpoint, and ends with the weights of an undisturbed one.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -290,12 +291,15 @@ def _save(recipe: Recipe, target: Path, trainer: Any, processes: Processes) -> l
     accelerator = trainer.accelerator
     if trainer.is_fsdp_enabled:
         accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # sharded, save_model writes no weights
-    weights = target / ("adapter" if recipe.student.adapter.type == "lora" else "model")
+    weights, tokenizer = target / ("adapter" if recipe.student.adapter.type == "lora" else "model"), target / "tokenizer"
+    if not processes.rank:
+        for place in (weights, tokenizer):  # a kill leaves what safetensors was writing, under a name of its own
+            shutil.rmtree(place, ignore_errors=True)
+    processes.wait()
     trainer.save_model(str(weights))
     processes.wait()
     if processes.rank:
         return []
-    tokenizer = target / "tokenizer"
     processing_class: Any = trainer.processing_class
     processing_class.save_pretrained(str(tokenizer))
     for file in weights.iterdir():
