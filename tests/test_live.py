@@ -128,18 +128,19 @@ def train(recipe: Path) -> Path:
 
 def trainer_of(recipe: Path) -> Any:
     """The trainer as the stage makes it, in this process."""
-    from distill.models.loading import load_chat_format, load_model, lora_config
+    from distill.models.adapters import lora_config
+    from distill.models.loading import load_chat_format, load_model
     from distill.trainers.live import live_arguments, live_rows, live_trainer
 
     loaded = load_recipe(recipe)
     chat, cpu = load_chat_format(loaded.student), torch.device("cpu")
-    adapter = loaded.student.adapter
+    adapter, model = loaded.student.adapter, load_model(loaded.student, cpu)
     common = {
-        "model": load_model(loaded.student, cpu),
+        "model": model,
         "args": live_arguments(loaded, recipe.with_suffix("") / "checkpoints", cpu),
         "train_dataset": live_rows(loaded, recipe.with_suffix("") / "prompts", chat).dataset,
         "processing_class": chat.tokenizer,
-        "peft_config": lora_config(adapter) if adapter.type == "lora" else None,
+        "peft_config": lora_config(adapter, model) if adapter.type == "lora" else None,
         "callbacks": [],
     }
     return live_trainer(loaded, chat, common)

@@ -23,6 +23,7 @@ from distill.engines.scored import DRAWS, KS, Arrival, Batch, Pending, ScoredRow
 from distill.losses.budget import buffer_elements
 from distill.models.heads import backbone, head_of, logits_of
 from distill.models.loading import free_memory
+from distill.models.probes import check_head
 from distill.models.vocabulary import NONE, AlignedRow, VocabularyMap
 from distill.targets.kinds import Found, exact_type, find_chosen_token, find_mass_profile, find_sampled, find_top_k, uniforms
 from distill.targets.spec import ChosenToken, Sampled, TargetSpec, TopK
@@ -41,11 +42,15 @@ class TeacherScorer:
         target: What is kept of its distributions.
         vocabulary: Its tokens as the student's.
         buffer: Number of logits of a chunk; null takes what suits the device.
+
+    Raises:
+        ModelError: the model's logits are not those of its head.
     """
 
     def __init__(self, model: PreTrainedModel, target: TargetSpec, vocabulary: VocabularyMap, buffer: int | None = None) -> None:
         self.target = target
         self.vocabulary = vocabulary
+        check_head(model)
         self._backbone = backbone(model)
         self._head = head_of(model, vocabulary.teacher_size)
         self._device = self._head.weight_VH.device

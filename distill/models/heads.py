@@ -40,7 +40,7 @@ def head_of(model: PreTrainedModel, vocab_size: int | None = None) -> StudentHea
     rows = layer.weight.shape[0]
     if vocab_size is not None and rows < vocab_size:
         raise ModelError(f"{type(model).__name__}: has {rows:,} rows for {vocab_size:,} tokens. Its tokenizer is not its own.")
-    return StudentHead(layer.weight, layer.bias, vocab_size, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+    return StudentHead(layer.weight, layer.bias, vocab_size, _logit_scale(config), _softcap(config))
 
 
 def logits_of(hidden_nH: Tensor, head: StudentHead) -> Tensor:
@@ -49,6 +49,12 @@ def logits_of(hidden_nH: Tensor, head: StudentHead) -> Tensor:
     if head.logit_scale != 1:
         logits_nV = logits_nV * head.logit_scale
     return logits_nV if head.softcap is None else (logits_nV / head.softcap).tanh() * head.softcap
+
+
+def _softcap(config: Any) -> float | None:
+    """Cap of the logits: Gemma's name for it, RecurrentGemma's, xLSTM's."""
+    found = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"))
+    return next((float(cap) for cap in found if cap is not None), None)
 
 
 def _logit_scale(config: Any) -> float:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill import embedded
 from distill.errors import ModelError
 from distill.models.chat import ChatFormat, chat_format
 from distill.models.cpu_precision import cpu_computes_in_bf16
-from distill.recipe.models import Adapter, LoraAdapter, ModelSpec
+from distill.recipe.models import Adapter, ModelSpec
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -96,20 +96,6 @@ def load_model(spec: ModelSpec, device: torch.device, dtype: torch.dtype | None 
         model.to(device)  # type: ignore[arg-type]  # transformers decorates `to` without its signature
     model.eval()
     return model
-
-
-def lora_config(adapter: LoraAdapter) -> LoraConfig:
-    """The recipe's adapter as peft describes it."""
-    return LoraConfig(
-        r=adapter.r,
-        lora_alpha=adapter.lora_alpha,  # type: ignore[arg-type]  # only ever divided
-        lora_dropout=adapter.lora_dropout,
-        target_modules=adapter.target_modules,
-        use_dora=adapter.use_dora,
-        use_rslora=adapter.use_rslora,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
 
 
 def load_trained(

@@ -107,7 +107,9 @@ class LoraAdapter(Section):
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
     target_modules: str | list[str] = "all-linear"
-    """Modules that get an adapter; all-linear is every linear layer but the head."""
+    """Modules that get an adapter, by the ends of their names, each of which must match something, or one pattern. all-linear is every
+    linear layer of the language model and its experts, but not the head, routers, and what a family reads past an adapter (of state
+    spaces); dropout and DoRA leave experts out that share a tensor. `check` prints what is adapted and what is not."""
     use_dora: bool = False
     """Weight-decomposed LoRA (DoRA)."""
     use_rslora: bool = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -205,10 +206,12 @@ def _checkpoint(folder: Path, launch: Launch, processes: Processes) -> Checkpoin
 
 def _measured(trainer: Any, device: torch.device) -> dict[str, Any]:
     """What the trainer itself can tell."""
+    from distill.models.adapters import coverage
     from distill.models.loading import num_parameters
     from distill.trainers.arguments import precision_name
 
-    return {
+    adapter = {"adapter": asdict(coverage(trainer.model))} if hasattr(trainer.model, "peft_config") else {}
+    return adapter | {
         "device": str(device),
         "precision": precision_name(trainer.args),
         "steps": trainer.state.global_step,

@@ -12,8 +12,8 @@ from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
 
 from distill.losses.settings import likelihood
+from distill.models.adapters import freeze_unread, lora_config
 from distill.models.chat import ChatFormat
-from distill.models.loading import lora_config
 from distill.models.processes import Processes
 from distill.recipe.experiment import Recipe
 from distill.recipe.learning import SchedulePart, Train
@@ -81,13 +81,14 @@ def build_trainer(
         teacher: That judges in a live method; None loads the recipe's.
     """
     adapter = recipe.student.adapter
+    freeze_unread(model)
     common: dict[str, Any] = {
         "model": model,
         "args": arguments,
         "train_dataset": rows.dataset,
         "eval_dataset": rows.validation,
         "processing_class": chat.tokenizer,
-        "peft_config": lora_config(adapter) if adapter.type == "lora" and not hasattr(model, "peft_config") else None,
+        "peft_config": lora_config(adapter, model) if adapter.type == "lora" and not hasattr(model, "peft_config") else None,
         "callbacks": list(callbacks),
     }
     if train.is_live:

@@ -24,6 +24,7 @@ from trl import SFTTrainer, pack_dataset
 from distill.errors import ModelError, RecipeError
 from distill.losses.settings import Objective
 from distill.models.chat import IGNORE
+from distill.models.probes import check_head, check_packing, is_whole, stand_in
 from distill.recipe.learning import DEEPSPEED_HAS_NO_PARTS, SchedulePart
 from distill.trainers.batches import StandIn, StepBatches, order_of
 from distill.trainers.losshead import BatchSums, Divisor, add_loss_head
@@ -65,7 +66,8 @@ class TraceTrainer(SFTTrainer):
         kwargs: SFTTrainer's.
 
     Raises:
-        ModelError: there are targets, and the launch splits sequences over processes.
+        ModelError: there are targets, and the launch splits sequences over processes; the model's logits are not those of its head; or
+            its rows see each other where they are packed.
         RecipeError: only a part of the schedule is wanted, and DeepSpeed's config has one of its own, which can't be divided.
     """
 
@@ -95,10 +97,14 @@ class TraceTrainer(SFTTrainer):
         arguments: Any = self.args
         asked_for = arguments.loss_type != "nll" or arguments.label_smoothing_factor > 0 or self.aux_loss_enabled
         self._loss_is_trls = asked_for or splits_sequences
-        if stored is not None:
-            self.data_collator = TargetCollator(self.data_collator, stored, half_life)
         model: Any = self.model
         plain = model.get_base_model() if hasattr(model, "peft_config") else model
+        tried = plain if is_whole(plain) else stand_in(plain)
+        check_head(tried)
+        if self.padding_free:
+            check_packing(tried, self.data_collator)
+        if stored is not None:
+            self.data_collator = TargetCollator(self.data_collator, stored, half_life)
         add_loss_head(plain, None if stored is None else stored.vocab_size, objective)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
