@@ -26,10 +26,12 @@ from transformers.pytorch_utils import Conv1D
 
 from distill import embedded
 from distill.errors import ModelError, RecipeError
+from distill.models.heads import backbone
 from distill.recipe.models import LoraAdapter, Student
 
 ALL_LINEAR = "all-linear"
-_ROUTER = re.compile(r"(?:^|[._])(?:router|gate|wg)(?:\.|$)|expert_gate(?:\.|$)")
+_ROUTER = re.compile(r"(?:^|[._])router(?:\.|$)")
+_GATE = re.compile(r"(?:^|\.)(?:gate|wg|\w*expert_gate)(?:\.|$)")  # of experts, where there are any
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -122,7 +124,7 @@ def planned_coverage(spec: Student) -> Coverage:
 def freeze_unread(model: PreTrainedModel) -> None:
     """Freezes what text never passes, vision and audio: it would get no gradient, for which the processes of a launch would wait."""
     decoder = _decoder(model)
-    if decoder in (model, model.base_model):
+    if decoder is backbone(model):
         return
     inside = _name_of(model, decoder)
     heads: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -155,8 +157,8 @@ class _Layers:
         """Layers whose weight the module around them reads itself, so that an adapter would have no effect."""
 
     def is_router(self, name: str) -> bool:
-        """Whether a layer sends tokens to experts."""
-        return self._routes and _ROUTER.search(name) is not None
+        """Whether a layer says where a token goes."""
+        return _ROUTER.search(name) is not None or (self._routes and _GATE.search(name) is not None)
 
 
 def _listed(config: LoraConfig, adapter: LoraAdapter, layers: _Layers) -> LoraConfig:
@@ -177,7 +179,6 @@ def _listed(config: LoraConfig, adapter: LoraAdapter, layers: _Layers) -> LoraCo
             "have no effect. Leave it out."
         )
     experts = {name for name in layers.parameters if any(_matches(name, target) for target in peft_knows.target_parameters or ())}
-    config.rank_pattern, config.alpha_pattern = peft_knows.rank_pattern, peft_knows.alpha_pattern
     return _on(config, chosen, experts, layers, True)
 
 
@@ -255,8 +256,8 @@ def _read_by_weight(kind: Hashable) -> frozenset[str]:
 
 def _decoder(model: PreTrainedModel) -> nn.Module:
     """The language model inside a model; the model itself where it is nothing else."""
-    found: Any = model.get_decoder()
-    return found if isinstance(found, nn.Module) else model
+    found: Any = backbone(model)
+    return found.get_decoder() if isinstance(found, PreTrainedModel) else found  # type: ignore[no-any-return]
 
 
 def _name_of(model: nn.Module, part: nn.Module) -> str:

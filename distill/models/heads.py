@@ -17,8 +17,12 @@ from distill.losses.distillation import StudentHead
 
 def backbone(model: PreTrainedModel) -> torch.nn.Module:
     """The model without its head; its output's `last_hidden_state` lies behind the last norm."""
-    found: Any = model.base_model
-    if found is model:
+    found: Any = model
+    while isinstance(found, PreTrainedModel) and found.get_output_embeddings() is not None:
+        inner = found.base_model
+        # Llama 4 names its parts otherwise than it says.
+        found = inner if inner is not found else getattr(found, "language_model", None) or getattr(found, "model", None)
+    if not isinstance(found, torch.nn.Module):
         raise ModelError(f"{type(model).__name__}: has no backbone apart from its head. Use a causal language model of transformers.")
     return found  # type: ignore[no-any-return]
 

@@ -190,18 +190,23 @@ def _narrow(config: PretrainedConfig, heads_left: int) -> None:
     if not isinstance(heads, int):  # a state space alone
         heads, heads_left = width, 2 * heads_left * _WIDTH // 4
     scale = Fraction(heads_left, heads)
-    if scale > 1 or scale * width < _WIDTH or (scale * width) % _MULTIPLE:
+    tied = not isinstance(_get(config, "head_dim"), int)  # a head is as wide as the hidden states leave it
+    if scale > 1 or scale * width < _WIDTH or (tied and (scale * width) % _MULTIPLE):
         raise ModelError(f"{config.model_type}: {width} hidden dimensions of {heads} heads can't be divided to {heads_left} heads.")
     for name in (*_HEADS, *_WIDTHS):
-        value = _get(config, name)
+        value, multiple = _get(config, name), 1 if name.endswith("heads") else _MULTIPLE
         if isinstance(value, int) and not isinstance(value, bool):
-            setattr(config, name, max(1, math.floor(value * scale)))
+            setattr(config, name, _divided(value, scale, multiple))
         elif isinstance(value, list | tuple):
-            setattr(config, name, type(value)(max(1, math.floor(width * scale)) for width in value))
+            setattr(config, name, type(value)(_divided(width, scale, multiple) for width in value))
     for name in _RANKS:
         value = _get(config, name)
         if isinstance(value, int) and not isinstance(value, bool):
             setattr(config, name, min(value, _RANK))
+
+
+def _divided(value: int, scale: Fraction, multiple: int) -> int:
+    return max(1, math.floor(value * scale / multiple)) * multiple
 
 
 def _few_experts(config: PretrainedConfig) -> None:

@@ -54,13 +54,17 @@ def check_packing(model: PreTrainedModel, collate: Collate) -> None:
     """
     tokens = _tokens(model, 2 * _ROWS[0] + _ROWS[1]).tolist()
     first, other, row = tokens[: _ROWS[0]], tokens[_ROWS[0] : 2 * _ROWS[0]], tokens[2 * _ROWS[0] :]
-    with _quiet(model):
-        alone, behind, behind_other = (_read(model, collate, before, row) for before in ([], first, other))
+    advice = "Set train.trainer_args.packing: false (and leave padding_free out)."
+    try:
+        with _quiet(model):
+            alone, behind, behind_other = (_read(model, collate, before, row) for before in ([], first, other))
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:  # which transformers has for kernels that are not here
+        raise ModelError(f"{_name(model)}: can't be trained on packed rows here: {str(error).strip().rstrip('.')}. {advice}") from None
     found = max(_deviation(behind, behind_other) / _limit(model, _NEIGHBOUR), _deviation(behind, alone) / _limit(model, _ALONE))
     if not found <= 1:
         raise ModelError(
             f"{_name(model)}: rows that are packed see each other: a neighbour moves the logits of a row by "
-            f"{(behind - alone).abs().max().item():.2g}. Set train.trainer_args.packing: false (and leave padding_free out)."
+            f"{(behind - alone).abs().max().item():.2g}. {advice}"
         )
 
 
