@@ -19,6 +19,8 @@ _EPILOG = (
     "Any key of the recipe can be overridden: --generate.samples_per_prompt 8. `distill keys` lists them all. "
     "--quiet says only results and errors."
 )
+_CANT_TEACH = 3
+"""Exit code of `distill pair` for its verdict: 1 is an error, 2 a wrong call."""
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app = typer.Typer(
@@ -228,9 +230,10 @@ def pair(
     prompts: Annotated[int, typer.Option(min=1, help="Training prompts to look at.")] = 32,
     redo: Redo = False,
 ) -> None:
-    """Measure on a few prompts whether this teacher can teach this student, before anything is spent."""
+    """Measure on a few prompts whether this teacher can teach this student, before anything is spent; exit code 3 says it can't."""
     loaded = _load(recipe, context)
-    importlib.import_module("distill.before.pair").run(loaded, prompts, redo=redo)
+    if not importlib.import_module("distill.before.pair").run(loaded, prompts, redo=redo):
+        raise typer.Exit(_CANT_TEACH)
 
 
 @app.command()

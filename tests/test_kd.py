@@ -182,7 +182,7 @@ def test_the_loss_of_a_step_is_the_definition_averaged_over_its_tokens(kind: str
     assert first["kd"] == pytest.approx(first["loss"], rel=1e-6)
     assert first["nll"] == pytest.approx(mean(rows, lambda row: row["nll"]), rel=1e-5)
     assert first["target_share"] == 1 and first["loss"] > 0.5
-    assert ("kl" in first) == (kind in ("dense", "top_k")) and ("log_ratio" in first) == (kind == "chosen_token")
+    assert ("kl_lower_bound" in first) == (kind in ("dense", "top_k")) and ("log_ratio" in first) == (kind == "chosen_token")
 
 
 def test_the_terms_are_weighted_and_early_tokens_more(make: Make) -> None:
@@ -319,7 +319,7 @@ def test_the_stored_divergence_is_the_live_teachers(make: Make, teacher: Path) -
         with torch.no_grad():
             log_p, log_q = (model(torch.tensor([input_ids])).logits[0, :-1, :VOCAB_SIZE][at].log_softmax(-1) for model in models)
         values.append((log_p.exp() * (log_p - log_q)).sum(1))
-    assert first["kl"] == pytest.approx(float(torch.cat(values).mean()), rel=5e-3)
+    assert first["kl_lower_bound"] == pytest.approx(float(torch.cat(values).mean()), rel=5e-3)
 
 
 # ---------------------------------------------------------------- it learns
@@ -331,9 +331,9 @@ def test_the_student_comes_nearer_to_the_teacher_on_prompts_it_has_not_seen(make
     student = train(recipe)
     entries = log(student)
     trained, held_out = ([entry for entry in entries if key in entry] for key in ("loss", "eval_loss"))
-    assert len(trained) == 40 and trained[-1]["kl"] < 0.5 * trained[0]["kl"]
+    assert len(trained) == 40 and trained[-1]["kl_lower_bound"] < 0.5 * trained[0]["kl_lower_bound"]
     assert [entry["step"] for entry in held_out] == [10, 20, 30, 40]
-    assert held_out[-1]["eval_kl"] < 0.9 * held_out[0]["eval_kl"] < 0.9 * trained[0]["kl"]
+    assert held_out[-1]["eval_kl_lower_bound"] < 0.9 * held_out[0]["eval_kl_lower_bound"] < 0.9 * trained[0]["kl_lower_bound"]
     assert held_out[-1]["eval_top1_agreement"] > held_out[0]["eval_top1_agreement"] > trained[0]["top1_agreement"]
     assert read_manifest(student).drops == {"validation": 8}
 
@@ -345,7 +345,7 @@ def test_held_out_prompts_are_measured_and_not_trained_on(make: Make) -> None:
     first, held_out = (entry for entry in log(train(recipe)) if "kd" in entry or "eval_kd" in entry)
     rows = by_trace(recipe)
     apart = sorted(rows, key=lambda identity: hashlib.sha256(f"validation/1/{identity}".encode()).digest())[:8]
-    for found, names in ((first["kl"], rows.keys() - set(apart)), (held_out["eval_kl"], apart)):
+    for found, names in ((first["kl_lower_bound"], rows.keys() - set(apart)), (held_out["eval_kl_lower_bound"], apart)):
         assert found == pytest.approx(mean([rows[name] for name in names], lambda row: row["kd"]), rel=1e-5)
     # Of tokens, not of batches, which are of different sizes.
     assert held_out["eval_loss"] == pytest.approx(mean([rows[n] for n in apart], lambda row: row["kd"] + 0.5 * row["nll"]), rel=1e-5)
@@ -383,7 +383,7 @@ def test_how_a_step_is_computed_changes_nothing(changed: dict[str, Any], make: M
     student = train(make("same", trainer_args=changed))
     same(plain, student)
     for found, expected in zip(log(student), log(plain), strict=True):
-        for name in ("kd", "kl", "nll", "entropy", "top1_agreement", "num_tokens"):
+        for name in ("kd", "kl_lower_bound", "nll", "entropy", "top1_agreement", "num_tokens"):
             assert (name in found) == (name in expected)
             assert found.get(name, 0) == pytest.approx(expected.get(name, 0), rel=1e-3), name
 
@@ -666,7 +666,7 @@ def same_students(left: Path, right: Path, tolerance: float) -> None:
     torch.testing.assert_close(losses(student_of(left)), losses(student_of(right)), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(saved(left), saved(right), rtol=100 * tolerance, atol=100 * tolerance)
     for found, expected in zip(log(student_of(left)), log(student_of(right)), strict=True):
-        assert found.get("kl", 0) == pytest.approx(expected.get("kl", 0), rel=1e-4)
+        assert found.get("kl_lower_bound", 0) == pytest.approx(expected.get("kl_lower_bound", 0), rel=1e-4)
 
 
 @pytest.fixture(scope="module")

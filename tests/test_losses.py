@@ -110,7 +110,7 @@ def reference(
     """The definitions, position by position over the whole vocabulary in float64; gradients are left to autograd."""
     head, targets = case.head, case.targets
     zero = torch.zeros((), dtype=torch.float64)
-    sums = dict.fromkeys(("loss", "kd", "nll", "entropy", "forward_kl", "log_ratio", "agreements", "targets"), zero)
+    sums = dict.fromkeys(("loss", "kd", "nll", "entropy", "kl_lower_bound", "log_ratio", "agreements", "targets"), zero)
     for i, label in enumerate(case.labels.tolist()):
         if label == -100:
             continue
@@ -212,8 +212,8 @@ def test_metrics(kind: str) -> None:
     case.head.bias_V.data[0 if kind == "chosen_token" else int(case.targets.ids_NK[0, 0])] = 3
     divergence = "policy_gradient" if kind == "chosen_token" else "forward_kl"
     found, expected = case.loss(divergence=divergence), reference(case, divergence)
-    metrics = {"forward_kl": found.forward_kl, "log_ratio": found.log_ratio, "agreements": found.top1_agreements}
-    known = {"top_k": {"forward_kl", "agreements"}, "sampled": {"agreements"}, "chosen_token": {"log_ratio"}}[kind]
+    metrics = {"kl_lower_bound": found.kl_lower_bound, "log_ratio": found.log_ratio, "agreements": found.top1_agreements}
+    known = {"top_k": {"kl_lower_bound", "agreements"}, "sampled": {"agreements"}, "chosen_token": {"log_ratio"}}[kind]
     for name, value in metrics.items():
         assert (value is not None) == (name in known)
         if value is not None:
@@ -225,7 +225,7 @@ def test_forward_kl_is_measured_whatever_the_divergence() -> None:
     case = make_case()
     expected = case.loss().kd
     for settings in ({"divergence": "reverse_kl"}, {"divergence": "jsd", "jsd_beta": 0.5}):
-        close(case.loss(**settings).forward_kl, expected)
+        close(case.loss(**settings).kl_lower_bound, expected)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
@@ -583,7 +583,7 @@ def test_extreme_rests_stay_finite(divergence: str, log_rest: float | None, dtyp
     beta = 0.5 if divergence == "jsd" else None
     loss = distillation_loss(hidden, StudentHead(weight), torch.tensor([2, 7, 0]), targets, divergence=divergence, jsd_beta=beta)
     loss.loss.backward()
-    for value in (loss.loss, loss.student_entropy, loss.forward_kl, hidden.grad, weight.grad):
+    for value in (loss.loss, loss.student_entropy, loss.kl_lower_bound, hidden.grad, weight.grad):
         assert torch.isfinite(value).all()
     assert loss.kd <= 3 * 88, "an impossible rest counts as exp(-88)"
     # Gradients by the logits sum to 0 at each position.
@@ -720,3 +720,36 @@ def test_a_sharded_head_averages_its_gradient_over_ranks(tmp_path: Path) -> None
     for rank in range(2):
         found = torch.load(tmp_path / f"rank{rank}.pt")
         close(list(found), [weight / 2, bias / 2])
+
+
+def test_ties_are_no_agreement_and_no_hit() -> None:
+    """A student that knows nothing finds all tokens equally probable: it agrees with nobody."""
+    for kind in ("top_k", "sampled"):
+        case = make_case(kind)
+        case.head.weight_VH.data.zero_()
+        case.head.bias_V.data.zero_()
+        assert case.loss().top1_agreements == case.loss().hits == 0
+        first, second = case.targets.ids_NK[0, :2].tolist()
+        case.head.bias_V.data[first] = 1  # one token is the most probable one, then two are
+        assert case.loss().top1_agreements > 0
+        case.head.bias_V.data[second] = 1
+        assert case.loss().top1_agreements == 0
+        case.head.bias_V.data[second] = 0
+        others = set(range(VOCAB_SIZE)) - set(case.targets.ids_NK[0].tolist()) - {int(case.labels[0])}
+        case.head.bias_V.data[min(others)] = 1  # tied with one that is no candidate
+        assert (
+            replace(case, labels=case.labels[:1], hidden=case.hidden[:1], targets=case.targets.take(torch.tensor([0])))
+            .loss()
+            .top1_agreements
+            == 0
+        )
+
+
+def test_a_tie_of_the_teacher_is_no_agreement() -> None:
+    case = make_case("sampled")
+    case.head.weight_VH.data.zero_()
+    case.head.bias_V.data.zero_()
+    case.targets.log_probs_NK[:, 0] = case.targets.log_probs_NK[:, 1] = 0.0
+    case.head.bias_V.data[int(case.targets.ids_NK[0, 0])] = 3
+    alone = replace(case, labels=case.labels[:1], hidden=case.hidden[:1], targets=case.targets.take(torch.tensor([0])))
+    assert alone.loss().top1_agreements == 0

@@ -88,7 +88,7 @@ GOOD = Findings(1.0, 1.0, Answers(1.0, 80, 0.9), Answers(1.0, 70, 0.3), READING,
     ],
 )
 def test_the_verdict_says_what_to_do(changed: dict[str, object], good: bool, says: str) -> None:
-    found = verdict(replace(GOOD, **changed), min_aligned=0.8)  # type: ignore[arg-type]
+    found = verdict(replace(GOOD, **changed), min_aligned=0.8, advice="or cross_tokenizer")  # type: ignore[arg-type]
     assert found[0] is good and says in " ".join(found[1])
 
 
@@ -105,16 +105,17 @@ def test_the_command_measures_once(tmp_path: Path, tiny_model_dir: Path) -> None
     )
     command = [sys.executable, "-m", "distill", "pair", str(recipe), "--prompts", "5"]
     first = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert first.returncode == 0, first.stderr[-2000:]
+    assert first.returncode in (0, 3), first.stderr[-2000:]
     assert "answers to 5 prompts" in first.stdout and "teacher's advantage, part 4 of 4" in first.stdout
     kept = tmp_path / "run" / "pair" / "findings.json"
     found = json.loads(kept.read_text())
     assert found["aligned_share"] == 1 and found["on_student"]["tokens"] > 0 and found["verdict"][0] in first.stdout
+    assert first.returncode == (0 if found["good"] else 3)
     written = kept.stat().st_mtime_ns
     second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert second.returncode == 0 and kept.stat().st_mtime_ns == written and "writes" not in second.stderr
+    assert second.returncode == first.returncode and kept.stat().st_mtime_ns == written and "writes" not in second.stderr
     assert found["verdict"][0] in second.stdout
     other = subprocess.run([*command[:-1], "4"], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert other.returncode == 1 and "num_prompts is 5 there and 4 here" in other.stderr and "--redo" in other.stderr
     again = subprocess.run([*command[:-1], "4", "--redo"], capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert again.returncode == 0 and "answers to 4 prompts" in again.stdout
+    assert again.returncode in (0, 3) and "answers to 4 prompts" in again.stdout

@@ -54,7 +54,9 @@ def write_round(run_dir: Path, number: int, *, stop: str = "", bare: bool = Fals
     )
     with StageFolder(place / "targets", "score", {}, [place / "rollouts"]) as out:
         out.finish(rows_in=20, rows_kept=20, facts=facts(author=TEACHER, licence="Apache-2.0", **scored))
-    lines = [{"step": step, "loss": 0.5 / number / step, **({} if bare else {"kl": 0.4 / number / step})} for step in range(1, 21)]
+    lines = [
+        {"step": step, "loss": 0.5 / number / step, **({} if bare else {"kl_lower_bound": 0.4 / number / step})} for step in range(1, 21)
+    ]
     write_student(place / "student", [place / "rollouts", place / "targets"], {"train": {"method": "kd"}}, lines)
 
 

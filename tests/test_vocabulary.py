@@ -326,3 +326,17 @@ def test_an_end_of_turn_of_one_tokenizer_but_another_template(tmp_path: Path) ->
     assert vocabulary.student_ids[:3].tolist() == [-1, 1, 0]
     row = align(trace("Yes."), teacher, other, vocabulary)
     assert (row.positions >= 0).all() and row.written[-1] == 0 and row.teacher_ids[-1] == 2
+
+
+def test_advice_does_not_lead_to_what_refuses_the_pair(tmp_path: Path) -> None:
+    """cross_tokenizer aligns by bytes, and refuses a tokenizer of letters: nobody is sent there with one."""
+    letters, some, other = (
+        sentencepiece(tmp_path / "l", ["▁so"]),
+        byte_level(tmp_path / "a", []),
+        byte_level(tmp_path / "b", [("s", "o")]),
+    )
+    assert "train.method cross_tokenizer" in vocabulary_map(some, other).advice
+    for teacher, student in ((letters, some), (some, letters)):
+        found = vocabulary_map(teacher, student)
+        assert not (found.teacher.on_bytes and found.student.on_bytes)
+        assert "cross_tokenizer" not in found.advice and "train.method sft" in found.advice and "rounds" not in found.advice

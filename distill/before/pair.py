@@ -50,8 +50,8 @@ _CONFIDENCE = 0.95
 _WIDTH = 100  # of the tables, where the output is no terminal
 
 
-def run(recipe: Recipe, num_prompts: int, *, redo: bool = False) -> None:
-    """Measures, prints, and keeps what was found.
+def run(recipe: Recipe, num_prompts: int, *, redo: bool = False) -> bool:
+    """Measures, prints, and keeps what was found; whether this teacher can teach this student.
 
     Args:
         recipe: The recipe.
@@ -82,6 +82,7 @@ def run(recipe: Recipe, num_prompts: int, *, redo: bool = False) -> None:
         found = json.loads((out.path / _FINDINGS).read_text(encoding="utf-8"))
     _print(found)
     say(f"\nkept in {out.path / _FINDINGS}")
+    return bool(found["good"])
 
 
 def _sampling(recipe: Recipe) -> Sampling:
@@ -123,7 +124,7 @@ def _measure(recipe: Recipe, teacher: ModelSpec, sampling: Sampling, prompts: li
         on_teacher=read(teacher_reads[half:], student_reads[half:], student_wrote=False),
         difference=_difference(right[:half], right[half:], recipe.seed),
     )
-    good, sentences = verdict(found, min_aligned=(recipe.score or Score()).min_aligned)
+    good, sentences = verdict(found, min_aligned=(recipe.score or Score()).min_aligned, advice=to_student.advice)
     kept = {"num_prompts": len(prompts), **asdict(found), "good": good, "verdict": sentences}
     write_text(out.path / _FINDINGS, json.dumps(kept, indent=2))
     out.write_table("traces", traces, TRACE)

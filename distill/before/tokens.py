@@ -131,7 +131,7 @@ def _targets(recipe: Recipe, chats: dict[str, ChatFormat], rows: list[Row]) -> s
     if share < recipe.score.min_aligned:
         raise DataError(
             f"only {share:.1%} of the supervised tokens are tokens of the teacher too, under score.min_aligned "
-            f"({recipe.score.min_aligned:.0%}). Take a teacher with the student's tokenizer, or train.method cross_tokenizer."
+            f"({recipe.score.min_aligned:.0%}). {vocabulary.advice}"
         )
     return f"{share:.1%} of the supervised tokens of {len(some):,} traces are tokens of the teacher too"
 
@@ -141,7 +141,9 @@ def _live_pair(recipe: Recipe, chats: dict[str, ChatFormat], prompts: list[Row])
 
     check_pair(recipe, chats["student"])
     if recipe.train.method == "cross_tokenizer":
-        return "both work on bytes, by which their texts are aligned"
+        if recipe.train.trainer_args.get("use_extended_uld", True):
+            return "both work on bytes, by which their texts are aligned"
+        return "tokens are compared by their place alone (use_extended_uld: false), though not both may have the same there"
     teacher, student = (chats[role].prompt_text(prompts[0]["messages"]) if prompts else "" for role in ("teacher", "student"))
     return "same tokens, same ids, same end of a turn" + ("" if teacher == student else "; it reads them in the student's chat template")
 

@@ -48,7 +48,7 @@ class Sums(NamedTuple):
     loss: Tensor
     kd: Tensor
     nll: Tensor
-    forward_kl: Tensor
+    kl_lower_bound: Tensor
     log_ratio: Tensor
     entropy: Tensor
     agreements: Tensor
@@ -152,6 +152,8 @@ class Student(NamedTuple):
     """Of the others' probabilities, as multiples of the highest of them; 0 where there are none."""
     gap_n: Tensor
     """Of the same, each times the logarithm of that multiple."""
+    first_n: Tensor
+    """Slot of the one most probable token of all; -1 where it has none, or where several are."""
 
 
 class _Work:
@@ -212,6 +214,8 @@ class _Work:
         peak_n, sum_n, gap_n = (kernels.statistics if self._fused else _exponentials)(logits_nV)
         # Without candidates the written token is none of them, and so never absent.
         logits_nS = at_slots_nS.masked_fill(slots.absent_nS, -math.inf) if slots.ids_nS.shape[1] > 1 else at_slots_nS
+        top_n, first_n = logits_nS.max(1)
+        is_one_n = ((logits_nS == top_n[:, None]).sum(1) == 1) & ((peak_n < top_n) | (sum_n == 0))
         logits_nO = torch.cat([logits_nS, (peak_n + sum_n.log())[:, None]], 1)
         # Relative to the highest first: at a logit of 40, float32 would round every probability by 4e-6.
         logits_nO -= logits_nO.amax(1, keepdim=True)
@@ -228,7 +232,7 @@ class _Work:
                 factor_n.masked_fill_(sum_n == 0, 0)
             spread = self._spread_fused if self._fused else self._spread
             self._accumulate(rows, spread(logits_nV, peak_n, factor_n, at_slots_nS, slots.ids_nS, gradient_nO[:, :-1]))
-        return Student(log_q_nO, sum_n, gap_n)
+        return Student(log_q_nO, sum_n, gap_n, first_n.masked_fill(~is_one_n, -1))
 
     def _project(self, hidden_nH: Tensor) -> Tensor:
         """Logits in the buffer, and beside it their slope by what goes into the cap."""
@@ -289,18 +293,17 @@ def _sums(objective: Objective, teacher: Teacher, slots: Slots, student: Student
     log_q_nO, has_others_n = student.log_q_nO, student.sum_n > 0
     log_top_other_n = (log_q_nO[:, -1] - student.sum_n.log()).masked_fill(~has_others_n, -math.inf)
     mean_log_other_n = log_top_other_n + (student.gap_n / student.sum_n).masked_fill(~has_others_n, 0)
-    log_peak_n = torch.maximum(log_q_nO[:, :-1].amax(1), log_top_other_n)
-    losses = position_losses(objective, teacher, log_q_nO, slots.is_written_nO, log_peak_n)
+    losses = position_losses(objective, teacher, log_q_nO, slots.is_written_nO, student.first_n)
     kd_n, nll_n = (term_n if weights_M is None else term_n * weights_M for term_n in (losses.kd_n, losses.nll_n))
     by_name = {
         "loss": objective.kd_weight * kd_n + teacher.nll_weight_n * nll_n,
         "kd": kd_n,
         "nll": nll_n,
-        "forward_kl": losses.forward_kl_n,
+        "kl_lower_bound": losses.kl_lower_bound_n,
         "log_ratio": losses.log_ratio_n,
         "entropy": _entropy(log_q_nO, mean_log_other_n),
         "agreements": losses.agrees_n,
-        "hits": -losses.nll_n >= log_peak_n,
+        "hits": slots.is_written_nO.gather(1, student.first_n.clamp(min=0)[:, None])[:, 0] & (student.first_n >= 0),
         "targets": teacher.has_target_n,
     }
     return torch.stack([by_name[name].sum(dtype=log_q_nO.dtype) for name in Sums._fields])

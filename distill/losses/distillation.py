@@ -51,17 +51,18 @@ class DistillationLoss:
     num_positions: int
     """Supervised positions."""
     num_targets: Tensor
-    """Those of them with a target: what `kd`, `forward_kl`, `log_ratio` and `top1_agreements` are sums over."""
-    forward_kl: Tensor | None
-    """KL(teacher ‖ student) at temperature 1 over candidates and rest, whatever the divergence. Only from `top_k`."""
+    """Those of them with a target: what `kd`, `kl_lower_bound`, `log_ratio` and `top1_agreements` are sums over."""
+    kl_lower_bound: Tensor | None
+    """KL(teacher ‖ student) at temperature 1 over the candidates and the rest as one, whatever the divergence: at most that over the
+    whole vocabulary, and equal to it where every token is a candidate. Only from `top_k`."""
     log_ratio: Tensor | None
     """log q - log p of the written tokens: if the student wrote them, an unbiased estimate of KL(student ‖ teacher).
     Only from `chosen_token`."""
     hits: Tensor
-    """Positions where no token is more probable to the student than the written one."""
+    """Positions where the written token is more probable to the student than every other."""
     top1_agreements: Tensor | None
-    """Positions where no token is more probable to the student than the teacher's first candidate; of `sampled`, the
-    one drawn most. Not from `chosen_token`."""
+    """Positions where one and the same token is more probable than every other to the teacher and to the student, so that ties don't
+    count; of `sampled`, the one drawn most. Not from `chosen_token`."""
 
 
 def distillation_loss(
@@ -179,7 +180,7 @@ def _loss(
         student_entropy=sums.entropy,
         num_positions=len(rows_M),
         num_targets=sums.targets,
-        forward_kl=sums.forward_kl if targets.kind == "top_k" else None,
+        kl_lower_bound=sums.kl_lower_bound if targets.kind == "top_k" else None,
         log_ratio=sums.log_ratio if targets.kind == "chosen_token" else None,
         hits=sums.hits,
         top1_agreements=None if targets.kind == "chosen_token" else sums.agreements,

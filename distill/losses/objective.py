@@ -41,7 +41,7 @@ class PositionLosses(NamedTuple):
 
     kd_n: Tensor
     nll_n: Tensor
-    forward_kl_n: Tensor
+    kl_lower_bound_n: Tensor
     log_ratio_n: Tensor
     agrees_n: Tensor
 
@@ -96,7 +96,7 @@ def position_gradient(objective: Objective, teacher: Teacher, log_q_nO: Tensor, 
     return gradient_nO + pull_n[:, None] * (log_q_nO.exp() - written_nO)
 
 
-def position_losses(objective: Objective, teacher: Teacher, log_q_nO: Tensor, is_written_nO: Tensor, log_peak_n: Tensor) -> PositionLosses:
+def position_losses(objective: Objective, teacher: Teacher, log_q_nO: Tensor, is_written_nO: Tensor, first_n: Tensor) -> PositionLosses:
     """The terms at n positions, without gradients.
 
     Args:
@@ -104,7 +104,7 @@ def position_losses(objective: Objective, teacher: Teacher, log_q_nO: Tensor, is
         teacher: As there.
         log_q_nO: As there.
         is_written_nO: As there.
-        log_peak_n: The student's largest log-probability.
+        first_n: The student's one most probable token, as its candidate; another number for another token, or for several.
     """
     nll_n = -log_q_nO.masked_fill(~is_written_nO, 0).sum(-1)
     zeros_n = torch.zeros_like(nll_n)
@@ -115,8 +115,9 @@ def position_losses(objective: Objective, teacher: Teacher, log_q_nO: Tensor, is
     kd_n, _ = _divergence(objective, teacher, log_q_nR)
     kl_n = forward_kl(teacher.target_nR, log_q_nR)[0] if objective.kind == "top_k" else zeros_n
     width = teacher.filled_nK.shape[1]
-    best_n1 = teacher.target_nR[:, :width].masked_fill(~teacher.filled_nK, -math.inf).argmax(-1, keepdim=True)
-    agrees_n = teacher.has_target_n & (log_q_nO.gather(1, best_n1)[:, 0] >= log_peak_n)
+    candidates_nK = teacher.target_nR[:, :width].masked_fill(~teacher.filled_nK, -math.inf)
+    top_n, best_n = candidates_nK.max(-1)
+    agrees_n = teacher.has_target_n & (best_n == first_n) & ((candidates_nK == top_n[:, None]).sum(-1) == 1)
     return PositionLosses(kd_n, nll_n, kl_n, zeros_n, agrees_n)
 
 

@@ -117,19 +117,17 @@ def _shared(teacher: Targets, student: Targets) -> tuple[NDArray[np.float64], ND
     return overlap, np.stack([(p * same.any(2)).sum(1), (q * same.any(1)).sum(1)], 1)
 
 
-def verdict(found: Findings, *, min_aligned: float) -> tuple[bool, list[str]]:
+def verdict(found: Findings, *, min_aligned: float, advice: str) -> tuple[bool, list[str]]:
     """Whether to go on, and why or what to do first, a sentence each.
 
     Args:
         found: What was measured.
         min_aligned: Least share of tokens that must have a target.
+        advice: What to do where fewer have.
     """
     if found.aligned_share < min_aligned:
         share = f"{found.aligned_share:.0%}"
-        return False, [
-            f"No: only {share} of the student's tokens are tokens of this teacher too. Take a teacher with the student's tokenizer, "
-            "or train.method cross_tokenizer."
-        ]
+        return False, [f"No: only {share} of the student's tokens are tokens of this teacher too. {advice}"]
     reasons = []
     good = True
     if found.difference is not None and found.difference[1] <= 0:

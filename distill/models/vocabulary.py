@@ -43,6 +43,8 @@ class Tokens:
     """Those among them that are control tokens: their name in a text is not what they mean."""
     fallback: frozenset[int]
     """Single bytes for what a vocabulary of letters can't write."""
+    on_bytes: bool
+    """Whether every token that is not added stands for bytes, as in GPT-2's alphabet; those of sentencepiece stand for letters."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,20 @@ class VocabularyMap:
     """Whether all tokens but the added ones have a counterpart, on both sides."""
     teacher: Tokens
     student: Tokens
+
+    @property
+    def advice(self) -> str:
+        """What can be done where too few tokens of the two are the same."""
+        return (
+            f"Take a teacher with the student's tokenizer, or {self.other_method}; or lower score.min_aligned, and the rest is learned "
+            "without targets."
+        )
+
+    @property
+    def other_method(self) -> str:
+        """The method that such a pair can be trained by."""
+        both = self.teacher.on_bytes and self.student.on_bytes
+        return "train.method cross_tokenizer" if both else "train.method sft, which needs the teacher's text alone"
 
     @property
     def teacher_size(self) -> int:
@@ -186,7 +202,8 @@ def _tokens(chat: ChatFormat, entries: dict[str, int]) -> Tokens:
     fallback = set()
     joined = _BETWEEN.join(ordinary)
     # A byte-level vocabulary is written in the 256 letters that stand for bytes, and in no others.
-    if set(joined) <= {_BETWEEN, *map(chr, _LETTERS)}:
+    on_bytes = set(joined) <= {_BETWEEN, *map(chr, _LETTERS)}
+    if on_bytes:
         for index, token in zip(ordinary.values(), joined.translate(_LETTERS).split(_BETWEEN), strict=True):
             texts[index] = token.encode("latin-1")
     else:
@@ -197,7 +214,8 @@ def _tokens(chat: ChatFormat, entries: dict[str, int]) -> Tokens:
                 fallback.add(index)
     for index, name in added.items():
         texts[index] = name.encode()
-    return Tokens(texts, added, frozenset(index for index, token in listed.items() if token.special), frozenset(fallback))
+    special = frozenset(index for index, token in listed.items() if token.special)
+    return Tokens(texts, added, special, frozenset(fallback), on_bytes)
 
 
 def _lookups(tokens: Tokens, end_of_turn: int) -> tuple[dict[bytes, int], dict[str, int]]:

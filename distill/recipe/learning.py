@@ -157,7 +157,8 @@ class Rollouts(Sampling):
     stop_mean_tokens: PositiveInt | None = None
     """End the rounds where rollouts are longer than this on average."""
     stop_kl: Annotated[float, Field(ge=0)] | None = None
-    """End the rounds where the divergence from the teacher, in nats a token, has fallen below this."""
+    """End the rounds where the divergence from the teacher, in nats a token, has fallen below this. Of top_k targets it is measured as
+    `kl_lower_bound`, which a small k makes too small."""
 
     @field_validator("trainer_args")
     @classmethod

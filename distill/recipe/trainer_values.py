@@ -46,7 +46,7 @@ _REFUSED: dict[tuple[str, Any], str] = {
 }
 _DEALT_BY_ACCELERATE = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")
 _EVAL_METRICS = frozenset(
-    {"loss", "nll", "entropy", "mean_token_accuracy", "kd", "kl", "log_ratio", "top1_agreement", "target_share"}
+    {"loss", "nll", "entropy", "mean_token_accuracy", "kd", "kl_lower_bound", "log_ratio", "top1_agreement", "target_share"}
     | {"runtime", "samples_per_second", "steps_per_second"}
 )
 

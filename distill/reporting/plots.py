@@ -59,7 +59,7 @@ def loss_curve(losses: Series, divergences: Series = ()) -> str:
         figure, axes = _figure(2.3)
         drawn = [("student", "loss", losses)]
         if divergences:
-            drawn.append(("teacher", "forward KL from the teacher", divergences))
+            drawn.append(("teacher", "forward KL from the teacher, at least", divergences))
         for colour, name, series in drawn:
             steps, values = [step for step, _ in series], [value for _, value in series]
             axes.plot(steps, values, color=_COLOURS[colour], alpha=0.4, linewidth=1, marker="." if len(steps) == 1 else "")

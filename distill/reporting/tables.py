@@ -83,7 +83,7 @@ def round_rows(summary: RunSummary, folders: Sequence[dict[str, Path]]) -> list[
         share = wrote["finish_reasons"].get("length", 0) / count if count else None
         trained = stages["train"].facts if "train" in stages else {}
         logged = metrics(places["train"]) if "train" in places else []
-        divergences = [entry.get("kl", entry.get("log_ratio")) for entry in logged]
+        divergences = [entry.get("kl_lower_bound", entry.get("log_ratio")) for entry in logged]
         ends = [value for value in divergences if value is not None]
         rows.append(
             [

@@ -110,7 +110,7 @@ def _pictures(recipe: Recipe, summary: RunSummary) -> dict[str, str | None]:
     from distill.reporting.plots import accuracy_bars, funnel_bars, loss_curve
 
     logged, steps = metrics(student_folder(recipe)), funnel(summary, recipe)
-    divergences = [(entry["step"], entry["kl"]) for entry in logged if entry.get("kl") is not None]
+    divergences = [(entry["step"], entry["kl_lower_bound"]) for entry in logged if entry.get("kl_lower_bound") is not None]
     return {
         "accuracy_svg": accuracy_bars(summary.results) if summary.results else None,
         "loss_svg": loss_curve([(entry["step"], entry["loss"]) for entry in logged], divergences) if logged else None,

@@ -365,8 +365,7 @@ def _complete(work: _Work, out: StageFolder, clock: Clock) -> Manifest:
 def _refuse_below(work: _Work, share: float, name: str, limit: float, where: str = "") -> None:
     if not work.vocabulary.identical and share < limit:
         raise DataError(
-            f"score.{name}: only {share:.1%} {_LIMITS[name]}{where}, asked for {limit:.1%}. Use train.method cross_tokenizer, or a teacher "
-            "with the student's tokenizer; or lower the limit (what is scored stays), and learn the rest without targets."
+            f"score.{name}: only {share:.1%} {_LIMITS[name]}{where}, asked for {limit:.1%}. {work.vocabulary.advice} What is scored stays."
         )
 
 

@@ -280,7 +280,7 @@ def _stop(recipe: Recipe, number: int, metrics: Path) -> dict[str, str]:
     if limit is None:
         return {}
     entries = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    found = [entry.get("kl", entry.get("log_ratio")) for entry in entries if "kl" in entry or "log_ratio" in entry]
+    found = [entry.get("kl_lower_bound", entry.get("log_ratio")) for entry in entries if "kl_lower_bound" in entry or "log_ratio" in entry]
     if not found or found[0] >= limit:
         return {}
     return {

@@ -113,12 +113,13 @@ def check_pair(recipe: Recipe, student: ChatFormat) -> ChatFormat:
     """
     assert recipe.teacher is not None  # the recipe was validated
     teacher = load_chat_format(recipe.teacher)
-    identical = vocabulary_map(teacher, student).identical
+    vocabulary = vocabulary_map(teacher, student)
+    identical = vocabulary.identical
     if recipe.train.method == "on_policy" and not identical:
         raise ModelError(
             f"train.method on_policy: {recipe.teacher.model} and {recipe.student.model} do not have the same tokens under the same ids, "
             "so the teacher can't judge the student's tokens. Use rounds with a section score, whose targets are aligned, or "
-            "train.method cross_tokenizer."
+            f"{vocabulary.other_method}."
         )
     if recipe.train.method == "cross_tokenizer":
         if identical:
@@ -144,7 +145,8 @@ def _check_bytes(chats: dict[str, ChatFormat]) -> None:
         if backend is None or not is_byte_level_tokenizer(backend):
             raise ModelError(
                 f"train.method cross_tokenizer: the tokenizer of {name} does not work on bytes, by which the two texts are aligned. "
-                "Set train.trainer_args.use_extended_uld: false (then tokens are compared by their place alone), or use rounds."
+                "Set train.trainer_args.use_extended_uld: false (then tokens are compared by their place alone), or use train.method sft, "
+                "which needs the teacher's text alone."
             )
 
 

@@ -38,7 +38,7 @@ _ALWAYS = {
 }
 _ON_TARGETS = {
     "kd": ("kd", "target_weight"),
-    "kl": ("forward_kl", "num_targets"),
+    "kl_lower_bound": ("kl_lower_bound", "num_targets"),
     "log_ratio": ("log_ratio", "num_targets"),
     "top1_agreement": ("top1_agreements", "num_targets"),
     "target_share": ("num_targets", "num_positions"),
@@ -51,8 +51,8 @@ class TraceTrainer(SFTTrainer):
     The loss is divided by the supervised tokens of the whole optimizer step over all ranks, as SFTTrainer's (weighted ones by the sum of
     their weights). Logged beside
     it, averaged over tokens: `nll`, `entropy` of the student, `mean_token_accuracy`. Of batches with targets also `kd` (the
-    distillation term), `target_share` (the share of supervised tokens that have one), of top_k targets `kl`, the forward KL
-    to the teacher, and `top1_agreement`; of chosen_token ones `log_ratio`.
+    distillation term), `target_share` (the share of supervised tokens that have one), of top_k targets `kl_lower_bound`,
+    at most the forward KL from the teacher, and `top1_agreement`; of chosen_token ones `log_ratio`.
 
     Where a loss of TRL's own is asked for (`loss_type: dft`, label smoothing, a router's loss, sequences split over
     processes), the likelihood is left to it.
