@@ -68,7 +68,7 @@ def sweep(family: str, folder: Path) -> None:
     facts = train.run(distilled).facts
     student = Path(distilled.run_dir) / "student"
     first = log(student)[0]
-    assert first["kl_lower_bound"] > 0.005 and 0 < first["grad_norm"] < float("inf") and facts["adapter"]["share"] > 0.4
+    assert first["kl_lower_bound"] > 0 and 0 < first["grad_norm"] < float("inf") and facts["adapter"]["share"] > 0.4
 
     learned = recipe_of(folder, "sft", method="sft")
     train.run(learned)

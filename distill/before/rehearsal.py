@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, 
 from distill.before.findings import Findings
 from distill.before.machine import model_config
 from distill.before.packages import reporters
-from distill.errors import DistillError
-from distill.models.loading import free_memory, load_tokenizer, lora_config, pick_device
+from distill.errors import DistillError, RecipeError
+from distill.models.adapters import lora_config
+from distill.models.loading import free_memory, load_tokenizer, pick_device
 from distill.models.miniature import miniature
 from distill.pipeline import call
 from distill.recipe.experiment import Recipe
@@ -150,7 +151,11 @@ def _targets(recipe: Recipe, config: Any) -> Any:
         return None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.student.trust_remote_code)
-    found = [name for name, _ in model.named_modules() if check_target_module_exists(lora_config(adapter), name)]
+    try:
+        targets = lora_config(adapter, model)
+    except RecipeError:  # which the claim about the adapter names
+        return None
+    found = [name for name, _ in model.named_modules() if check_target_module_exists(targets, name)]
     return sorted({re.split(r"\.\d+\.", name)[-1] for name in found}) or None
 
 

@@ -10,9 +10,8 @@ import copy
 import inspect
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -235,16 +234,15 @@ def _unmatched(missing: list[str], layers: _Layers) -> str:
 
 
 def _bypassed(model: nn.Module) -> Iterator[str]:
+    children = {kind: _read_by_weight(kind) for kind in {type(module) for module in model.modules()}}
     for name, module in model.named_modules():
-        for child in _read_by_weight(type(module)):
+        for child in children[type(module)]:
             if isinstance(getattr(module, child, None), nn.Module):
                 yield f"{name}.{child}"
 
 
-@cache
-def _read_by_weight(kind: Hashable) -> frozenset[str]:
+def _read_by_weight(kind: type[nn.Module]) -> frozenset[str]:
     """Names of children whose `weight` a class hands to its kernels, by its source."""
-    assert isinstance(kind, type)
     if kind.__module__.startswith(("torch.", "peft.")):
         return frozenset()
     try:

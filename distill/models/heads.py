@@ -24,7 +24,7 @@ def backbone(model: PreTrainedModel) -> torch.nn.Module:
         found = inner if inner is not found else getattr(found, "language_model", None) or getattr(found, "model", None)
     if not isinstance(found, torch.nn.Module):
         raise ModelError(f"{type(model).__name__}: has no backbone apart from its head. Use a causal language model of transformers.")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def head_of(model: PreTrainedModel, vocab_size: int | None = None) -> StudentHead:
