@@ -86,7 +86,7 @@ def make_rows(lengths: Sequence[int], vocab_size: int) -> list[AlignedRow]:
 def own_vocabulary(vocab_size: int) -> VocabularyMap:
     """Of a teacher and a student with one tokenizer."""
     ids = np.arange(vocab_size, dtype=np.int32)
-    nothing = Tokens([], {}, frozenset(), frozenset())
+    nothing = Tokens([], {}, frozenset(), frozenset(), on_bytes=True)
     return VocabularyMap(ids, ids, True, True, nothing, nothing)
 
 
