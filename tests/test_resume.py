@@ -67,6 +67,19 @@ def test_what_was_not_logged_yet_is_not_lost(recipe: Make, monkeypatch: pytest.M
     same_to_the_bit(student_of(path), student_of(recipe("undisturbed", trainer_args=SETTINGS)))
 
 
+def test_a_training_that_was_ended_behind_its_last_step_takes_no_other(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Inside an epoch, with a learning rate that has not come down: the checkpoint of the last step is all there is to learn."""
+    settings = SETTINGS | {"max_steps": 5, "save_steps": 5, "lr_scheduler_type": "constant"}
+    path = recipe("ended", trainer_args=settings)
+    there = interrupted(path, monkeypatch, 5)
+    for _ in range(2):
+        with monkeypatch.context() as patch:  # stopped once more, while the weights are saved
+            patch.setattr("distill.stages.train._save", lambda *_: 1 // 0)
+            assert command("train", path) != 0
+        assert [each.name for each in there.glob("checkpoint-*")] == ["checkpoint-5"]
+    same_to_the_bit(student_of(path), student_of(recipe("undisturbed", trainer_args=settings)))
+
+
 def test_what_a_kill_left_of_the_weights_is_no_part_of_them(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     path = recipe("left", trainer_args=SETTINGS)
     adapter_folder = interrupted(path, monkeypatch, 2).parent / "adapter"

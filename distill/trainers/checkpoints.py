@@ -65,7 +65,7 @@ class Checkpoint(NamedTuple):
 
 
 class CheckpointMark(TrainerCallback):
-    """Marks checkpoints as whole, deletes older ones, and gives a resumed trainer back what it had summed up.
+    """Marks checkpoints as whole, deletes older ones, and gives a resumed trainer back what it had summed up; behind the last step it ends.
 
     Args:
         processes: That wait for each other.
@@ -85,6 +85,9 @@ class CheckpointMark(TrainerCallback):
         self._limit, args.save_total_limit = args.save_total_limit, None
         if self._resumed is None:
             return
+        if state.global_step >= state.max_steps:
+            # The trainer asks whether it is at its end only behind a step, so it would take another.
+            self.trainer._run_epoch = lambda **_: setattr(self.trainer.control, "should_training_stop", True)
         if self._resumed.launch.processes == self._processes.count:
             _restore(self.trainer, self._resumed.sums[self._processes.rank])
         else:  # no state of a random generator is this process's own

@@ -139,6 +139,8 @@ def content(folder: Path) -> Any:
 def same(scene: Scene, run: Path, step: Step) -> str:
     """Nothing if a step's folder holds what the undisturbed run has there, else what is wrong with it."""
     try:
-        return "" if content(run / step.folder) == content(scene.run / step.folder) else "another result"
+        (found, *numbers), (expected, *others) = content(run / step.folder), content(scene.run / step.folder)
+        other = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        return f"another result: {', '.join(other) or f'{numbers}, not {others}'}" if other or numbers != others else ""
     except (DistillError, OSError) as error:
         return f"{type(error).__name__}: {error}"
