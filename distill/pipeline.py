@@ -16,8 +16,8 @@ from distill.run.folder import delete_stage, refuse_to_delete
 from distill.run.log import ledger, nothing_to_do, say
 from distill.run.manifest import MANIFEST, Manifest, check_files, read_manifest
 from distill.run.owned import EARLIER
-from distill.run.verify import Layout, verify
-from distill.stages import CACHE, MARKS, RECIPE, ROUND_STAGES, WRITES, Step, folder, steps_of
+from distill.run.verify import Layout, refuse_damaged_inputs, verify
+from distill.stages import CACHE, MARKS, RECIPE, ROUND_STAGES, WRITES, Step, folder, run_dir, steps_of
 
 _UNITS = {
     "prompts": "prompts",
@@ -152,8 +152,10 @@ def delete_from(recipe: Recipe, stage: str) -> None:
 
     Raises:
         StageConflictError: one of them holds what no stage wrote; then none is deleted.
+        IntegrityError: what the first would be made from again is damaged; then none is deleted either.
     """
     steps = made_from(recipe, stage)
+    refuse_damaged_inputs(run_dir(recipe), [folder(recipe, *step) for step in steps])
     for step in steps:
         refuse_to_delete(folder(recipe, *step), WRITES[step.stage])
     for step in reversed(steps):

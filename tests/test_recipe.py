@@ -181,6 +181,14 @@ def test_a_secret_in_a_file_is_refused_with_its_line(tmp_path: Path) -> None:
         load_recipe(path)
 
 
+@pytest.mark.parametrize("secret", ["hf_" + "aB3" * 9, "sk-proj-" + "x9" * 12, "https://user:geheim@host/data.jsonl"])
+def test_a_secret_inside_a_text_is_refused_and_not_shown(secret: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"command line: prompts.system_prompt: holds what looks like a token or a password") as caught:
+        load_recipe(write(tmp_path, GOOD), ["--prompts.system_prompt", f"use {secret}"])
+    assert secret[-8:] not in str(caught.value)
+    assert load_recipe(write(tmp_path, GOOD), ["--run_dir", "runs/sk-learn-experiments"]).run_dir.endswith("sk-learn-experiments")
+
+
 def test_what_only_sounds_like_a_secret_is_taken(tmp_path: Path) -> None:
     fields = ["--student.pad_token", "<pad>", "--student.chat_template_kwargs.image_token", "<image>"]
     recipe = load_recipe(write(tmp_path, GOOD), [*fields, "--train.trainer_args.include_num_input_tokens_seen", "all"])

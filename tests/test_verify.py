@@ -22,7 +22,7 @@ from distill.run.manifest import JOURNAL, MANIFEST, PLAN, SHARDS, check_files, r
 from distill.run.owned import EARLIER, own_cache
 from distill.run.plan import Growth, StagePlan, relation
 from distill.run.tables import read_rows
-from distill.run.verify import Layout, verify
+from distill.run.verify import Layout, refuse_damaged_inputs, verify
 
 NUMBERS = pa.schema([("number", pa.int64())])
 WRITES = ("numbers-*.parquet", "log.jsonl", "model.bin")
@@ -312,3 +312,21 @@ def test_a_page_that_was_altered_is_not_shown(tmp_path: Path) -> None:
             (tmp_path / "report" / "summary.txt").unlink()
         with pytest.raises(IntegrityError, match=r"summary\.txt: is gone or was altered.*--redo"):
             show_report(recipe)
+
+
+def test_a_stage_that_is_being_made_anew_is_not_missing(run: Path) -> None:
+    shutil.rmtree(run / "first")
+    (run / "first").mkdir()
+    (run / "first" / PLAN).write_text(json.dumps({"stage": "numbers", "settings": {}, "inputs": {}}))
+    assert ("missing", "first") not in found(run)
+    shutil.rmtree(run / "first")
+    assert ("missing", "first") in found(run)
+
+
+def test_nothing_is_deleted_to_be_made_from_what_is_damaged(run: Path) -> None:
+    second = run / "rounds" / "01" / "second"
+    refuse_damaged_inputs(run, [second])
+    flip(run / "first/numbers-00000.parquet")
+    with pytest.raises(IntegrityError, match=r"numbers-00000\.parquet: is altered.*nothing was deleted.*--redo numbers"):
+        refuse_damaged_inputs(run, [second])
+    refuse_damaged_inputs(run, [run / "first", second])  # both are made anew

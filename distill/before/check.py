@@ -70,6 +70,7 @@ def before_run(recipe: Recipe, steps: Sequence[Step]) -> None:
     _refuse(recipe, quickly)
     if record.is_noted(recipe):
         return
+    say("check     the recipe is tried in small before anything is spent; once, and --no-check leaves it out")
     found, start = Findings(Console(file=io.StringIO())), time.perf_counter()
     _examine(recipe, steps, found, here=True, processes=1)
     for line in found.warnings:

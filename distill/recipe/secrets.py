@@ -16,6 +16,10 @@ _HARMLESS = re.compile(
     r"(bos|eos|pad|unk|sep|cls|mask|sot|eot|eom|think|image|audio|video|vision|boi|eoi|special|start|stop|end|max|min|num|new|sort|label|dict)_"
     r"(tokens?|keys?)$|.*(num|max|min|new|seen|special|all|stop|input|per|extra|additional|prompt|completion)_(\w+_)?(tokens|keys)$"
 )
+SECRET = re.compile(
+    r"\b(hf_|sk-|gh[opsur]_|github_pat_|xox[abprs]-|glpat-|AKIA|AIza)[\w-]{12,}|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
+"""Tokens of well-known services, those that name themselves (JWT), and the password in an address."""
 _VARIABLES = {"hub": "HF_TOKEN", "hf": "HF_TOKEN", "huggingface": "HF_TOKEN", "wandb": "WANDB_API_KEY", "comet": "COMET_API_KEY"}
 
 
@@ -32,6 +36,11 @@ def _may_be_one(value: Any) -> bool:
     return isinstance(value, str) and not value.startswith(("<", "[")) and value != ""
 
 
+def _looks_like_one(text: str) -> bool:
+    """Whether a text holds a token or a password, and not a name that only begins so, as a folder `sk-learn-experiments`."""
+    return any(found.group(1) is None or any(map(str.isdigit, found.group())) for found in SECRET.finditer(text))
+
+
 def refuse_secrets(values: Any, place_of: Callable[[Sequence[str]], str], path: tuple[str, ...] = ()) -> None:
     """Looks at every key of a recipe, whatever section it stands in.
 
@@ -41,8 +50,13 @@ def refuse_secrets(values: Any, place_of: Callable[[Sequence[str]], str], path: 
         path: Of the part.
 
     Raises:
-        RecipeError: a key is called like a secret and has a value, which the message doesn't show.
+        RecipeError: a key is called like a secret and has a value, or a text holds what looks like one; the message doesn't show it.
     """
+    if isinstance(values, str) and _looks_like_one(values):
+        raise RecipeError(
+            f"{place_of(path)}: {visible('.'.join(path), 200)}: holds what looks like a token or a password, and a recipe is copied into "
+            "the run, its report and the model card. Remove it; tokens are read from environment variables, as HF_TOKEN is."
+        )
     if isinstance(values, list):
         for item in values:
             refuse_secrets(item, place_of, path)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import PurePath, PureWindowsPath
 from typing import Any
 
 from distill.recipe.experiment import Recipe
 from distill.recipe.models import ModelSpec
-from distill.recipe.secrets import is_secret
+from distill.recipe.secrets import SECRET, is_secret
 
 _TEXTS = frozenset({"system_prompt", "template", "answer_pattern", "answer_separator"})  # `/no_think` is no path there
-_SECRET = re.compile(
-    r"\b(hf_|sk-|gh[opsur]_|github_pat_|xox[abprs]-|glpat-|AKIA|AIza)[\w-]{12,}|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
-)
-"""Tokens of well-known services, those that name themselves (JWT), and the password in an address."""
 
 
 def file_or_name(value: str) -> str:
@@ -25,7 +20,7 @@ def file_or_name(value: str) -> str:
 
 def hide_secrets(text: str) -> str:
     """A text in which `***` stands for what looks like a token or a password."""
-    return _SECRET.sub("***", text)
+    return SECRET.sub("***", text)
 
 
 def published(value: Any, key: str = "") -> Any:

@@ -97,6 +97,30 @@ def verify(run: Path, layout: Layout) -> Verified:
     return Verified(sorted(set(faults), key=lambda fault: fault.path), len(checks), unknown)
 
 
+def refuse_damaged_inputs(run: Path, folders: Sequence[Path]) -> None:
+    """Compares what stages were made from with its digests, before they are deleted to be made from it again.
+
+    Args:
+        run: The folder of the run.
+        folders: Of the stages; what one of them was made from another of them is not looked at.
+
+    Raises:
+        IntegrityError: a file is gone or altered.
+    """
+    sources: set[Path] = set()
+    for folder in folders:
+        with contextlib.suppress(IntegrityError, MissingStageError):
+            sources |= {run / name for name in read_manifest(folder).inputs}
+    for source in sorted(sources - set(folders)):
+        manifest = read_manifest(source)
+        for name, digest in manifest.named.items():
+            for fault in _of_file(source / name, digest):
+                raise IntegrityError(
+                    f"{fault.path}: is {'gone' if fault.kind == 'missing' else 'altered'}, so nothing can be made from it, and nothing was "
+                    f"deleted. Restore it, or begin earlier: `distill run` with --redo {manifest.stage}."
+                )
+
+
 def _stages(run: Path) -> Iterator[Path]:
     """The folders of stages in a run, those of rounds and what a stage keeps of before among them."""
     for place in sorted(path for path in run.iterdir() if path.is_dir()) if run.is_dir() else ():
@@ -213,7 +237,8 @@ def _of_inputs(run: Path, folder: Path, manifest: Manifest) -> Iterator[Fault]:
         try:
             found = read_manifest(run / name)
         except MissingStageError:
-            yield Fault("missing", run / name, f"{name_in_run(folder)} was made from it")
+            if not (run / name / PLAN).exists():  # else it is being made anew
+                yield Fault("missing", run / name, f"{name_in_run(folder)} was made from it")
         except IntegrityError:  # which is said of itself
             continue
         else:
