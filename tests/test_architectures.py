@@ -34,7 +34,7 @@ def recipe_of(folder: Path, name: str, **changes: Any) -> Recipe:
     with StageFolder(run / "curated", "curate", {}) as out:
         out.write_table("curated", traces(8), TRACE)
         out.finish(rows_in=8, rows_kept=8)
-    arguments = {"max_steps": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 8, "warmup_steps": 0, "save_strategy": "no"}
+    arguments = {"max_steps": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "warmup_steps": 0, "save_strategy": "no"}
     content = {
         "name": name,
         "run_dir": str(run),
