@@ -15,7 +15,7 @@ from distill.models.miniature import miniature
 _DENSE = (
     "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 olmo olmo2 olmo3 cohere cohere2 granite glm glm4 starcoder2 stablelm "
     "smollm3 seed_oss helium gpt2 gpt_neox gptj gpt_bigcode opt bloom mpt falcon persimmon exaone4 arcee apertus minicpm3 nanochat "
-    "ministral3 internlm3 ernie4_5 hyperclovax vaultgemma gemma3n_text"
+    "ministral3 internlm3 ernie4_5 hyperclovax vaultgemma"
 )
 _ROUTED = (
     "gpt_oss mixtral qwen2_moe qwen3_moe olmoe deepseek_v3 granitemoe granitemoeshared phimoe llama4_text llama4 ernie4_5_moe minimax_m2 "
@@ -25,6 +25,7 @@ _RECURRENT = "jamba falcon_h1 mamba mamba2 falcon_mamba nemotron_h qwen3_next qw
 # Family: settings without which its defaults can't be built, or would show less. All else is of the config class.
 FAMILIES: dict[str, dict[str, Any]] = {family: {} for family in f"{_DENSE} {_ROUTED} {_RECURRENT}".split()} | {
     "gemma3": {"vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "image_size": 28}},
+    "gemma3n_text": {"hidden_size": 256, "intermediate_size": 512, "head_dim": 32, "hidden_size_per_layer_input": 16},
     "glm4_moe": {"num_attention_heads": 32},
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "num_hidden_layers": 4},
