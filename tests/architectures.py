@@ -38,12 +38,16 @@ _TEXT = {"vocab_size": 264, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id"
 def tiny_config(family: str) -> PretrainedConfig:
     """A config with one layer of every kind, narrow, for the vocabulary of `build_tiny_model`."""
     settings = dict(FAMILIES[family])
-    plain = CONFIG_MAPPING[family]()
+    kind: Any = CONFIG_MAPPING[family]
+    plain = kind()
     if plain.get_text_config(decoder=True) is plain:
-        config: PretrainedConfig = CONFIG_MAPPING[family](**_TEXT | settings)
+        config: PretrainedConfig = kind(**_TEXT | settings)
     else:
-        config = CONFIG_MAPPING[family](text_config=_TEXT, pad_token_id=0, bos_token_id=1, eos_token_id=2, **settings)
+        config = kind(text_config=_TEXT, pad_token_id=0, bos_token_id=1, eos_token_id=2, **settings)
     text: Any = config.get_text_config(decoder=True)
+    for name, value in list(vars(text).items()):
+        if isinstance(value, float) and "drop" in name:
+            setattr(text, name, 0.0)
     if hasattr(text, "vocab_size_per_layer_input"):
         text.vocab_size_per_layer_input = _TEXT["vocab_size"]
     return miniature(config)

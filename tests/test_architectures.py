@@ -32,10 +32,10 @@ SEE_EACH_OTHER = (
 def recipe_of(folder: Path, name: str, **changes: Any) -> Recipe:
     run = folder / name
     with StageFolder(run / "curated", "curate", {}) as out:
-        out.write_table("curated", traces(8), TRACE)
-        out.finish(rows_in=8, rows_kept=8)
+        out.write_table("curated", traces(4, filler=""), TRACE)
+        out.finish(rows_in=4, rows_kept=4)
     arguments = {"max_steps": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "warmup_steps": 0, "save_strategy": "no"}
-    content = {
+    content: dict[str, Any] = {
         "name": name,
         "run_dir": str(run),
         "teacher": {"model": str(folder / "teacher")},
@@ -66,7 +66,7 @@ def sweep(family: str, folder: Path) -> None:
     distilled = recipe_of(folder, "kd")
     score.run(distilled)
     facts = train.run(distilled).facts
-    student = Path(distilled.run_dir) / "student"
+    student = folder / "kd" / "student"
     first = log(student)[0]
     assert first["kl_lower_bound"] > 0 and 0 < first["grad_norm"] < float("inf") and facts["adapter"]["share"] > 0.4
 
@@ -78,7 +78,7 @@ def sweep(family: str, folder: Path) -> None:
             train.run(packed)
     else:
         train.run(packed)
-        both = [log(Path(recipe.run_dir) / "student")[0]["loss"] for recipe in (learned, packed)]
+        both = [log(folder / name / "student")[0]["loss"] for name in ("sft", "packed")]
         assert both[0] == pytest.approx(both[1], rel=1e-4)
 
     cpu, ids = torch.device("cpu"), torch.arange(3, 35)[None]
@@ -93,6 +93,13 @@ def sweep(family: str, folder: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
     torch.testing.assert_close(logits(PeftModel.from_pretrained(base, str(student / "adapter")), ids), apart, rtol=1e-4, atol=1e-4)
     assert read_manifest(student).facts["adapter"] == facts["adapter"]
+
+
+@pytest.mark.slow
+def test_a_routers_loss_that_trl_can_t_compute_is_refused(tmp_path: Path) -> None:
+    tiny_model("granitemoe", tmp_path / "student")
+    with pytest.raises(ModelError, match=r"GraniteMoeForCausalLM: TRL can't compute .* Set train.trainer_args.router_aux_loss_coef: 0\."):
+        train.run(recipe_of(tmp_path, "sft", method="sft", trainer_args={"router_aux_loss_coef": 0.1}))
 
 
 @pytest.mark.slow

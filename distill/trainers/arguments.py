@@ -7,6 +7,7 @@
 | rows of a step | 16, on a GPU one at once | below 32, where LoRA keeps up with full fine-tuning (same guide) |
 | num_train_epochs | 2 | a start; set it by the evaluation |
 | save_steps, save_total_limit | a tenth of the run, 2 | a killed job loses at most a tenth; two, so that a kill while saving leaves one |
+| router_aux_loss_coef | 0 LoRA, the model's own full | an adapter leaves routers alone, so that none is to be balanced |
 | logging_nan_inf_filter | false | a hidden NaN looks like a good loss |
 """
 
@@ -62,6 +63,8 @@ def training_arguments(recipe: Recipe, train: Train, output_dir: Path, device: t
     if train.method == "kd":
         given["router_aux_loss_coef"] = 0.0  # the loss on targets is the whole loss
         given.setdefault("logging_first_step", True)  # how far from the teacher the student was before it learned
+    elif recipe.student.adapter.type == "lora":
+        given.setdefault("router_aux_loss_coef", 0.0)  # the routers are left as they are
     if train.validation_prompts and "eval_strategy" not in train.trainer_args:
         given |= {"eval_strategy": "steps", "eval_steps": train.trainer_args.get("eval_steps", given["save_steps"])}
     section = "train.trainer_args" if train is recipe.train else "rollouts.trainer_args over train.trainer_args"

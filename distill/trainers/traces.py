@@ -66,8 +66,8 @@ class TraceTrainer(SFTTrainer):
         kwargs: SFTTrainer's.
 
     Raises:
-        ModelError: there are targets, and the launch splits sequences over processes; the model's logits are not those of its head; or
-            its rows see each other where they are packed.
+        ModelError: there are targets, and the launch splits sequences over processes; the model's logits are not those of its head; its
+            rows see each other where they are packed; or its routers' loss can't be computed.
         RecipeError: only a part of the schedule is wanted, and DeepSpeed's config has one of its own, which can't be divided.
     """
 
@@ -103,6 +103,11 @@ class TraceTrainer(SFTTrainer):
         check_head(tried)
         if self.padding_free:
             check_packing(tried, self.data_collator)
+        if self.aux_loss_enabled and not hasattr(plain.config.get_text_config(), "num_experts"):
+            raise ModelError(
+                f"{type(plain).__name__}: TRL can't compute the loss that balances its routers, whose number its config names otherwise. "
+                "Set train.trainer_args.router_aux_loss_coef: 0."
+            )
         if stored is not None:
             self.data_collator = TargetCollator(self.data_collator, stored, half_life)
         add_loss_head(plain, None if stored is None else stored.vocab_size, objective)
