@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from distill.errors import ModelError
 from distill.models.heads import backbone, head_of, logits_of
@@ -74,10 +74,8 @@ def stand_in(model: PreTrainedModel) -> PreTrainedModel:
     """A small model of the same architecture with random weights, in float32 on the CPU: for one whose weights are not whole here."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = miniature(model.config)
-        found: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=bool(getattr(config, "auto_map", None))
-        )
+        # By its class: `from_config` would take this one apart, too, where DeepSpeed does so.
+        found = type(model)(miniature(model.config)).float()
         found.eval()
         head: Any = found.get_output_embeddings()
         hidden = backbone(found)(input_ids=_tokens(found, 8)[None], use_cache=False).last_hidden_state
