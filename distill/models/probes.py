@@ -75,7 +75,7 @@ def stand_in(model: PreTrainedModel) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         # By its class: `from_config` would take this one apart, too, where DeepSpeed does so.
-        found = type(model)(miniature(model.config)).float()
+        found: PreTrainedModel = type(model)(miniature(model.config)).float()
         found.eval()
         head: Any = found.get_output_embeddings()
         hidden = backbone(found)(input_ids=_tokens(found, 8)[None], use_cache=False).last_hidden_state
