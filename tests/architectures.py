@@ -30,6 +30,7 @@ FAMILIES: dict[str, dict[str, Any]] = {family: {} for family in f"{_DENSE} {_ROU
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "num_hidden_layers": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
+    "minicpm3": {"scale_emb": 1},  # else it sees nothing but the last token
     "xlstm": {"hidden_size": 64, "embedding_dim": 64, "num_heads": 2},
 }
 _TEXT = {"vocab_size": 264, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -10,7 +10,9 @@ import pytest
 import torch
 from architectures import FAMILIES, tiny_model
 from peft import PeftModel
+from safetensors.torch import load_file
 from test_train import traces
+from test_train import train as run_training
 from transformers import AutoModelForCausalLM
 
 from distill.errors import ModelError
@@ -112,3 +114,23 @@ def test_a_few_families(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(QUICK)))
 def test_all_families(family: str, tmp_path: Path) -> None:
     sweep(family, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["{type: lora, r: 2}", "{type: full}"])
+def test_a_model_that_could_see_learns_in_two_processes(adapter: str, tmp_path: Path) -> None:
+    """Its vision gets no gradient from text, for which the processes would wait; both ways of training leave it as it was."""
+    student = tiny_model("gemma3", tmp_path / "student")
+    recipe_of(tmp_path, "run", method="sft")
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(
+        f"name: vision\nrun_dir: {tmp_path / 'run'}\nstudent: {{model: {student}, adapter: {adapter}}}\nteacher: {{model: {student}}}\n"
+        "prompts: {source: none.jsonl}\ngenerate: {}\n"
+        "train: {max_length: 256, trainer_args: {max_steps: 2, save_strategy: 'no', learning_rate: 0.01, per_device_train_batch_size: 2}}\n"
+    )
+    trained = run_training(recipe, processes=2)
+    assert read_manifest(trained).facts["world_size"] == 2
+    if "full" in adapter:
+        before, after = (load_file(path / "model.safetensors") for path in (student, trained / "model"))
+        changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+        assert changed and not any("vision" in name or "projector" in name for name in changed)
