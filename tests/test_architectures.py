@@ -26,7 +26,7 @@ from distill.stages import score, train
 QUICK = ("gemma2", "qwen2_moe", "falcon_h1")
 SEE_EACH_OTHER = (
     *("opt", "bloom", "mpt", "falcon", "gpt_oss", "jamba", "falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h", "qwen3_next"),
-    *("qwen3_5_text", "bamba", "granitemoehybrid", "lfm2", "minimax", "xlstm"),
+    *("qwen3_5_text", "bamba", "granitemoehybrid", "lfm2", "minimax", "xlstm", "recurrent_gemma"),
 )
 """Families whose rows can't be packed here: they see each other, or would need kernels that a CPU has not."""
 

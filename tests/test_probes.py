@@ -41,7 +41,7 @@ def test_another_head_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         check_head(model)
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "opt", "bloom", "mamba", "falcon"])
+@pytest.mark.parametrize("family", ["gpt_oss", "opt", "bloom", "mamba", "falcon", "recurrent_gemma"])
 def test_rows_that_see_each_other_are_not_packed(family: str) -> None:
     with pytest.raises(ModelError, match=r"rows that are packed see each other.* Set train.trainer_args.packing: false"):
         check_packing(model_of(family), PACK)

@@ -18,8 +18,8 @@ Collate = Callable[[list[dict[str, Any]]], Any]
 
 _ROWS = (11, 7)  # tokens of the rows that are packed, the second of which is looked at
 _HEAD = (1e-3, 2e-2)  # largest deviation from the model's own logits, in float32 and in less, as a share of their spread
-_NEIGHBOUR = (1e-3, 2e-2)  # the same for another row in front: nothing but which numbers are added up together may differ
-_ALONE = (1e-3, 0.1)  # the same for no row in front: other shapes round otherwise
+_NEIGHBOUR = (2e-5, 5e-3)  # the same for another row in front: nothing but which numbers are added up together may differ
+_ALONE = (1e-4, 0.1)  # the same for no row in front: other shapes round otherwise
 _LOUD = 30.0  # spread of a stand-in's logits: a cap shows only where they are large
 
 
@@ -121,7 +121,7 @@ def _quiet(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _limit(model: PreTrainedModel, limits: tuple[float, float]) -> float:
-    exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False) and not torch.is_autocast_enabled()
+    exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False) and torch.get_float32_matmul_precision() == "highest"
     return limits[0] if exact else limits[1]
 
 
