@@ -457,3 +457,14 @@ def test_a_quantised_pair_trains(recipe: Make) -> None:
     assert trainer.model.is_loaded_in_4bit and trainer.teacher_model.is_loaded_in_4bit
     trainer.train()
     assert len(history(trainer)) == 4 and all(map(math.isfinite, history(trainer)))
+
+
+def test_a_cap_that_trl_s_loss_does_not_know_is_refused() -> None:
+    from architectures import tiny_config
+    from transformers import AutoModelForCausalLM
+
+    from distill.trainers.live import _check_cap
+
+    _check_cap(AutoModelForCausalLM.from_config(tiny_config("gemma2")))
+    with pytest.raises(ModelError, match="RecurrentGemmaForCausalLM caps its logits under a name .* Use rounds"):
+        _check_cap(AutoModelForCausalLM.from_config(tiny_config("recurrent_gemma")))

@@ -29,6 +29,7 @@ from trl import DistillationConfig, DistillationTrainer, SFTConfig
 
 from distill.errors import DataError, ModelError
 from distill.models.chat import ChatFormat
+from distill.models.heads import head_of
 from distill.models.loading import load_chat_format, load_model, pick_device, pick_dtype
 from distill.models.vocabulary import vocabulary_map
 from distill.recipe.experiment import Recipe
@@ -231,9 +232,13 @@ def live_trainer(recipe: Recipe, chat: ChatFormat, common: dict[str, Any], teach
     elif settings.teacher_server:
         from trl.experimental.server_distillation import ServerDistillationTrainer
 
+        _check_cap(student)
         trainer = ServerDistillationTrainer(**common)
     else:
-        trainer = DistillationTrainer(teacher_model=_teacher(recipe, teacher), **common)
+        judge = _teacher(recipe, teacher)
+        _check_cap(student)
+        _check_cap(judge)
+        trainer = DistillationTrainer(teacher_model=judge, **common)
     if recipe.student.adapter.type == "lora":
         config.vocab_size = rows  # else peft takes the embedding for a trained one, and saves it with the adapter
     return trainer
@@ -248,6 +253,15 @@ def _teacher(recipe: Recipe, model: PreTrainedModel | None) -> PreTrainedModel:
         model = load_model(spec, device if spec.quantization == "nf4" else torch.device("cpu"), pick_dtype(device, spec.dtype))
     cut_head(model, load_chat_format(spec), spec.model)
     return model
+
+
+def _check_cap(model: PreTrainedModel) -> None:
+    """Refuses a model whose cap on the logits TRL's loss doesn't know by its name, and so would leave out."""
+    if head_of(model).softcap is not None and getattr(model.config.get_text_config(), "final_logit_softcapping", None) is None:
+        raise ModelError(
+            f"train.method on_policy: {type(model).__name__} caps its logits under a name that TRL's loss doesn't know. Use rounds with a "
+            "section score, whose losses do."
+        )
 
 
 def teacher_prompt(student: ChatFormat, teacher: ChatFormat, messages: list[Message]) -> str:
