@@ -466,5 +466,5 @@ def test_a_cap_that_trl_s_loss_does_not_know_is_refused() -> None:
     from distill.trainers.live import _check_cap
 
     _check_cap(AutoModelForCausalLM.from_config(tiny_config("gemma2")))
-    with pytest.raises(ModelError, match="RecurrentGemmaForCausalLM caps its logits under a name .* Use rounds"):
+    with pytest.raises(ModelError, match=r"RecurrentGemmaForCausalLM caps its logits under a name .* Use rounds"):
         _check_cap(AutoModelForCausalLM.from_config(tiny_config("recurrent_gemma")))
