@@ -67,10 +67,15 @@ def test_the_record_is_what_was_made_whatever_the_last_command_said(made: tuple[
 
 
 def test_to_repeat_this_run_repeats_it(made: tuple[Path, Path], tmp_path: Path) -> None:
-    """The commands of the report, typed as they stand, make the same run to the last bit."""
+    """The commands and the recipe of the report, with the folders that the page shortens, make the same run to the last bit."""
     _, run = made
     page = (run / "report" / "report.md").read_text().partition("To repeat this run")[2]
     commands, recipe = re.findall(r"```(?:yaml)?\n(.*?)\n```", page, re.S)
+    record = load_recipe(run / "recipe.yaml")
+    assert record.prompts is not None and record.teacher is not None
+    for place in {record.prompts.source, record.teacher.model}:
+        recipe, places = re.subn(rf"(?m)^(  (?:source|model)): {re.escape(Path(place).name)}$", rf"\1: {place}", recipe)
+        assert places, f"the page does not name {place}"
     (tmp_path / "recipe.yaml").write_text(recipe)
     for command in commands.splitlines():
         program, stage, file, *overrides = shlex.split(command)

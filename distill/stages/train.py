@@ -185,7 +185,7 @@ def _train(
     kept = rows.rows_in - sum(rows.drops.values())
     records = [metrics, *_keep_logs(out.path)]
     manifest = out.finish(rows_in=rows.rows_in, rows_kept=kept, drops=rows.drops, files=files, records=records, facts=facts)
-    for leftover in _cache(recipe).glob("cache-*"):  # packs and orders that the trainer made of the rows
+    for leftover in _cache(recipe, make=False).glob("cache-*"):  # packs and orders that the trainer made of the rows
         leftover.unlink()
     processes.wait()
     return manifest
@@ -237,9 +237,9 @@ def _stored_targets(recipe: Recipe, material: _Material, chat: ChatFormat) -> St
     return stored
 
 
-def _cache(recipe: Recipe) -> Path:
+def _cache(recipe: Recipe, *, make: bool = True) -> Path:
     """Where the rows of the last training of a run are kept, so that the next one on the same traces need not make them again."""
-    return own_cache(run_dir(recipe) / CACHE)
+    return own_cache(run_dir(recipe) / CACHE, make=make)
 
 
 def _rows(recipe: Recipe, material: _Material, number: int, chat: ChatFormat, stored: StoredTargets | None) -> TrainingRows:
