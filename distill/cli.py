@@ -216,7 +216,7 @@ def check(
 
 @app.command()
 def verify(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, e.g. runs/quickstart.")]) -> None:
-    """Compare every file of a run with the digest it was written with, and list what is missing, altered or extra."""
+    """Compare every file of a run with the digest it was written with, and list what is missing, altered, extra or outdated."""
     from distill.pipeline import verify_run
 
     if not verify_run(run):

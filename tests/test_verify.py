@@ -330,3 +330,17 @@ def test_nothing_is_deleted_to_be_made_from_what_is_damaged(run: Path) -> None:
     with pytest.raises(IntegrityError, match=r"numbers-00000\.parquet: is altered.*nothing was deleted.*--redo numbers"):
         refuse_damaged_inputs(run, [second])
     refuse_damaged_inputs(run, [run / "first", second])  # both are made anew
+
+
+def test_what_was_made_from_a_stage_before_it_was_made_anew_is_outdated_and_no_damage(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = Growth(anything=True, adds=False)
+    with StageFolder(run / "first", "numbers", {"count": 4}, growth=plain, writes=WRITES) as out:
+        out.write_table("numbers", rows(4), NUMBERS)
+        out.finish(keep_earlier=True)
+    assert found(run) == [("outdated", "rounds/01/second")] and verify_run(run)
+    assert "first was made anew since" in capsys.readouterr().out
+    flip(run / "first" / "numbers-00000.parquet")
+    assert ("altered", "first/numbers-00000.parquet") in found(run) and not verify_run(run)
+    shutil.rmtree(run / "first")
+    make(run / "first", 4)  # swapped, with nothing of before
+    assert found(run) == [("altered", "first")]

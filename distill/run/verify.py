@@ -22,7 +22,8 @@ _ROUNDS = "rounds"
 class Fault(NamedTuple):
     """A file that is not as a stage left it."""
 
-    kind: Literal["missing", "altered", "extra"]
+    kind: Literal["missing", "altered", "extra", "outdated"]
+    """`outdated` is no damage: a stage was made from what another held before it was made anew."""
     path: Path
     why: str = ""
 
@@ -242,8 +243,19 @@ def _of_inputs(run: Path, folder: Path, manifest: Manifest) -> Iterator[Fault]:
         except IntegrityError:  # which is said of itself
             continue
         else:
-            if digest not in (found.digest, *found.grew_from):
+            if digest in (found.digest, *found.grew_from):
+                continue
+            if digest in _earlier_digests(run / name):
+                yield Fault("outdated", folder, f"{name} was made anew since; the next `distill run` makes it anew, too")
+            else:
                 yield Fault("altered", run / name, f"{name_in_run(folder)} was made from other contents")
+
+
+def _earlier_digests(folder: Path) -> Iterator[str]:
+    """Of what a stage was before it was made anew, as far as it keeps that."""
+    while (folder := folder / EARLIER).is_dir():
+        with contextlib.suppress(IntegrityError, MissingStageError):  # which is said of itself
+            yield read_manifest(folder).digest
 
 
 def _altered(error: IntegrityError) -> Fault:
