@@ -332,7 +332,7 @@ def test_nothing_is_deleted_to_be_made_from_what_is_damaged(run: Path) -> None:
     refuse_damaged_inputs(run, [run / "first", second])  # both are made anew
 
 
-def test_what_was_made_from_a_stage_before_it_was_made_anew_is_outdated_and_no_damage(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_made_from_a_stage_as_it_was_before_is_outdated(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = Growth(anything=True, adds=False)
     with StageFolder(run / "first", "numbers", {"count": 4}, growth=plain, writes=WRITES) as out:
         out.write_table("numbers", rows(4), NUMBERS)
