@@ -26,6 +26,7 @@ LAYERS = [
     {"pipeline"},
     {"stages"},
     {"trainers", "reporting"},
+    {"servers"},
     {"engines", "checks", "measure"},
     {"models", "data"},
     {"recipe"},

@@ -45,6 +45,9 @@ class Score(Section):
 
     target: Annotated[TopK | Sampled | ChosenToken, Field(discriminator="kind")] = TopK()
     """What is stored of a distribution: `{kind: top_k, k: 64}`, `{kind: sampled, draws: 50}` or `{kind: chosen_token}`."""
+    source: Literal["auto", "process", "server", "generation"] = "auto"
+    """Where the thoughts come from: read in this process, read by `teacher.server` (vllm, sglang; top_k and chosen_token), or kept
+    while it wrote (generate.logprobs). auto: by its server if it has one, else in this process."""
     batch_size: PositiveInt = 8
     """Traces at once; halved by itself when memory runs out."""
     verify_rows: Annotated[int, Field(ge=0)] = 8

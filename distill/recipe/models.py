@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from distill import embedded
 from distill.recipe.base import PathOrName, PositiveInt, Section
+from distill.recipe.servers import Server
 from distill.run.digests import digests_of
 from distill.run.files import digest_file, digest_json
 
@@ -68,6 +69,8 @@ class ModelSpec(Section):
     """Attention kernel; auto takes what transformers takes."""
     trust_remote_code: bool = False
     """Run code that a model repository brings along."""
+    server: Server | None = None
+    """Where it writes and reads, if not in this process: a server that is there, a host, or one that the stage starts."""
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -80,7 +83,8 @@ class ModelSpec(Section):
     def identity(self) -> dict[str, Any]:
         """The settings that decide the rows; of a local folder also what its files hold, so that other weights at its path are noticed."""
         tokenizer = {} if self.tokenizer is None else {"tokenizer_files": _digest(self.tokenizer, _WORDS)}
-        return super().identity() | {"files": _digest(self.model, _WEIGHTS | _WORDS), "chat_template": self._template} | tokenizer
+        server = {} if self.server is None else {"server": self.server.identity()}
+        return super().identity() | {"files": _digest(self.model, _WEIGHTS | _WORDS), "chat_template": self._template} | tokenizer | server
 
     def tokenizer_identity(self) -> dict[str, Any]:
         """What the tokenizer's files hold, where they are in a local folder, and the template that was given."""

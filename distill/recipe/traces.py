@@ -46,7 +46,11 @@ class Traces(Section):
 
 
 class Generate(Sampling):
-    """The teacher writes traces, through transformers in this process, on CPU or GPU."""
+    """The teacher writes traces: in this process, or where `teacher.server` says."""
+
+    logprobs: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Keep the log-probabilities of so many most probable tokens with every token written (hosts give up to 20): targets without a second
+    reading (`score.source: generation`). Needs a server that tells them."""
 
 
 class Curate(Section):

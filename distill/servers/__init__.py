@@ -1,0 +1,95 @@
+"""Models behind servers: what is asked of one, what comes back, and what that used.
+
+protocols   a request as the server's kind takes it, and its answer as ours      (knows no network)
+answers     one reader of answers for all of them                                 (knows no network)
+client      many requests at once, tried again, spread, bounded                    (knows no models)
+writing     an engine: completions of a model behind a server
+reading     a scorer: what a teacher behind a server thinks of rows
+process     a server that a stage starts and ends
+opening     whoever writes or reads for a role of the recipe, here or behind a server
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Call:
+    """One HTTP request."""
+
+    path: str
+    """Behind the server's address: `/v1/completions`."""
+    body: dict[str, Any] | None = None
+    """JSON that is posted; null is a GET."""
+    streams: bool = False
+    """Whether the answer comes as server-sent events."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a request used; sums of usages are usages."""
+
+    input_tokens: int = 0
+    """Read, cached ones included."""
+    cached_tokens: int = 0
+    """Of those, what the server had in its cache."""
+    output_tokens: int = 0
+    """Written, reasoning included."""
+    reasoning_tokens: int = 0
+    """Of those, reasoning, where the server says so."""
+    requests: int = 0
+    """That were answered."""
+    retries: int = 0
+    """Times that one was sent again."""
+
+    def __add__(self, other: Usage) -> Usage:
+        names = self.__dataclass_fields__
+        return Usage(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a request failed for good: it could not be answered, however often it was sent."""
+
+    reason: str
+    """In one word, for counting: `content_filter`, `too_long`, `timeout`, `broken_answer`, `http_400`, ..."""
+    detail: str = ""
+    """The server's own words, cut."""
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """The most probable tokens beside each one that was written; lists of one length, an entry a written token."""
+
+    token_logprobs: list[float]
+    """Of the written token, in nats."""
+    logprobs: list[list[float]]
+    """Of the alternatives, the written one among them only if it is one of the best; in nats."""
+    token_ids: list[list[int]] | None = None
+    """Their ids, where the server tells them."""
+    token_bytes: list[list[bytes]] | None = None
+    """Else what they write."""
+    written_bytes: list[bytes] | None = None
+    """What the written tokens write, where it is told."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server wrote, whatever its kind."""
+
+    text: str
+    """Whole answer, reasoning between think tags included, end of turn not."""
+    finish_reason: str
+    """`stop`, `length`, or `error` for anything else that ended it (`abort`, a refused content, a tool that was called)."""
+    usage: Usage
+    prompt_ids: list[int] | None = None
+    """As the server read them; null where it doesn't tell."""
+    completion_ids: list[int] | None = None
+    """As it drew them, with the token that ended it; null where it doesn't tell."""
+    alternatives: Alternatives | None = None
+    model: str | None = None
+    """Name of the model that answered, by the server."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What differs from what was asked for, by name: shown once, and recorded."""
