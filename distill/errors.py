@@ -43,6 +43,10 @@ class ModelError(DistillError, RuntimeError):
     """A model, tokenizer or chat template can't be used for what the recipe asks of it."""
 
 
+class ServerError(DistillError, RuntimeError):
+    """A server can't be started or reached, or refuses what no single row could make right."""
+
+
 class LicenceError(DistillError, PermissionError):
     """The terms of a model or data set do not allow what the recipe asks for."""
 

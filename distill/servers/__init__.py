@@ -5,7 +5,9 @@ answers     one reader of answers for all of them                               
 client      many requests at once, tried again, spread, bounded                    (knows no models)
 writing     an engine: completions of a model behind a server
 reading     a scorer: what a teacher behind a server thinks of rows
-process     a server that a stage starts and ends
+process     a server's process: started, healthy, ended with its children
+commands    the command line that starts a server of each kind
+serving     the addresses of a role's model: given, found, or started for it
 opening     whoever writes or reads for a role of the recipe, here or behind a server
 """
 
