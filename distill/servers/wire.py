@@ -1,0 +1,121 @@
+"""What every protocol has in common: how a request is put together, and what an answer is compared with."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from distill.recipe.base import Sampling
+from distill.recipe.servers import Server
+from distill.run.schema import Message
+from distill.servers import Answer, Call
+from distill.servers.facts import FACTS, Facts
+
+Prompt = list[int] | list[Message]
+"""Token ids for kinds that take them, messages for the others."""
+
+
+class Protocol(ABC):
+    """How one kind of server is spoken to. Make it with `protocol_of`."""
+
+    def __init__(self, server: Server, model: str) -> None:
+        self.server = server
+        self.model = model
+        self.facts: Facts = FACTS[server.kind]
+
+    @abstractmethod
+    def writing(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        seed: int,
+        *,
+        stop_ids: Sequence[int] = (),
+        logprobs: int | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Call:
+        """A request for one completion.
+
+        Args:
+            prompt: Token ids where `facts.takes_ids`, else messages.
+            sampling: All of its fields are sent, as far as the kind has them.
+            seed: Of 64 bits; reduced to what the kind takes.
+            stop_ids: Tokens that end an answer, where `facts.stops_at_ids`.
+            logprobs: Alternatives wanted beside each written token; null asks for none.
+            kwargs: The model's `chat_template_kwargs`, for kinds that render messages.
+        """
+
+    @abstractmethod
+    def answer(self, body: Any, call: Call) -> Answer:
+        """What came back, as an answer; what differs from what was asked is in its `notes`.
+
+        Args:
+            body: Parsed JSON, or the list of parsed events of a stream.
+            call: What was asked.
+
+        Raises:
+            BrokenAnswerError: it is no whole answer.
+        """
+
+    def reading(self, ids: list[int], k: int, first: int) -> Call:
+        """A request for the log-probabilities of a prompt's own tokens.
+
+        Args:
+            ids: The prompt.
+            k: Alternatives at each position.
+            first: Place of the first token whose log-probability is wanted, at least 1; a kind may send more.
+        """
+        raise NotImplementedError(f"kind {self.server.kind} gives no log-probabilities of a prompt")
+
+    def models(self) -> Call:
+        """A request for the models that the server has."""
+        return Call("/v1/models")
+
+    def model_names(self, body: Any) -> list[str]:
+        """Their names, from the answer to `models`."""
+        return [str(entry["id"]) for entry in _entries(body) if "id" in entry]
+
+    def context(self) -> Call:
+        """A request whose answer tells the context, for `context_of`."""
+        return self.models()
+
+    def context_of(self, body: Any, model: str) -> int | None:
+        """Tokens of prompt and answer together, from the answer to `context`; null where the server does not tell."""
+        entries = [entry for entry in _entries(body) if entry.get("id") == model]
+        for entry in entries or (_entries(body) if len(_entries(body)) == 1 else []):
+            for name in ("max_model_len", "context_length", "context_window"):
+                if isinstance(entry.get(name), int):
+                    return int(entry[name])
+        return None
+
+    def _seeded(self, body: dict[str, Any], name: str, seed: int) -> dict[str, Any]:
+        return body | ({name: self.facts.seed(seed)} if self.facts.has_seeds else {})
+
+    def _with_further(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The request with the fields of `server.body`, which a recipe sets over the kit's neutral ones."""
+        return merged(body, self.server.body)
+
+
+def merged(ours: dict[str, Any], further: Mapping[str, Any]) -> dict[str, Any]:
+    """A request with further fields, sections inside each other included."""
+    result = dict(ours)
+    for name, value in further.items():
+        there = result.get(name)
+        result[name] = merged(there, value) if isinstance(there, dict) and isinstance(value, Mapping) else value
+    return result
+
+
+def ids_of(prompt: Prompt) -> list[int]:
+    """A prompt of token ids, as such."""
+    return [index for index in prompt if isinstance(index, int)]
+
+
+def messages_of(prompt: Prompt) -> list[Message]:
+    """A prompt of messages, as such."""
+    return [message for message in prompt if not isinstance(message, int)]
+
+
+def _entries(body: Any) -> list[dict[str, Any]]:
+    found = body.get("data", body.get("models", [])) if isinstance(body, dict) else body
+    return [entry for entry in found or [] if isinstance(entry, dict)]
