@@ -9,6 +9,7 @@ from typing import Any
 from distill.errors import visible
 from distill.run.schema import THINK_CLOSE, THINK_OPEN
 from distill.servers import Usage
+from distill.servers.faults import fault_of, words_of
 
 _STOP = frozenset({"stop", "eos", "eos_token", "end_turn", "stop_sequence", "stop_token", "word"})
 _LENGTH = frozenset({"length", "limit", "max_tokens", "max_output_tokens", "max_completion_tokens", "model_length"})
@@ -166,7 +167,10 @@ def refused(body: Mapping[str, Any]) -> None:
     """
     error = body.get("error")
     if error:
-        raise BrokenAnswerError("broken_answer", str(error.get("message", error) if isinstance(error, Mapping) else error))
+        code = error.get("code") if isinstance(error, Mapping) else None
+        fault = fault_of(code, error) if isinstance(code, int) and code >= 400 else None
+        final = fault is not None and fault.verdict != "retry"
+        raise BrokenAnswerError(fault.reason if fault else "broken_answer", words_of(error), final=final)
 
 
 def compared(name: str | None, asked: str) -> dict[str, Any]:
