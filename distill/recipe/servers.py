@@ -104,7 +104,8 @@ class Server(Section):
     def urls(self) -> list[str]:
         """The addresses, without a trailing slash; empty where the stage has to find or start one."""
         given = [self.url] if isinstance(self.url, str) else self.url or ([HOSTED_URLS[self.kind]] if self.kind in HOSTED_URLS else [])
-        return [url.rstrip("/") for url in given]
+        # Kinds that are not hosts are asked at several paths, of which clients of OpenAI's protocol take one into the address.
+        return [url.rstrip("/") if self.is_hosted else url.rstrip("/").removesuffix("/v1") for url in given]
 
     @property
     def is_hosted(self) -> bool:

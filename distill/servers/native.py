@@ -54,6 +54,8 @@ class VLLM(Protocol):
         """A completion with its ids; see `Protocol`."""
         told, asked = object_of(folded(body) if isinstance(body, list) else body), call.body or {}
         choice = first_choice(told)
+        if not isinstance(choice.get("text"), str):
+            raise BrokenAnswerError("no_text", f"the choice has no text; it has {sorted(map(str, choice))}")
         ids, prompt_ids = drawn(choice.get("token_ids")), drawn(choice.get("prompt_token_ids"))
         usage, notes = counted(usage_of(told), prompt_ids, ids)
         stopped = bool(ids) and ids is not None and ids[-1] in asked.get("stop_token_ids", ())
@@ -63,7 +65,7 @@ class VLLM(Protocol):
         if ids is None:
             notes["ids"] = "asked for, and none came"
         return Answer(
-            text=str(choice.get("text") or ""),
+            text=choice["text"],
             finish_reason=finish,
             usage=usage,
             prompt_ids=prompt_ids,
