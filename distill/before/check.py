@@ -20,6 +20,7 @@ from distill.before import machine, quick, record
 from distill.before.brought import SAMPLE
 from distill.before.findings import Findings
 from distill.before.packages import check_packages
+from distill.before.servers import check_servers
 from distill.before.tokens import check_pair, check_rows, load_chats, made_up
 from distill.errors import DataError, RecipeError
 from distill.recipe.experiment import Recipe
@@ -101,6 +102,7 @@ def _examine(recipe: Recipe, steps: Sequence[Step], found: Findings, *, here: bo
     arguments_hold = found.prove("trainer arguments", lambda: _trainer_arguments(possible, processes))
     chats = load_chats(recipe, found)
     check_pair(recipe, chats, survey, found)
+    check_servers(recipe, chats, survey, found, here=here)
     if "student" not in chats or survey is None:
         return whole
     rows, number = check_rows(recipe, chats, survey, found)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from distill.before.findings import Findings
+from distill.before.servers import is_loaded, served
 from distill.recipe.experiment import Recipe
 from distill.recipe.models import ModelSpec
 from distill.stages import Step
@@ -95,13 +96,17 @@ def check_memory(recipe: Recipe, steps: Sequence[Step], found: Findings, *, here
     from distill.models.loading import pick_device
 
     device = pick_device()
-    sizes = {role: parameters(spec) for role, spec in _specs(recipe).items()}
+    sizes = {role: parameters(spec) for role, spec in _specs(recipe).items() if is_loaded(recipe, role)}
     if None in sizes.values():
         unknown = " and ".join(role for role, size in sizes.items() if size is None)
         found.unknown("memory", f"the config of the {unknown} can't be reached from here")
         return
     known = {role: size for role, size in sizes.items() if size is not None}
-    wanted = _wanted_gib(recipe, known, {step.stage for step in steps}, device, processes)
+    stages = {step.stage for step in steps}
+    wanted = _wanted_gib(recipe, known, stages, device, processes) | _started_gib(recipe, device)
+    if not wanted:
+        found.good("memory", "no weights come into that of this machine")
+        return
     room_gib = _memory_gib(device)
     detail = "; ".join(f"{what}: {gib:,.1f} GiB" for what, gib in wanted.items())
     over = [what for what, gib in wanted.items() if gib > room_gib]
@@ -137,6 +142,19 @@ def _wanted_gib(recipe: Recipe, sizes: dict[str, int], stages: set[str], device:
         beside = recipe.train.is_live and "teacher" in sizes and not (recipe.train.on_policy and recipe.train.on_policy.teacher_server)
         wanted["training" + (" with the teacher beside it" if beside else "")] = trained + (at_rest("teacher") if beside else 0)
     return {what: size / _GIB for what, size in wanted.items()}
+
+
+def _started_gib(recipe: Recipe, device: torch.device) -> dict[str, float]:
+    """What a device must have for weights to fit into the share of it that a server gets; of one whose arguments decide that, nothing."""
+    wanted = {}
+    for role, (spec, server) in served(recipe).items():
+        takes_share = server.is_started and server.kind in ("vllm", "sglang")
+        if not takes_share or any(word in argument for argument in server.args for word in ("parallel", "tp", "quantization", "offload")):
+            continue
+        if (weights := parameters(spec)) is not None:
+            share = f"{server.memory_share:.0%}"
+            wanted[f"{role}'s server, which gets {share}"] = weights * _bytes_each(spec, device) / server.memory_share / _GIB
+    return wanted
 
 
 def _bytes_each(spec: ModelSpec, device: torch.device) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from distill.before.findings import Findings
+from distill.before.servers import is_loaded
 from distill.errors import RecipeError
 from distill.recipe.experiment import Recipe
 
@@ -65,10 +66,12 @@ def needs(recipe: Recipe) -> list[Need]:
     """
     found: list[Need] = []
     for role, spec in (("student", recipe.student), ("teacher", recipe.teacher)):
-        if spec is not None and spec.quantization == "nf4":
+        if spec is None or not is_loaded(recipe, role):
+            continue
+        if spec.quantization == "nf4":
             found.append(Need(f"{role}.quantization nf4", "bitsandbytes", _QLORA))
         # Without flash-attn transformers takes the same kernels from the package `kernels`.
-        if spec is not None and spec.attn_implementation == "flash_attention_2" and importlib.util.find_spec("kernels") is None:
+        if spec.attn_implementation == "flash_attention_2" and importlib.util.find_spec("kernels") is None:
             found.append(Need(f"{role}.attn_implementation flash_attention_2", "flash_attn", "flash-attn --no-build-isolation"))
     found += _of_arguments("train.trainer_args", recipe.train.trainer_args)
     if recipe.rollouts is not None:

@@ -14,6 +14,7 @@ from itertools import islice
 from distill.before.findings import Findings
 from distill.before.outlook import outlook
 from distill.before.packages import check_packages
+from distill.before.servers import check_without_asking
 from distill.data.completions import brought, columns_of
 from distill.data.files import Placed
 from distill.data.licences import check_terms
@@ -51,10 +52,11 @@ def claims(recipe: Recipe, found: Findings) -> None:
 
 
 def common(recipe: Recipe, found: Findings) -> None:
-    """What the whole check claims too: the recipe, its run folder, the terms."""
+    """What the whole check claims too: the recipe, its run folder, the terms, servers before they are asked."""
     found.good("recipe", f"{recipe.name}, run folder {run_dir(recipe)}")
     _check_folder(recipe, found)
     found.prove("terms of the traces", lambda: _terms(recipe))
+    check_without_asking(recipe, found)
 
 
 def _check_folder(recipe: Recipe, found: Findings) -> None:

@@ -1,7 +1,8 @@
 """Which recipes were proved, in which environment: a run whose recipe was proved already does not prove it again.
 
 A file in `distill-kit/proved` in `$XDG_CACHE_HOME` or else `~/.cache`, named by a digest of all that the proof depends on: the recipe,
-size and time of the local files that it names, the installed packages, the kit itself and the device. Deleted without harm.
+size and time of the local files that it names, the installed packages, the kit itself and the device. What a server answered is no part of
+it: stages compare what they asked for with what comes. Deleted without harm.
 """
 
 from __future__ import annotations

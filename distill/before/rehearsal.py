@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, 
 from distill.before.findings import Findings
 from distill.before.machine import model_config
 from distill.before.packages import reporters
+from distill.before.servers import is_loaded
 from distill.errors import DistillError, RecipeError
 from distill.models.adapters import lora_config
 from distill.models.loading import free_memory, load_tokenizer, pick_device
@@ -75,6 +76,10 @@ def rehearse(recipe: Recipe, rows: list[Row], found: Findings) -> None:
     if server is not None:
         found.unknown("rehearsal", f"the teacher is behind {server}")
         return
+    if recipe.teacher is not None and "teacher" in specs and not is_loaded(recipe, "teacher"):
+        recipe = _without_server(recipe)  # which is asked by itself
+        assert recipe.teacher is not None
+        specs["teacher"] = recipe.teacher
     configs = {role: model_config(spec) for role, spec in specs.items()}
     if missing := [specs[role].model for role, config in configs.items() if config is None]:
         found.unknown("rehearsal", f"the config of {' and '.join(missing)} can't be reached from here")
@@ -94,6 +99,16 @@ def rehearse(recipe: Recipe, rows: list[Row], found: Findings) -> None:
         for step in _steps(small):
             if not found.prove(f"rehearsal of {step}", _silent(lambda step=step: _play(step, small), names)):  # type: ignore[misc]
                 return
+
+
+def _without_server(recipe: Recipe) -> Recipe:
+    """The recipe with a teacher in this process, for which the student's miniature stands where its own config is a host's."""
+    teacher = recipe.teacher
+    assert teacher is not None and teacher.server is not None
+    if teacher.server.is_hosted or model_config(teacher) is None:
+        keys = ("model", "revision", "tokenizer", "chat_template", "chat_template_kwargs", "pad_token", "trust_remote_code")
+        teacher = teacher.model_copy(update={key: getattr(recipe.student, key) for key in keys})
+    return recipe.model_copy(update={"teacher": teacher.model_copy(update={"server": None})})
 
 
 def _needs_teacher(recipe: Recipe) -> bool:
@@ -164,13 +179,15 @@ def _small(recipe: Recipe, place: Path, targets: list[str] | None) -> Recipe:
     changed = recipe.model_dump(mode="json") | {"run_dir": str(place / "run"), "evaluate": None, "export": None}
     for role in ("student", "teacher"):
         if changed[role] is not None:
-            changed[role] |= {"model": str(place / role), "revision": None}
+            changed[role] |= {"model": str(place / role), "revision": None, "server": None}
     if targets is not None:
         changed["student"]["adapter"]["target_modules"] = targets
     for section in ("generate", "rollouts"):
         if changed[section] is not None:
             longest = min(changed[section]["max_new_tokens"], _TOKENS)
             changed[section] |= {"max_new_tokens": longest, "samples_per_prompt": 1, "batch_size": _BATCH}
+    if changed["generate"] is not None:
+        changed["generate"]["logprobs"] = None  # which no model in this process keeps
     if recipe.rollouts is not None:
         changed["rollouts"] |= {"first_max_new_tokens": None, "prompts_per_round": None}
         changed["rollouts"] |= dict.fromkeys(("stop_truncation_rate", "stop_mean_tokens", "stop_kl"))
@@ -178,7 +195,7 @@ def _small(recipe: Recipe, place: Path, targets: list[str] | None) -> Recipe:
         changed["rollouts"]["trainer_args"] = {name: given[name] for name in recipe.rollouts.trainer_args if name in given}
     if recipe.score is not None:
         # Random weights carry no mass to anywhere in particular.
-        changed["score"] |= {"batch_size": _BATCH, "min_carried_mass": 0.0}
+        changed["score"] |= {"batch_size": _BATCH, "min_carried_mass": 0.0, "source": "process"}
     train = changed["train"]
     if train["on_policy"] is not None:
         train["on_policy"] |= {"max_new_tokens": min(train["on_policy"]["max_new_tokens"], _TOKENS), "stop_truncation_rate": None}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import unicodedata
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from rich.text import Text
 
 from distill.before.brought import check_traces
 from distill.before.findings import Findings
+from distill.before.servers import is_loaded
 from distill.errors import visible
 from distill.recipe.experiment import Recipe
 from distill.recipe.models import ModelSpec
@@ -42,9 +45,24 @@ def load_chats(recipe: Recipe, found: Findings) -> dict[str, ChatFormat]:
         return f"{len(chat.tokenizer):,} entries, a turn ends with {name(chat.end_of_turn_id)!r}, padding {name(chat.pad_id)!r}"
 
     for role, spec in (("student", recipe.student), ("teacher", recipe.teacher)):
-        if spec is not None and found.prove(f"{role}'s tokenizer and template", lambda r=role, s=spec: load(r, s)):  # type: ignore[misc]
+        if spec is None:
+            continue
+        claim = f"{role}'s tokenizer and template"
+        if spec.server is not None and spec.server.is_hosted and not is_loaded(recipe, role):
+            _load_of_host(claim, spec, chats, lambda r=role, s=spec: load(r, s), found)  # type: ignore[misc]
+        elif found.prove(claim, lambda r=role, s=spec: load(r, s)):  # type: ignore[misc]
             _check_rows_of_head(role, spec, chats[role], found)
     return chats
+
+
+def _load_of_host(claim: str, spec: ModelSpec, chats: dict[str, ChatFormat], load: Callable[[], str], found: Findings) -> None:
+    """The host has tokenizer and template of its own, so the model may have none that can be loaded here."""
+    silent = Findings(Console(file=io.StringIO()))
+    if silent.prove(claim, load):
+        found.good(claim, "the host has its own; those of the model are here to compare with")
+    else:
+        chats.pop("teacher", None)
+        found.unknown(claim, f"the host has its own, and those of {spec.model} can't be loaded from here")
 
 
 def check_pair(recipe: Recipe, chats: dict[str, ChatFormat], survey: Survey | None, found: Findings) -> None:
@@ -70,7 +88,7 @@ def check_rows(recipe: Recipe, chats: dict[str, ChatFormat], survey: Survey, fou
     example = rows[0] if rows else made_up(survey.sample[0], recipe, student)
     if found.prove("supervised tokens", lambda: _supervision(student, example)):
         _print_example(student, example, found.console)
-    if recipe.score is not None and rows and "teacher" in chats:
+    if recipe.score is not None and recipe.score.source != "generation" and rows and "teacher" in chats:
         found.prove("targets", lambda: _targets(recipe, chats, rows))
     _check_lengths(recipe, student, rows, survey, of_all, found)
     return rows, of_all
