@@ -11,7 +11,6 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,45 +18,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from distill.engines.earlier import EarlierTraces
+from distill.engines.written import Alternatives, Completion, Failure, Request
 from distill.recipe.base import Sampling
 from distill.run.journal import Journal
 from distill.run.log import Progress, progress, say
-from distill.run.schema import TRACE, Message
+from distill.run.schema import TRACE
 from distill.run.tables import ROWS_PER_SHARD, TableWriter
+
+__all__ = ["Alternatives", "Completion", "Engine", "Failure", "Request", "TraceTable", "request_seed", "requests_for", "write_traces"]
 
 _TOKENS_PER_WINDOW = 2**24  # at most, of completions: about 150 MB
 _LEAST_ROWS = 512  # of a window, however long they may be
 
 
-@dataclass(frozen=True)
-class Request:
-    """One completion to be written."""
-
-    prompt_id: str
-    sample_index: int
-    messages: list[Message]
-    reference: str | None
-    seed: int
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What an engine wrote."""
-
-    text: str
-    """Whole answer, reasoning included, end of turn not."""
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    """With the token that ended it, if one did."""
-    finish_reason: str
-    """`stop` or `length`."""
-
-
 class Engine(Protocol):
     """Something that writes completions."""
 
-    def write(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Completion]]]:
-        """Completions as they end, in any order, each with its place among the requests.
+    def write(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Completion | Failure]]]:
+        """Completions as they end, in any order, each with its place among the requests; or why one failed for good.
 
         A request's random numbers depend on its seed alone, its tokens also on rounding.
         """
@@ -189,7 +167,7 @@ def _written(
     todo = [request for index, request in enumerate(requests) if index not in done]
     tokens, start_s = 0, time.perf_counter()
     for ended in engine.write(todo):
-        rows = [_row(todo[number], completion, author) for number, completion in ended]
+        rows = [_row(todo[number], written, author) for number, written in ended if isinstance(written, Completion)]
         journal.append(rows)
         keep(rows)
         bar.update(len(rows))

@@ -34,8 +34,8 @@ TRACE = pa.schema(
         ("messages", _MESSAGES),
         ("reference", pa.string()),
         ("completion", pa.string()),  # as text, reasoning included, end of turn not
-        ("prompt_ids", pa.list_(pa.int32())),  # in the author's vocabulary; null for brought traces
-        ("completion_ids", pa.list_(pa.int32())),  # end of turn included if it was written
+        ("prompt_ids", pa.list_(pa.int32())),  # in the author's vocabulary; null for brought traces, and where a server tells none
+        ("completion_ids", pa.list_(pa.int32())),  # the same; end of turn included if it was written
         ("finish_reason", pa.string()),  # stop, length or error; null for brought traces
         ("seed", pa.uint64()),  # null for brought traces
     ]
@@ -43,6 +43,19 @@ TRACE = pa.schema(
 
 # A dropped row is a trace and the reason it went.
 DROPPED_TRACE = TRACE.append(pa.field("reason", pa.string()))
+
+# What else its author might have written, a row a trace in the order of the table `traces`; lists have an entry a token written.
+ALTERNATIVES = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample_index", pa.int32()),
+        ("token_logprobs", pa.list_(pa.float32())),  # of the written token, in nats; null where the server told nothing of this trace
+        ("logprobs", pa.list_(pa.list_(pa.float32()))),  # of the most probable ones
+        ("token_ids", pa.list_(pa.list_(pa.int32()))),  # which these are, in the author's vocabulary; null where it was not told
+        ("token_bytes", pa.list_(pa.list_(pa.binary()))),  # else what they write
+        ("written_bytes", pa.list_(pa.binary())),  # what the written tokens write; null where it was not told
+    ]
+)
 
 DROPPED_PROMPT = PROMPT.append(pa.field("reason", pa.string()))
 

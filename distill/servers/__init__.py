@@ -16,6 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from distill.engines.written import Alternatives, Failure
+
+__all__ = ["Alternatives", "Answer", "Call", "Failure", "Usage"]
+
 
 @dataclass(frozen=True)
 class Call:
@@ -49,32 +53,6 @@ class Usage:
     def __add__(self, other: Usage) -> Usage:
         names = self.__dataclass_fields__
         return Usage(**{name: getattr(self, name) + getattr(other, name) for name in names})
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a request failed for good: it could not be answered, however often it was sent."""
-
-    reason: str
-    """In one word, for counting: `content_filter`, `too_long`, `timeout`, `broken_answer`, `http_400`, ..."""
-    detail: str = ""
-    """The server's own words, cut."""
-
-
-@dataclass(frozen=True)
-class Alternatives:
-    """The most probable tokens beside each one that was written; lists of one length, an entry a written token."""
-
-    token_logprobs: list[float]
-    """Of the written token, in nats."""
-    logprobs: list[list[float]]
-    """Of the alternatives, the written one among them only if it is one of the best; in nats."""
-    token_ids: list[list[int]] | None = None
-    """Their ids, where the server tells them."""
-    token_bytes: list[list[bytes]] | None = None
-    """Else what they write."""
-    written_bytes: list[bytes] | None = None
-    """What the written tokens write, where it is told."""
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,8 @@ def _answers(model: Any, chat: ChatFormat, prompts: list[list[dict[str, str]]]) 
     answers = []
     with progress(len(rows), "prompts", "compare") as bar:
         for completion in engine.complete(requests_for(rows, 1, 0)):
-            ids, start = completion.prompt_ids + completion.completion_ids, len(completion.prompt_ids)
+            prompt_ids, written = completion.prompt_ids or [], completion.completion_ids or []
+            ids, start = prompt_ids + written, len(prompt_ids)
             answers.append((ids, start, _log_probs(model, ids, start)))
             bar.update()
     return answers
