@@ -214,6 +214,18 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
+def serve(
+    context: typer.Context,
+    recipe: RecipePath,
+    role: Annotated[str, typer.Option("--role", metavar="ROLE", help="teacher, student (the last one trained) or base.")] = "teacher",
+) -> None:
+    """Start the server of a model by hand, as its stages would, until Ctrl-C; stages of the run find it and use it meanwhile."""
+    from distill.pipeline import serve as serve_role
+
+    serve_role(_load(recipe, context), role)
+
+
 @app.command()
 def verify(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, e.g. runs/quickstart.")]) -> None:
     """Compare every file of a run with the digest it was written with, and list what is missing, altered, extra or outdated."""

@@ -6,18 +6,19 @@ import importlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from distill.errors import RecipeError, visible
 from distill.models.processes import Processes
 from distill.recipe.experiment import Recipe
+from distill.recipe.results import ModelRole
 from distill.run.clock import is_main_process
 from distill.run.folder import delete_stage, refuse_to_delete
 from distill.run.log import ledger, nothing_to_do, say
 from distill.run.manifest import MANIFEST, Manifest, check_files, read_manifest
 from distill.run.owned import EARLIER
 from distill.run.verify import Layout, refuse_damaged_inputs, verify
-from distill.stages import CACHE, MARKS, RECIPE, ROUND_STAGES, WRITES, Step, folder, run_dir, steps_of
+from distill.stages import CACHE, MARKS, RECIPE, ROUND_STAGES, SERVERS, WRITES, Step, folder, run_dir, steps_of, student_folder
 
 _UNITS = {
     "prompts": "prompts",
@@ -128,6 +129,21 @@ def _run(steps: Sequence[Step], recipe: Recipe) -> None:
                 say("the learning rate has not come to the end of its schedule; see rollouts.schedule_over")
 
 
+def serve(recipe: Recipe, role: str) -> None:
+    """Starts the server of a role by hand, and ends it when it is interrupted.
+
+    Raises:
+        RecipeError: there is no such role.
+        MissingStageError: no student was trained yet.
+    """
+    if role not in get_args(ModelRole):
+        raise RecipeError(f"--role: got {role!r}. Give one of {', '.join(get_args(ModelRole))}.")
+    trained = student_folder(recipe) if role == "student" else None
+    if trained is not None:
+        check_files(trained)
+    importlib.import_module("distill.servers.hand").serve(recipe, role, run_dir(recipe), trained)
+
+
 def verify_run(run: Path) -> bool:
     """Says what of a run is missing, altered, extra or outdated; true if nothing is but the last.
 
@@ -137,7 +153,7 @@ def verify_run(run: Path) -> bool:
     Raises:
         MissingStageError: it holds no stage.
     """
-    found = verify(run, Layout(RECIPE, CACHE, "failed-*.log", MARKS, WRITES))
+    found = verify(run, Layout(RECIPE, CACHE, ("failed-*.log", f"{SERVERS}/*"), MARKS, WRITES))
     for kind, path, why in found.faults:
         say(f"{kind:<8}  {visible(str(path))}" + (f"  ({why})" if why else ""), result=True)
     under_way = f"; {found.unknown:,} of stages under way have no digest yet" if found.unknown else ""

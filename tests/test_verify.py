@@ -26,7 +26,7 @@ from distill.run.verify import Layout, refuse_damaged_inputs, verify
 
 NUMBERS = pa.schema([("number", pa.int64())])
 WRITES = ("numbers-*.parquet", "log.jsonl", "model.bin")
-LAYOUT = Layout("recipe.yaml", "cache", "failed-*.log", ("rows-*.json",), {"numbers": WRITES})
+LAYOUT = Layout("recipe.yaml", "cache", ("failed-*.log",), ("rows-*.json",), {"numbers": WRITES})
 
 
 def rows(count: int) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ from distill.errors import StageConflictError
 from distill.run.files import digest_file, read_json, write_json
 from distill.run.journal import Journal
 from distill.run.manifest import CLOCK, JOURNAL, LOCK, MANIFEST, PLAN, SCHEMA_VERSION, SHARDS, Manifest, read_manifest
-from distill.run.owned import EARLIER, is_of_system, listed, names_in, remove, strangers
+from distill.run.owned import EARLIER, is_of_server, is_of_system, listed, names_in, remove, strangers
 from distill.run.plan import HOLDS, NO_GROWTH, Growth, StagePlan, binding, in_the_way, input_digests, relation
 from distill.run.tables import TableWriter, whole_shards
 
@@ -172,7 +172,9 @@ class StageFolder:
         asked = relation(self._plan._replace(path=earlier), files=False).kind == "complete"  # a kill may have moved some already
         # The lock of a part counts, on which another process may be working.
         own = {PLAN, CLOCK, EARLIER, LOCK, *self._strangers()}
-        others = [file for file in self.path.iterdir() if file.name not in own and not is_of_system(file.name)]
+        others = [
+            file for file in self.path.iterdir() if file.name not in own and not is_of_system(file.name) and not is_of_server(file.name)
+        ]
         if not asked or (others and not plan.get("goes_back")):
             return
         # The plan says so first, so that a restart goes on with it; the manifest comes last.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distill.errors import IntegrityError, MissingStageError, StageConflictError, visible
 from distill.run.files import write_text
-from distill.run.manifest import CLOCK, JOURNAL, LOCK, MANIFEST, PLAN, SHARDS, read_manifest
+from distill.run.manifest import CLOCK, JOURNAL, LOCK, MANIFEST, MERGED, PLAN, SHARDS, read_manifest
 
 EARLIER = "earlier"
 _BOOKKEEPING = frozenset({PLAN, CLOCK, JOURNAL, SHARDS, MANIFEST})
@@ -21,12 +21,19 @@ _UNMARKED = ("rows-*.arrow*", "rows-*.parquet*", "rows-*.json*", "cache-*.arrow*
 _TEMPORARY = ".tmp"
 _OF_THE_SYSTEM = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})  # what looking into a folder leaves there; and:
 _NETWORK = (".nfs", "._")  # a deleted file that is still open; what macOS puts beside a file
+_OF_SERVERS = ("server-*.log", "server-*.json", MERGED, f"{MERGED}/*")  # that stages started: logs, which process, merged weights
 _SHOWN, _LONGEST = 5, 100  # names, and characters of one
 
 
 def is_bookkeeping(name: str) -> bool:
     """Whether a file ties its folder to no settings and no result: a stage that has nothing else has made nothing yet."""
-    return name.removesuffix(_TEMPORARY) in (PLAN, CLOCK) or name.startswith(LOCK) or is_of_system(name)
+    return name.removesuffix(_TEMPORARY) in (PLAN, CLOCK) or name.startswith(LOCK) or is_of_system(name) or is_of_server(name)
+
+
+def is_of_server(name: str) -> bool:
+    """Whether a file, by its path in a stage's folder, is of a server that the stage started: no result, named by no manifest."""
+    plain = name.removesuffix(_TEMPORARY)
+    return any(fnmatchcase(plain, pattern) for pattern in _OF_SERVERS)
 
 
 def is_of_system(name: str) -> bool:
@@ -56,7 +63,12 @@ def strangers(folder: Path, writes: Sequence[str], *, inside: bool = False) -> l
     found = [f"{EARLIER}/{name}" for name in strangers(folder / EARLIER, writes, inside=True)] if (folder / EARLIER).is_dir() else []
     for name in names_in(folder):
         plain = name.removesuffix(_TEMPORARY)
-        if name.startswith((LOCK, f"{EARLIER}/", f"{EARLIER}{_TEMPORARY}/")) or plain in _BOOKKEEPING or is_of_system(name):
+        if (
+            name.startswith((LOCK, f"{EARLIER}/", f"{EARLIER}{_TEMPORARY}/"))
+            or plain in _BOOKKEEPING
+            or is_of_system(name)
+            or is_of_server(name)
+        ):
             continue
         if plain not in named if named is not None else not any(fnmatchcase(plain, pattern) for pattern in writes):
             found.append(name)

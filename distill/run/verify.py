@@ -45,8 +45,8 @@ class Layout(NamedTuple):
     """Name of the recipe that is kept in it."""
     cache: str
     """Name of the folder that can be made anew."""
-    notes: str
-    """Pattern of what commands leave in it for people."""
+    notes: Sequence[str]
+    """Patterns of what commands leave in it for people, or for each other."""
     marks: Sequence[str]
     """Patterns of files, in the cache and of stages under way, that hold the digests of others beside them."""
     writes: Mapping[str, Sequence[str]]
@@ -144,7 +144,7 @@ def _extra(run: Path, stages: Sequence[Path], layout: Layout) -> Iterator[Fault]
             or name.startswith(f"{layout.cache}/")
             or name.startswith(LOCK)
             or is_of_system(name)
-            or fnmatchcase(name, layout.notes)
+            or any(fnmatchcase(name, pattern) for pattern in layout.notes)
         )
         if ours or known.intersection(path.parents):
             continue

@@ -60,6 +60,9 @@ SCRATCH = {"train": "checkpoints"}
 CACHE = "cache"
 """In a run's folder, what can be made anew from its stages."""
 
+SERVERS = "servers"
+"""In a run's folder, where `distill serve` leaves the addresses of its servers, with their logs."""
+
 MARKS = ("rows-*.json", "checkpoints/*/whole")
 """Files with the digests of others beside them, in the cache and in a folder under way."""
 
