@@ -111,6 +111,8 @@ def test_ids_come_back_whole_and_the_recipe_says_where_an_answer_ends() -> None:
     assert body["skip_special_tokens"] is False and body["spaces_between_special_tokens"] is False
     body = sent(spoken("llama_cpp"), logprobs=5)
     assert body["return_tokens"] is True and body["n_probs"] == 5 and body["repeat_penalty"] == 1.0
+    order = body["samplers"]
+    assert order.index("temperature") < order.index("top_k") < order.index("top_p") < order.index("min_p"), "as in this process"
 
 
 def test_log_probabilities_as_hosts_are_asked_for_them() -> None:

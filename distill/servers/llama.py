@@ -11,6 +11,8 @@ from distill.servers.alternatives import chat_entries, checked
 from distill.servers.answers import BrokenAnswerError, compared, counted, drawn, finish_of, object_of, refused, usage_of
 from distill.servers.wire import Prompt, Protocol, ids_of
 
+# Its own order draws the temperature last, so that top_p and min_p would look at other probabilities than everywhere else.
+_ORDER = ["penalties", "dry", "temperature", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc"]
 _NEUTRAL: dict[str, Any] = {
     "repeat_penalty": 1.0,
     "presence_penalty": 0.0,
@@ -45,6 +47,7 @@ class LlamaServer(Protocol):
             "top_p": sampling.top_p if sampling.temperature else 1.0,
             "top_k": sampling.top_k,
             "min_p": sampling.min_p,
+            "samplers": _ORDER,
             "n_probs": logprobs or 0,
             "return_tokens": True,
             "cache_prompt": True,

@@ -12,6 +12,7 @@ from distill.servers.answers import BrokenAnswerError, compared, counted, drawn,
 from distill.servers.streams import folded
 from distill.servers.wire import Prompt, Protocol, ids_of, merged
 
+_TOKENS_AT_ONCE = 16  # of a stream, which is there to show that a long answer is under way
 # What a server would take from the checkpoint or from its own defaults if nothing were sent.
 _NO_PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
@@ -45,6 +46,7 @@ class VLLM(Protocol):
             "return_token_ids": True,
             "stream": True,
             "stream_options": {"include_usage": True},
+            "stream_interval": _TOKENS_AT_ONCE,
         }
         if logprobs is not None:
             body |= {"logprobs": logprobs, "return_tokens_as_token_ids": True}

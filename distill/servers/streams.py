@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,56 +15,73 @@ _LISTS = ("reasoning_details", "tool_calls")
 def folded(events: Iterable[Any]) -> dict[str, Any]:
     """Events of a chat or completion stream as one body: texts joined, lists chained, of the rest what came last.
 
-    A stream is whole if it told why it ended, whether or not `[DONE]` follows: some servers send none.
+    A stream is whole if it told why it ended, whether or not `[DONE]` follows: some servers send none. One with an error in it
+    becomes a body with that error.
 
     Raises:
-        BrokenAnswerError: it holds an error, or stops before it says why it ended.
+        BrokenAnswerError: it stops before it says why it ended.
     """
     body: dict[str, Any] = {}
-    choices: dict[int, dict[str, Any]] = {}
+    choices: dict[int, _Choice] = {}
     for event in events:
         if not isinstance(event, Mapping):
             continue  # `[DONE]`, or a comment that keeps a connection open
         if event.get("error"):
-            return dict(event) | {"choices": list(choices.values())}
+            return {"error": event["error"]}
         for name in ("model", "usage"):
             if event.get(name):
                 body[name] = event[name]
         for piece in event.get("choices") or []:
             if isinstance(piece, Mapping):
-                _add(choices.setdefault(int(piece.get("index") or 0), {}), piece)
-    if not any(choice.get("finish_reason") for choice in choices.values()):
+                index = int(piece.get("index") or 0)
+                choices.setdefault(index, _Choice(index)).add(piece)
+    whole = [choices[index].whole() for index in sorted(choices)]
+    if not any(choice.get("finish_reason") for choice in whole):
         raise BrokenAnswerError("half_answer", "the stream stopped before it said why the answer ended")
-    return body | {"choices": [choices[index] | {"index": index} for index in sorted(choices)]}
+    return body | {"choices": whole}
 
 
-def _add(choice: dict[str, Any], piece: Mapping[str, Any]) -> None:
-    """Adds what an event says of a choice."""
-    for name, value in piece.items():
-        if name in ("delta", "message"):
-            if isinstance(value, Mapping):
-                _add_message(choice.setdefault("message", {}), value)
-        elif value is None or name == "index":
-            continue
-        elif name in ("text", "token_ids"):
-            choice[name] = choice[name] + value if name in choice else value
-        elif name == "logprobs":
-            _add_lists(choice.setdefault("logprobs", {}), value)
-        else:
-            choice[name] = value
+class _Choice:
+    """A choice that grows; its texts are joined once, because a long thought comes in tens of thousands of pieces."""
 
+    def __init__(self, index: int) -> None:
+        self._last: dict[str, Any] = {"index": index}
+        self._texts: defaultdict[str, list[str]] = defaultdict(list)
+        self._message: defaultdict[str, list[str]] | None = None
+        self._lists: defaultdict[tuple[str, str], list[Any]] = defaultdict(list)
 
-def _add_message(message: dict[str, Any], delta: Mapping[str, Any]) -> None:
-    for name in _TEXTS:
-        text = text_in(delta.get(name))
-        if text is not None:
-            message[name] = message.get(name, "") + text
-    for name in _LISTS:
-        if delta.get(name):
-            message[name] = [*message.get(name, []), *delta[name]]
+    def add(self, piece: Mapping[str, Any]) -> None:
+        """What an event says of the choice."""
+        for name, value in piece.items():
+            if name in ("delta", "message") and isinstance(value, Mapping):
+                self._add_message(value)
+            elif name == "text" and isinstance(value, str):
+                self._texts[name].append(value)
+            elif name == "token_ids" and isinstance(value, list):
+                self._lists["", name].extend(value)
+            elif name == "logprobs" and isinstance(value, Mapping):
+                for inner, entries in value.items():
+                    if isinstance(entries, list):
+                        self._lists[name, inner].extend(entries)
+            elif value is not None:
+                self._last[name] = value
 
+    def _add_message(self, delta: Mapping[str, Any]) -> None:
+        if self._message is None:
+            self._message = defaultdict(list)
+        for name in _TEXTS:
+            text = text_in(delta.get(name))
+            if text is not None:
+                self._message[name].append(text)
+        for name in _LISTS:
+            if delta.get(name):
+                self._lists["message", name].extend(delta[name])
 
-def _add_lists(there: dict[str, Any], more: Any) -> None:
-    for name, value in (more if isinstance(more, Mapping) else {}).items():
-        if isinstance(value, list):
-            there[name] = [*there.get(name, []), *value]
+    def whole(self) -> dict[str, Any]:
+        """The choice as a body that is no stream has it."""
+        result = self._last | {name: "".join(parts) for name, parts in self._texts.items()}
+        if self._message is not None:
+            result["message"] = {name: "".join(parts) for name, parts in self._message.items()}
+        for (place, name), entries in self._lists.items():
+            (result.setdefault(place, {}) if place else result)[name] = entries
+        return result
