@@ -9,7 +9,7 @@ import pytest
 from distill.recipe.base import Sampling
 from distill.recipe.servers import Server
 from distill.servers import Answer, Usage
-from distill.servers.answers import BrokenAnswerError, finish_of, reasoning_in, usage_of, whole_text
+from distill.servers.answers import BrokenAnswerError, compared, finish_of, reasoning_in, usage_of, whole_text
 from distill.servers.protocols import protocol_of
 from distill.servers.streams import folded
 
@@ -186,6 +186,16 @@ def test_usage_in_the_words_of_each() -> None:
 def test_another_model_is_noted_and_a_dated_name_is_not() -> None:
     assert "model" not in read("openai", chat({"content": "4"}) | {"model": "m-2026-01-01"}).notes
     assert "other" in read("openai", chat({"content": "4"}) | {"model": "other"}).notes["model"]
+    for name, asked, same in [
+        ("gpt-4o", "gpt-4", False),
+        ("gpt-4-0613", "gpt-4", True),
+        ("/models/qwen3-8b-Q4_K_M.gguf", "Qwen/Qwen3-8B", True),
+        ("deepseek/deepseek-r1:free", "deepseek/deepseek-r1", True),
+        ("Qwen3-8B", "Qwen3-8B-FP8", True),
+        ("qwen3-80b", "qwen3-8b", False),
+        ("/runs/teacher@main", "/runs/teacher", True),
+    ]:
+        assert (compared(name, asked) == {}) == same, (name, asked)
 
 
 def deltas(*pieces: dict, finish: str | None = "stop", **last: object) -> list:

@@ -62,7 +62,8 @@ class Answer:
     text: str
     """Whole answer, reasoning between think tags included, end of turn not."""
     finish_reason: str
-    """`stop`, `length`, or `error` for anything else that ended it (`abort`, a refused content, a tool that was called)."""
+    """`stop`, `length`, or `error` for anything else that ended it (a refused content, a tool that was called); what the server itself
+    ended is no answer."""
     usage: Usage
     prompt_ids: list[int] | None = None
     """As the server read them; null where it doesn't tell."""

@@ -16,6 +16,8 @@ _LENGTH = frozenset({"length", "limit", "max_tokens", "max_output_tokens", "max_
 _BROKEN = frozenset({"abort", "aborted", "cancelled", "error", "timeout", "load", "unload", "insufficient_system_resource"})
 """Ends that the server had, and the answer had not."""
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+_SAME_MODEL = re.compile(r"|(?:@|:|-\d{4}|\.gguf|-(?:fp\d|nf4|awq|gptq|int\d|q\d)).*")
+"""What may follow a model's name in another name of the same model."""
 _EDGES = re.compile(rf"\A\s*{THINK_OPEN}|{THINK_CLOSE}\s*\Z")
 
 
@@ -173,10 +175,17 @@ def refused(body: Mapping[str, Any]) -> None:
         raise BrokenAnswerError(fault.reason if fault else "broken_answer", words_of(error), final=final)
 
 
-def compared(name: str | None, asked: str) -> dict[str, Any]:
-    """A note where another model answered than was asked; dated or quantised names of the same model are none."""
-    same = name is None or name == asked or name.startswith(asked) or asked.startswith(name)
-    return {} if same else {"model": f"asked for {asked}, {name} answered"}
+def compared(name: Any, asked: str) -> dict[str, Any]:
+    """A note where another model answered than was asked; a dated, quantised or pinned name of the same model is none."""
+    if not isinstance(name, str) or not name:
+        return {}
+    short, long = sorted((_last_part(name), _last_part(asked)), key=len)
+    same = long.startswith(short) and _SAME_MODEL.fullmatch(long.removeprefix(short)) is not None
+    return {} if same else {"model": visible(f"asked for {asked}, {name} answered", 200)}
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1].lower()
 
 
 def object_of(body: Any) -> dict[str, Any]:

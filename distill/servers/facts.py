@@ -91,7 +91,10 @@ _ROWS = (
         prompt_logprobs=1000,
         tokens_as="ids",
         streams=False,
-        terms=("seeds are honoured only by a server started with --enable-deterministic-inference",),
+        terms=(
+            "seeds are honoured only by a server started with --enable-deterministic-inference",
+            "among the log-probabilities of a prompt the vocabulary's last id is told as 0",
+        ),
     ),
     Facts(
         "llama_cpp",
