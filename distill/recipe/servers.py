@@ -18,6 +18,8 @@ ServerKind = Literal[
 
 STARTABLE = frozenset({"vllm", "sglang", "llama_cpp", "transformers"})
 """Kinds that a stage can start itself."""
+BATCHES = frozenset({"openai", "together", "dashscope"})
+"""Kinds with batch endpoints of OpenAI's form; that of Fireworks is another."""
 HOSTED_URLS = {
     "deepseek": "https://api.deepseek.com",
     "openrouter": "https://openrouter.ai/api/v1",
@@ -172,8 +174,6 @@ class Server(Section):
             raise ValueError("give python or command, not both")
         if self.max_cost is not None and self.price is None:
             raise ValueError("max_cost needs price: without it nothing is known to cost")
-        if self.batch and self.kind not in ("openai", "together", "fireworks", "dashscope"):
-            raise ValueError(
-                f"batch: kind {self.kind} has no batch endpoint that the kit knows (openai, together, fireworks, dashscope have)"
-            )
+        if self.batch and self.kind not in BATCHES:
+            raise ValueError(f"batch: kind {self.kind} has no batch endpoint that the kit knows ({', '.join(sorted(BATCHES))} have)")
         return self

@@ -43,12 +43,12 @@ def _tables(*names: str) -> tuple[str, ...]:
 
 WRITES = {
     "prompts": _tables("train", "heldout", "dropped"),
-    "generate": _tables("traces", "dropped"),
+    "generate": (*_tables("traces", "dropped"), "batches*.json"),
     "curate": _tables("curated", "dropped", "verdicts"),
     "score": ("targets-*-of-*.targets", "targets-*-of-*.targets.part", "journal-*-of-*.jsonl"),
     "train": ("adapter/*", "model/*", "tokenizer/*", "checkpoints/*", "logs/*", "metrics.jsonl"),
-    "rollouts": _tables("traces"),
-    "evaluate": _tables("traces", "answers", "scores"),
+    "rollouts": (*_tables("traces"), "batches*.json"),
+    "evaluate": (*_tables("traces", "answers", "scores"), "batches*.json"),
     "report": ("report.html", "report.md", "summary.txt"),
     "export": ("model/*", "adapter/*", "README.md"),
 }
