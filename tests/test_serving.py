@@ -95,6 +95,12 @@ def until(found: Callable[[], Any], timeout_s: float = 30) -> Any:
     raise AssertionError("it never came")
 
 
+def ask(url: str, body: Any) -> Any:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
 def gone(processes: list[psutil.Process]) -> bool:
     return not [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
@@ -317,3 +323,121 @@ def test_a_process_that_got_the_number_of_a_server_is_left_alone(tmp_path: Path)
         end_leftover(record)
         assert stranger.poll() is None and not record.exists()
         stranger.kill()
+
+
+# By hand
+
+
+RECIPE = """
+name: served
+teacher:
+  model: embedded:teacher
+  dtype: float32
+student:
+  model: embedded:student
+  dtype: float32
+prompts: {source: embedded:arithmetic, max_prompts: 24, heldout_size: 8}
+generate: {max_new_tokens: 64, temperature: 1.0, top_p: 1.0}
+train: {max_length: 128}
+evaluate: {max_new_tokens: 64}
+"""
+
+
+@contextmanager
+def by_hand(tmp_path: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], Path, list[str]]]:
+    """`distill serve`, once its server answers: the process, its run, and what it has said so far."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    command = [sys.executable, "-m", "distill", "serve", "recipe.yaml", "--run_dir", "run", *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path, env=environment) as process:
+        try:
+            assert process.stdout is not None
+            said: list[str] = []
+            for line in process.stdout:
+                said.append(line)
+                if "Ctrl-C ends it" in line:
+                    break
+            else:
+                raise AssertionError("".join(said))
+            yield process, tmp_path / "run", said
+        finally:
+            process.kill()
+
+
+def test_one_that_was_started_by_hand_is_found_and_ends_with_ctrl_c(tiny: Path, tmp_path: Path) -> None:
+    server = {"kind": "vllm", "command": [sys.executable, str(tiny)]}
+    spec = ModelSpec(model="embedded:teacher", dtype="float32", server=Server(**server))  # type: ignore[arg-type]
+    needs = ServerNeeds(context=1000)
+    with by_hand(tmp_path, "--teacher.server", json.dumps(server)) as (process, run, said):
+        place = run / "traces"
+        place.mkdir()
+        with serving(spec, "teacher", place, run, needs=needs) as served:
+            assert served.how == "found" and served.urls[0] in "".join(said) and served.model == "embedded:teacher"
+        assert not list(place.iterdir())
+        other, longer = spec.model_copy(update={"model": "embedded:student"}), ServerNeeds(context=100_000)
+        for asked, need, message in ((other, needs, "holds another model"), (spec, longer, "context of 1,088, and 100,000 is needed")):
+            with pytest.raises(ServerError, match=message), serving(asked, "teacher", place, run, needs=need):
+                pass
+        living = family(read_json(run / "servers" / "server-teacher.json")["pid"])
+        process.send_signal(signal.SIGINT)
+        last = process.stdout.read() if process.stdout else ""
+        assert process.wait(30) == 0 and last == "the server of teacher is ended\n"
+    assert gone(living) and not list((run / "servers").glob("*.json"))
+
+
+def test_one_by_hand_whose_starter_was_killed_is_ended_and_not_used(tiny: Path, tmp_path: Path) -> None:
+    server = {"kind": "vllm", "command": [sys.executable, str(tiny)]}
+    spec = ModelSpec(model="embedded:teacher", dtype="float32", server=Server(**server))  # type: ignore[arg-type]
+    with by_hand(tmp_path, "--teacher.server", json.dumps(server)) as (process, run, _):
+        living = family(read_json(run / "servers" / "server-teacher.json")["pid"])
+        process.kill()
+        process.wait()
+        with serving(spec, "teacher", tmp_path, run) as served:
+            assert served.how == "started" and gone(living)
+
+
+# `transformers serve`
+
+
+@pytest.mark.slow
+def test_transformers_serve_is_started_and_answers_as_the_engine_in_this_process(tmp_path: Path) -> None:
+    import torch
+
+    from distill.engines import requests_for
+    from distill.engines.hf import HFEngine
+    from distill.models.loading import load_chat_format, load_model
+    from distill.recipe.base import Sampling
+    from distill.servers.protocols import protocol_of
+
+    spec = ModelSpec(model="embedded:teacher", dtype="float32", server=Server(kind="transformers"))
+    assert spec.server is not None
+    chat, model = load_chat_format(spec), load_model(spec, torch.device("cpu"))
+    problems = [json.loads(line)["question"] for line in Path(embedded.resolve("embedded:arithmetic")).read_text().splitlines()[:24]]
+    prompts = [
+        {"prompt_id": str(number), "messages": [{"role": "user", "content": problem}], "reference": None}
+        for number, problem in enumerate(problems)
+    ]
+    requests = requests_for(prompts, 1, 0)
+    with serving(spec, "teacher", tmp_path, tmp_path, needs=ServerNeeds(512)) as served:
+        living = [psutil.Process(read_json(tmp_path / "server-teacher.json")["pid"])]
+        for longest in (192, 20):  # the second cuts thoughts short, and its reader of answers takes white space off their ends
+            sampling = Sampling(temperature=0.0, max_new_tokens=longest)
+            expected = HFEngine(model, chat, sampling).complete(requests)
+            protocol = protocol_of(spec.server, served.model)
+            calls = [protocol.writing(request.messages, sampling, request.seed, stop_ids=chat.stop_ids) for request in requests]
+            answers = [protocol.answer(ask(served.urls[0] + call.path, call.body), call) for call in calls]
+            told = [(answer.text, answer.finish_reason, answer.usage.output_tokens) for answer in answers]
+            made = [
+                (row.text if row.finish_reason == "stop" else row.text.rstrip(), row.finish_reason, len(row.completion_ids or ()))
+                for row in expected
+            ]
+            assert told == made
+    assert gone(living)
+
+
+@pytest.mark.slow
+def test_what_transformers_serve_says_when_it_cannot_load_is_the_error(tmp_path: Path) -> None:
+    spec = ModelSpec(model=str(tmp_path), server=Server(kind="transformers"))
+    message = r"(?s)ended with exit code 1\. Its last lines .*(OSError|ValueError): "
+    with pytest.raises(ServerError, match=message), serving(spec, "teacher", tmp_path, tmp_path):
+        pass

@@ -126,7 +126,10 @@ _ROWS = (
         stops_at_ids=True,
         streams=False,
         at_once=1,
-        terms=("seeds repeat an answer only while requests are sent one at a time, because they set the process's own generator",),
+        terms=(
+            "seeds repeat an answer only while requests are sent one at a time, because they set the process's own generator",
+            "its own reader of answers takes apart what Qwen and Gemma think and write: white space around a thought is lost",
+        ),
     ),
     Facts(
         "deepseek",

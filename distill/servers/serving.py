@@ -200,7 +200,7 @@ def _left_by_hand(spec: ModelSpec, role: str, run: Path, trained: Path | None, n
     lacks = [
         *(["it holds another model, or one with other settings"] if found.get("holds") != identity(spec, trained) else []),
         *(_less("a context", found.get("context"), needs.context)),
-        *(_less("log-probabilities", found.get("logprobs"), needs.logprobs)),
+        *(_less("a number of log-probabilities", found.get("logprobs"), needs.logprobs)),
     ]
     if lacks:
         raise ServerError(
@@ -211,9 +211,9 @@ def _left_by_hand(spec: ModelSpec, role: str, run: Path, trained: Path | None, n
 
 
 def _less(what: str, there: int | None, needed: int | None) -> list[str]:
-    if there is None or (needed is not None and there >= needed):
+    if there is None or needed is None or there >= needed:
         return []
-    return [f"it was started for {what} of {there:,}, and {needed or 'as much as there is':} is needed"]
+    return [f"it was started for {what} of {there:,}, and {needed:,} is needed"]
 
 
 def _name_at(server: Server, spec: ModelSpec, role: str) -> str:
