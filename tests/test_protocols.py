@@ -120,6 +120,8 @@ def test_log_probabilities_as_hosts_are_asked_for_them() -> None:
         body = sent(spoken(kind), logprobs=5)
         assert (body["logprobs"], body.get("top_logprobs")) == ((5, None) if kind == "together" else (True, 5))
         assert "logprobs" not in sent(spoken(kind))
+    assert sent(spoken("llama_cpp"), logprobs=0)["n_probs"] == sent(spoken("together"), logprobs=0)["logprobs"] == 1
+    assert sent(spoken("llama_cpp"))["n_probs"] == 0
 
 
 def test_transformers_takes_the_generation_config_as_it_is() -> None:
@@ -221,6 +223,22 @@ def test_log_probabilities_that_a_kind_does_not_give_are_errors() -> None:
     assert there.errors == [] and any("--max-logprobs 64" in warning for warning in there.warnings)
     started = unhonoured(Server(kind="vllm"), prompt_logprobs=64)
     assert not any("--max-logprobs 64" in warning for warning in started.warnings)
+
+
+def test_what_a_host_is_asked_without_being_told_is_a_warning() -> None:
+    def warned(**further: object) -> bool:
+        found = unhonoured(server("dashscope", body=further.pop("body", {})), terms=False, **further)  # type: ignore[arg-type]
+        return any("enable_thinking" in warning for warning in found.warnings)
+
+    assert warned() and not warned(kwargs={"enable_thinking": False}) and not warned(body={"enable_thinking": False})
+    assert sent(spoken("dashscope", body={"enable_thinking": False}))["enable_thinking"] is False
+    assert unhonoured(server("vllm"), terms=False).warnings == [] != unhonoured(server("vllm")).warnings
+
+
+def test_a_long_silence_is_a_warning() -> None:
+    long = Sampling(max_new_tokens=32768)
+    assert any("server.timeout_s (600 s)" in warning for warning in unhonoured(server("sglang"), long, terms=False).warnings)
+    assert unhonoured(server("vllm"), long, terms=False).warnings == []
 
 
 def test_a_template_that_is_not_ours_takes_only_what_the_host_can_be_asked_for() -> None:

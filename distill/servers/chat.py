@@ -53,7 +53,7 @@ class Chat(Protocol):
         body |= {name: value for name, value in self._sampling(sampling).items() if name in self.facts.sampling}
         if logprobs is not None:
             together = self.server.kind == "together"
-            body |= {"logprobs": logprobs} if together else {"logprobs": True, "top_logprobs": logprobs}
+            body |= {"logprobs": max(logprobs, 1)} if together else {"logprobs": True, "top_logprobs": logprobs}
         body |= thinking(self.server.kind, kwargs or {})
         return Call(self.path, self._with_further(self._seeded(body, "seed", seed)), streams=True)
 

@@ -37,6 +37,7 @@ def unhonoured(
     kwargs: Mapping[str, Any] | None = None,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
+    terms: bool = True,
 ) -> Unhonoured:
     """What a kind of server would ignore or refuse of what a recipe asks of it.
 
@@ -51,6 +52,7 @@ def unhonoured(
         kwargs: The model's `chat_template_kwargs`.
         logprobs: Alternatives wanted beside each written token.
         prompt_logprobs: Alternatives wanted beside each token of a prompt.
+        terms: Whether what a user of this kind should know is among the warnings.
     """
     facts, found = FACTS[server.kind], Unhonoured([], [])
     place = f"{role}.server.kind {server.kind}"
@@ -64,10 +66,10 @@ def unhonoured(
             )
     _look_at_probabilities(found, facts, server, place, logprobs, prompt_logprobs, thinks)
     if not facts.takes_ids:
-        _look_at_template(found, facts, kwargs or {}, role, place)
+        _look_at_template(found, facts, kwargs or {}, server.body, role, place)
     if server.kind == "ollama":
         _look_at_options(found, server.body.get("options") or {}, role)
-    found.warnings.extend(f"{place}: {term}." for term in facts.terms)
+    found.warnings.extend(f"{place}: {term}." for term in facts.terms if terms)
     return found
 
 
@@ -122,7 +124,9 @@ def _above(found: Unhonoured, facts: Facts, server: Server, place: str, where: s
         found.warnings.append(f"{place}: more than {most} alternatives {where} need a server started with --max-logprobs {asked}.")
 
 
-def _look_at_template(found: Unhonoured, facts: Facts, kwargs: Mapping[str, Any], role: str, place: str) -> None:
+def _look_at_template(
+    found: Unhonoured, facts: Facts, kwargs: Mapping[str, Any], further: Mapping[str, Any], role: str, place: str
+) -> None:
     """Arguments of a template that the server renders, and not the kit."""
     if facts.thinking is None:
         return
@@ -130,7 +134,7 @@ def _look_at_template(found: Unhonoured, facts: Facts, kwargs: Mapping[str, Any]
         if name not in facts.thinking:
             known = ", ".join(facts.thinking)
             found.errors.append(f"{role}.chat_template_kwargs.{name}: {place} can't be asked for it. Leave it out; it takes {known}.")
-    if facts.kind == "dashscope" and "enable_thinking" not in kwargs:
+    if facts.kind == "dashscope" and "enable_thinking" not in {*kwargs, *further}:
         found.warnings.append(f"{role}.chat_template_kwargs.enable_thinking: not set, so {place} is asked to think.")
 
 

@@ -48,7 +48,7 @@ class LlamaServer(Protocol):
             "top_k": sampling.top_k,
             "min_p": sampling.min_p,
             "samplers": _ORDER,
-            "n_probs": logprobs or 0,
+            "n_probs": 0 if logprobs is None else max(logprobs, 1),  # none would also leave out the written token's
             "return_tokens": True,
             "cache_prompt": True,
             "stream": True,
