@@ -20,11 +20,13 @@ import pytest
 from distill import embedded
 from distill.errors import ModelError, ServerError
 from distill.recipe.models import LoraAdapter, ModelSpec
+from distill.recipe.reading import load_recipe
 from distill.recipe.servers import Server
 from distill.run.files import read_json, write_json
 from distill.run.owned import strangers
 from distill.servers import commands
-from distill.servers.commands import ServerNeeds, command_for, merged, value_of, without_secrets
+from distill.servers.commands import command_for, merged, value_of, without_secrets
+from distill.servers.needs import ServerNeeds, needs_of, within_model
 from distill.servers.process import end_leftover
 from distill.servers.serving import serving
 from distill.servers.weights import Weights, weights_for, why_merged
@@ -161,6 +163,16 @@ def test_the_users_arguments_replace_the_kits() -> None:
     assert command.url == "http://127.0.0.1:99" and command.host == "0.0.0.0"
     assert merged({"--ctx-size": "1", "--alias": "a"}, ["-c", "2"]) == ["--alias", "a", "-c", "2"]
     assert value_of(["--temp", "-1", "--x=1", "--x=2"], "--x") == "2"
+
+
+def test_the_context_is_that_of_the_recipe_but_no_longer_than_the_model_takes(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    changes = ["--generate.max_new_tokens", "900", "--generate.logprobs", "5"]
+    needs = needs_of(load_recipe(tmp_path / "recipe.yaml", changes), "teacher")
+    assert needs == ServerNeeds(900 + 1024, 5)
+    assert needs_of(load_recipe(tmp_path / "recipe.yaml", ["--train.max_length", "5000"]), "base") == ServerNeeds(5000, 0)
+    assert within_model(needs, ModelSpec(model="embedded:teacher")) == ServerNeeds(512, 5)
+    assert within_model(needs, ModelSpec(model="/no/such/model")) == needs
 
 
 def test_no_secret_is_shown() -> None:
@@ -385,6 +397,7 @@ def test_one_that_was_started_by_hand_is_found_and_ends_with_ctrl_c(tiny: Path, 
     assert gone(living) and not list((run / "servers").glob("*.json"))
 
 
+@pytest.mark.slow
 def test_one_by_hand_whose_starter_was_killed_is_ended_and_not_used(tiny: Path, tmp_path: Path) -> None:
     server = {"kind": "vllm", "command": [sys.executable, str(tiny)]}
     spec = ModelSpec(model="embedded:teacher", dtype="float32", server=Server(**server))  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ writing     an engine: completions of a model behind a server
 reading     a scorer: what a teacher behind a server thinks of rows
 process     a server's process: started, healthy, ended with its children
 commands    the command line that starts a server of each kind
+needs       what a server that is started must be able to do
 serving     the addresses of a role's model: given, found, or started for it
 opening     whoever writes or reads for a role of the recipe, here or behind a server
 """

@@ -13,6 +13,7 @@ from pathlib import Path
 from distill.errors import ServerError, shown
 from distill.recipe.models import ModelSpec
 from distill.recipe.servers import Server
+from distill.servers.needs import ServerNeeds
 from distill.servers.weights import Weights
 
 ADAPTER_NAME = "student"
@@ -40,16 +41,6 @@ _PROGRAMS = {"vllm": "vllm", "sglang": "sglang", "llama_cpp": "llama-server", "t
 
 Options = dict[str, str | None]
 """Arguments by name; null is a switch. In the order in which they are given."""
-
-
-@dataclass(frozen=True)
-class ServerNeeds:
-    """What a stage will ask of a server, which one that is started is made for."""
-
-    context: int | None = None
-    """Tokens of the longest prompt with its completion; null: as many as the model takes."""
-    logprobs: int = 0
-    """Most probable tokens asked for beside one, written or read."""
 
 
 @dataclass(frozen=True)

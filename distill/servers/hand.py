@@ -11,29 +11,8 @@ from distill.errors import ServerError, StageConflictError
 from distill.recipe.experiment import Recipe
 from distill.recipe.models import ModelSpec
 from distill.run.log import say
-from distill.servers.commands import ServerNeeds
+from distill.servers.needs import ServerNeeds, needs_of
 from distill.servers.serving import FOLDER, announced, started
-
-_ROOM_FOR_A_PROMPT = 1024
-
-
-def needs_of(recipe: Recipe, role: str) -> ServerNeeds:
-    """What the recipe's stages together will ask of a role's server.
-
-    Its context is that of the longest row to train on, or of the longest answer with room for a prompt. Who has longer prompts gives
-    `--max-model-len` or its like in `server.args`.
-    """
-    written, logprobs = [], [0]
-    if recipe.evaluate is not None and role in recipe.evaluate.models:
-        written.append(recipe.evaluate.max_new_tokens)
-    if role == "teacher" and recipe.generate is not None:
-        written.append(recipe.generate.max_new_tokens)
-        logprobs.append(recipe.generate.logprobs or 0)
-    if role in ("student", "base") and recipe.rollouts is not None:
-        written.append(recipe.rollouts.max_new_tokens)
-    if role == "teacher" and recipe.score is not None and recipe.score.source in ("auto", "server"):
-        logprobs.append(getattr(recipe.score.target, "k", 1))
-    return ServerNeeds(max([recipe.train.max_length, *(tokens + _ROOM_FOR_A_PROMPT for tokens in written)]), max(logprobs))
 
 
 def spec_of(recipe: Recipe, role: str) -> ModelSpec:

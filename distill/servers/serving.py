@@ -21,7 +21,8 @@ from distill.recipe.servers import Server
 from distill.run.files import digest_json, read_json, write_json
 from distill.run.log import say
 from distill.run.manifest import read_manifest
-from distill.servers.commands import Command, ServerNeeds, command_for, takes_adapters, without_secrets
+from distill.servers.commands import Command, command_for, takes_adapters, without_secrets
+from distill.servers.needs import ServerNeeds, within_model
 from distill.servers.process import ServerProcess, end_leftover, ended_by_signals, free_port, is_orphan
 from distill.servers.weights import weights_for
 
@@ -113,7 +114,7 @@ def started(
         ended_by_signals(),
         weights_for(spec, role, place, trained, adapter, takes_adapters=takes_adapters(server)) as weights,
     ):
-        command = command_for(spec, role, weights, needs or ServerNeeds(), free_port())
+        command = command_for(spec, role, weights, within_model(needs or ServerNeeds(), spec), free_port())
         log = place / f"server-{name}.log"
         shown_words = without_secrets(command.words)
         with log.open("a", encoding="utf-8") as file:
