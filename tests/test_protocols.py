@@ -183,7 +183,9 @@ def test_models_and_contexts() -> None:
     assert spoken("llama_cpp").context_of({"default_generation_settings": {"n_ctx": 2048}}, "m") == 2048
     assert spoken("openrouter").models() == Call("/models")
     assert spoken("together").context_of([{"id": "m", "context_length": 8192}], "m") == 8192
-    assert spoken("ollama").model_names({"models": [{"name": "m:latest", "model": "m:latest"}]}) == ["m:latest"]
+    tags = {"models": [{"name": "m:latest", "model": "m:latest"}, {"name": "m:8b"}]}
+    assert spoken("ollama").model_names(tags) == ["m", "m:8b"]
+    assert protocol_of(server("ollama"), "m:latest").model_names(tags) == ["m:latest", "m:8b"]
     for kind in KINDS:
         assert spoken(kind).model_names({}) == [] and spoken(kind).context_of({}, "m") is None
 

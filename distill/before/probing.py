@@ -88,6 +88,9 @@ class Probed:
     def _model(self, client: Client, protocol: Protocol) -> str | None:
         """The name that it knows the model by, if it has it."""
         wanted = self.server.model or self.spec.model
+        if not protocol.facts.lists_models:
+            self._say_unknown("models", "it does not tell which it serves")
+            return wanted
         try:
             names = protocol.model_names(client.ask(protocol.models()))
         except ServerError as error:

@@ -231,5 +231,6 @@ class Ollama(Protocol):
         return Call("/api/tags")
 
     def model_names(self, body: Any) -> list[str]:
-        """Their names."""
-        return [str(entry["name"]) for entry in body.get("models") or [] if "name" in entry] if isinstance(body, Mapping) else []
+        """Their names, that of a newest version as short as it may be written, unless it was asked for in full."""
+        names = [str(entry["name"]) for entry in body.get("models") or [] if "name" in entry] if isinstance(body, Mapping) else []
+        return names if self.model.endswith(":latest") else [name.removesuffix(":latest") for name in names]

@@ -45,6 +45,8 @@ class Facts:
     """Keys of `chat_template_kwargs` that can be asked for, and the field of a request that each becomes; null: all, as they are."""
     thinks_without: frozenset[str] = frozenset()
     """What it ignores or refuses while it thinks: sampling fields, `logprobs`."""
+    lists_models: bool = True
+    """Whether it tells which models it serves; else what it lists says nothing about that."""
     at_once: int | None = None
     """Most requests that it works on at once, where that is known to be few."""
     terms: tuple[str, ...] = ()
@@ -125,6 +127,7 @@ _ROWS = (
         "transformers 5.23: cli/serving (chat_completion, utils); run with this kit",
         stops_at_ids=True,
         streams=False,
+        lists_models=False,
         at_once=1,
         terms=(
             "seeds repeat an answer only while requests are sent one at a time, because they set the process's own generator",
