@@ -54,7 +54,7 @@ class BatchHost:
                     web.get("/v1/files/{id}/content", self._content),
                 ]
             )
-            runner = web.AppRunner(app)
+            runner = self._runner = web.AppRunner(app, shutdown_timeout=0.1)
             await runner.setup()
             site = web.TCPSite(runner, "127.0.0.1", 0)
             await site.start()
@@ -65,6 +65,8 @@ class BatchHost:
             asyncio.set_event_loop(self._loop)
             self._loop.run_until_complete(serve())
             self._loop.run_forever()
+            self._loop.run_until_complete(self._runner.cleanup())
+            self._loop.close()
 
         self._thread = threading.Thread(target=run, daemon=True)
         self._thread.start()

@@ -14,7 +14,8 @@ from test_pipeline import write_recipe
 from distill.recipe.reading import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+FENCED = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+BLOCKS = [body for language, body in FENCED if not language]
 COMMANDS = [
     line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.startswith(("make ", "distill ", "accelerate "))
 ]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
+from distill import embedded
 from distill.before.asking import Asking, prompt_logprobs, read_tokens, reasoning_field, written_tokens
 from distill.before.expected import Job, Lengths, expected, lengths
 from distill.before.findings import Findings
@@ -90,7 +91,7 @@ class Probed:
         wanted = self.server.model or self.spec.model
         if not protocol.facts.lists_models:
             self._say_unknown("models", "it does not tell which it serves")
-            return wanted
+            return self.server.model or embedded.resolve(self.spec.model)
         try:
             names = protocol.model_names(client.ask(protocol.models()))
         except ServerError as error:
