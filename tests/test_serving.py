@@ -22,7 +22,8 @@ from distill.errors import ModelError, ServerError
 from distill.recipe.models import LoraAdapter, ModelSpec
 from distill.recipe.reading import load_recipe
 from distill.recipe.servers import Server
-from distill.run.files import read_json, write_json
+from distill.run.files import read_json, write_json, write_record
+from distill.run.folder import delete_stage
 from distill.run.owned import strangers
 from distill.servers import commands
 from distill.servers.commands import command_for, merged, value_of, without_secrets
@@ -243,6 +244,49 @@ def test_adapters_that_vllm_takes_are_given_to_it_and_others_merged(tmp_path: Pa
         weights_for(quantised, "student", tmp_path, tmp_path, LoraAdapter(), takes_adapters=False),
     ):
         pass
+
+
+@pytest.mark.slow
+def test_an_adapter_that_is_merged_gives_the_same_logits_and_leaves_nothing(tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from distill.models.loading import load_model, load_trained
+
+    spec = ModelSpec(model="embedded:student", dtype="float32", chat_template="chatml", server=Server(kind="transformers"))
+    adapter, device = LoraAdapter(r=4, use_dora=True), torch.device("cpu")
+    model = get_peft_model(load_model(spec, device), LoraConfig(r=4, use_dora=True, init_lora_weights=False, target_modules="all-linear"))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    ids = torch.arange(20)[None]
+    with (
+        torch.inference_mode(),
+        weights_for(spec, "student", tmp_path, tmp_path, adapter, takes_adapters=True) as weights,
+    ):
+        expected = load_trained(spec, adapter, tmp_path, device)(ids).logits
+        assert weights.adapter is None and weights.merged == "it is DoRA"
+        assert not [name for name in strangers(tmp_path, ()) if not name.startswith("adapter/")]
+        assert torch.allclose(AutoModelForCausalLM.from_pretrained(weights.model)(ids).logits, expected, atol=1e-5)
+        assert "im_start" in AutoTokenizer.from_pretrained(weights.model).chat_template
+    assert not (tmp_path / "served").exists()
+
+
+def test_verify_calls_nothing_extra_that_servers_leave(tmp_path: Path) -> None:
+    from distill.pipeline import verify_run
+    from distill.run.folder import StageFolder
+
+    with StageFolder(tmp_path / "traces", "generate", {}) as out:
+        (tmp_path / "traces" / "server-teacher.log").write_text("listening")
+        out.finish()
+    (tmp_path / "servers").mkdir()
+    for name in ("teacher.json", "server-teacher.log", ".lock-teacher"):
+        (tmp_path / "servers" / name).touch()
+    write_record(tmp_path / "recipe.yaml", "name: served\n")
+    assert verify_run(tmp_path)
+    with StageFolder(tmp_path / "traces", "generate", {}) as out:
+        assert out.complete
+    delete_stage(tmp_path / "traces")
+    assert not (tmp_path / "traces" / "server-teacher.log").exists()
 
 
 # Life and death
