@@ -51,6 +51,10 @@ class LicenceError(DistillError, PermissionError):
     """The terms of a model or data set do not allow what the recipe asks for."""
 
 
+class BudgetError(DistillError, RuntimeError):
+    """A stage has spent what the recipe allows it of a server; it goes on when that is raised."""
+
+
 class StorageError(DistillError, OSError):
     """The operating system refused a file or folder: the disk is full, it is read-only, something else is in the place."""
 

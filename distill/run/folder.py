@@ -250,6 +250,8 @@ class StageFolder:
         """Removes what only a restart needed."""
         for name in (PLAN, JOURNAL, SHARDS, CLOCK):
             (self.path / name).unlink(missing_ok=True)
+        for spent in self.path.glob("server-spending-*.json"):  # it is in the manifest now
+            spent.unlink(missing_ok=True)
         if self._plan.scratch is not None:
             shutil.rmtree(self.path / self._plan.scratch, ignore_errors=True)
 

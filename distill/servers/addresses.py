@@ -1,0 +1,124 @@
+"""Which of several addresses a request goes to: the least loaded one, one that is dead left out and tried again later."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+from distill.errors import ServerError
+from distill.servers import Call
+
+_LONGEST_PAUSE_S = 60.0
+_SLACK = 4  # requests that the address with a prompt's prefix may have more than another
+_IN_A_ROW = 10  # cut connections or 5xx with no answer between them, after which an address counts as dead
+_NEVER_ANSWERED_S = 30.0  # of patience with addresses of which none was ever reached
+
+
+class Address:
+    """One address, and what is known of it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.in_flight = 0
+        self.failed = 0
+        """Times in a row that it could not be used."""
+        self.until_s = 0.0
+        """When it may be asked again (monotonic)."""
+        self.is_dead = False
+
+
+class Addresses:
+    """The addresses of one model.
+
+    Args:
+        urls: One or more.
+        patience_s: How long all may be dead before that is an error.
+        pause_s: The first pause before a dead one is tried again; the following ones double.
+    """
+
+    def __init__(self, urls: Sequence[str], patience_s: float, pause_s: float = 1.0) -> None:
+        self._all = [Address(url) for url in urls]
+        self._pause_s, self._patience_s = pause_s, patience_s
+        self._dead_since_s: float | None = None
+        self._ever_answered, self._last_words = False, ""
+
+    async def pick(self, call: Call) -> Address:
+        """An address for a request, waiting while all are dead or want to be left alone; its `in_flight` is counted by the caller.
+
+        Of a dead one whose pause is over, one request at a time tries whether it lives.
+
+        Raises:
+            ServerError: all have been dead for too long.
+        """
+        while True:
+            now = time.monotonic()
+            free = [address for address in self._all if not address.is_dead and address.until_s <= now]
+            trial = next((address for address in self._all if address.is_dead and address.until_s <= now), None)
+            if trial is not None:
+                trial.until_s = now + self._pause(trial)
+                return trial
+            if free:
+                return self._best(free, call)
+            self._check_patience(now)
+            wait = min(address.until_s for address in self._all) - now
+            await asyncio.sleep(min(max(wait, 0.001), self._pause_s))
+
+    def answered(self, address: Address) -> None:
+        """It said something that is no failure of its own."""
+        address.failed = 0
+        if address.is_dead:
+            address.is_dead, address.until_s = False, 0.0
+        self._ever_answered, self._dead_since_s = True, None
+
+    def rests(self, address: Address, seconds: float) -> None:
+        """It asked to be left alone for so long."""
+        address.until_s = max(address.until_s, time.monotonic() + seconds)
+
+    def stumbled(self, address: Address, words: str) -> None:
+        """It cut a connection, or had an error of its own; often in a row, it is dead."""
+        address.failed += 1
+        if address.failed >= _IN_A_ROW:
+            self.fell(address, words)
+
+    def fell(self, address: Address, words: str) -> None:
+        """It can't be reached."""
+        self._last_words = words
+        if not address.is_dead or address.until_s <= time.monotonic():
+            address.failed = max(address.failed, 1)
+            address.until_s = time.monotonic() + self._pause(address)
+        address.is_dead = True
+        if self._dead_since_s is None and all(one.is_dead for one in self._all):
+            self._dead_since_s = time.monotonic()
+
+    def _pause(self, address: Address) -> float:
+        address.failed += 1
+        longest: float = min(self._pause_s * 2 ** min(address.failed - 2, 10), _LONGEST_PAUSE_S)
+        return longest * random.uniform(0.5, 1.0)
+
+    def _best(self, free: list[Address], call: Call) -> Address:
+        """Samples of one prompt go to one address, which then has its prefix in its cache, unless another has less to do."""
+        least = min(free, key=lambda address: address.in_flight)
+        if len(self._all) == 1 or call.body is None:
+            return least
+        mark = _mark(call.body)
+        usual = max(free, key=lambda address: zlib.crc32(address.url.encode(), mark))
+        return usual if usual.in_flight <= least.in_flight + _SLACK else least
+
+    def _check_patience(self, now: float) -> None:
+        patience_s = self._patience_s if self._ever_answered else min(_NEVER_ANSWERED_S, self._patience_s)
+        if self._dead_since_s is not None and now - self._dead_since_s > patience_s:
+            urls = ", ".join(address.url for address in self._all)
+            raise ServerError(
+                f"{urls}: no server answers, for {now - self._dead_since_s:.0f} s: {self._last_words}. Start it, or correct server.url; "
+                "what was written is kept, and a restart goes on from there."
+            )
+
+
+def _mark(body: dict[str, Any]) -> int:
+    """A number that requests with the same prompt share."""
+    prompt = next((body[name] for name in ("prompt", "input_ids", "messages") if name in body), None)
+    return zlib.crc32(str(prompt).encode())

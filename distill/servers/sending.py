@@ -1,0 +1,184 @@
+"""One request over HTTP: what is sent, what comes back as JSON or as events, and what it means if neither does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from distill.errors import ServerError, visible
+from distill.recipe.servers import Server
+from distill.servers import Call
+from distill.servers.faults import Fault, fault_of
+
+_MOST_BYTES = 512 * 2**20  # of an answer: 8,192 tokens of a prompt with 128 alternatives each take about 100 MiB
+_CONNECT_S = 20.0
+_STREAM_FACTOR = 24  # a stream may take so many times `timeout_s` in all: a server that never ends must not hold a place for ever
+_LONGEST_REST_S = 600.0
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+class UnansweredError(Exception):
+    """A request came to nothing.
+
+    Args:
+        fault: What that means.
+        at: `address` that can't be reached; `server` that is broken; `load` that is too much for it; else null.
+        rest_s: How long it asked to be left alone.
+    """
+
+    def __init__(self, fault: Fault, at: str | None = None, rest_s: float | None = None) -> None:
+        super().__init__(fault.reason)
+        self.fault, self.at, self.rest_s = fault, at, rest_s
+
+
+def key_of(server: Server) -> str | None:
+    """The key, from the environment.
+
+    Raises:
+        ServerError: the variable is not set, or holds what can't be a key.
+    """
+    name = server.key_variable
+    if name is None:
+        return None
+    key = os.environ.get(name, "").strip()
+    if not key:
+        raise ServerError(f"server.api_key_env: the environment variable {name} is not set. Put the key for {server.kind} into it.")
+    if not (key.isascii() and key.isprintable()):
+        raise ServerError(f"server.api_key_env: the environment variable {name} holds characters that no key has. Set it anew.")
+    return key
+
+
+class Sender:
+    """Sends requests through one session; made and closed in its event loop.
+
+    Args:
+        server: With time limits.
+        urls: That are sent to.
+        key: Goes into a header, and nowhere else.
+    """
+
+    def __init__(self, server: Server, urls: list[str], key: str | None) -> None:
+        self._server, self._key = server, key
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers |= {"Content-Type": "application/json", "User-Agent": "distill"}
+        away = any((urlsplit(url).hostname or "") not in _LOOPBACK for url in urls)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=300),  # as many as are in flight, which `Pace` bounds
+            headers=headers,
+            trust_env=away,  # proxies
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+        silence, connect = server.timeout_s, min(_CONNECT_S, server.timeout_s)
+        self._whole = aiohttp.ClientTimeout(total=silence, sock_connect=connect)
+        self._stream = aiohttp.ClientTimeout(total=silence * _STREAM_FACTOR, sock_read=silence, sock_connect=connect)
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        await self._session.close()
+
+    def redacted(self, text: str) -> str:
+        """A text without the key, should a server have echoed it."""
+        return visible(text.replace(self._key, "***") if self._key else text)
+
+    async def send(self, url: str, call: Call) -> Any:
+        """Parsed JSON, or the list of the events of a stream.
+
+        Raises:
+            UnansweredError: neither came whole.
+        """
+        method = "GET" if call.body is None else "POST"
+        data = None if call.body is None else json.dumps(call.body).encode()
+        try:
+            async with self._session.request(
+                method, url + call.path, data=data, timeout=self._stream if call.streams else self._whole, allow_redirects=False
+            ) as response:
+                if response.status >= 300:
+                    raise self._refusal(response.status, response.headers, await _bytes_of(response, 2**20))
+                content = await _bytes_of(response, _MOST_BYTES)
+                return _events(content) if response.content_type == "text/event-stream" else _parsed(content)
+        except aiohttp.ClientConnectorError as error:
+            raise UnansweredError(self._fault("unreachable", error), "address") from None
+        except aiohttp.ConnectionTimeoutError as error:
+            raise UnansweredError(self._fault("unreachable", error), "address") from None
+        except TimeoutError:
+            words = f"nothing was said for {self._server.timeout_s:g} s" if call.streams else f"no answer in {self._server.timeout_s:g} s"
+            raise UnansweredError(Fault("retry", "timeout", words), "load") from None
+        except (aiohttp.InvalidURL, aiohttp.ServerFingerprintMismatch, UnicodeError) as error:
+            raise UnansweredError(self._fault("address", error, "stage"), None) from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise UnansweredError(self._fault("connection", error), "server") from None
+
+    def _fault(self, reason: str, error: BaseException, verdict: Any = "retry") -> Fault:
+        words = visible(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, 300)
+        return Fault(verdict, reason, self.redacted(words), "Look at server.url")
+
+    def _refusal(self, status: int, headers: Any, content: bytes) -> UnansweredError:
+        """What a status of no success means; the key is cut out before the server's words are cut to length."""
+        words = self.redacted(content.decode("utf-8", "replace"))
+        fault = fault_of(status, words, self._server.key_variable)
+        at = "load" if status in (408, 429, 503, 529) else "server" if status >= 500 else None
+        return UnansweredError(fault, at, _rest_s(headers.get("Retry-After")))
+
+
+async def _bytes_of(response: aiohttp.ClientResponse, most: int) -> bytes:
+    """The body, of no more than so many bytes; of a stream up to `[DONE]`."""
+    if response.content_length is not None and response.content_length <= most:
+        return await response.read()
+    streams, found = response.content_type == "text/event-stream", bytearray()
+    async for chunk in response.content.iter_any():
+        found += chunk
+        if len(found) > most:
+            raise UnansweredError(Fault("row", "too_large", f"the answer has over {most:,} bytes"))
+        if streams and found.rstrip().endswith(b"data: [DONE]"):
+            break
+    return bytes(found)
+
+
+def _parsed(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        words = visible(content[:200].decode("utf-8", "replace"))
+        raise UnansweredError(Fault("retry", "broken_answer", f"no whole JSON came: {words}"), "server") from None
+
+
+def _events(content: bytes) -> list[Any]:
+    """Events of a stream (WHATWG's server-sent events); comments, which keep a connection open, and `[DONE]` are left out."""
+    found = []
+    for block in content.replace(b"\r\n", b"\n").split(b"\n\n"):
+        lines = [line[5:].removeprefix(b" ") for line in block.split(b"\n") if line.startswith(b"data:")]
+        data = b"\n".join(lines).strip()
+        if data and data != b"[DONE]":
+            found.append(_parsed(data))
+    return found
+
+
+def _rest_s(told: str | None) -> float | None:
+    """Seconds of a Retry-After header, which holds a number of them or a date."""
+    if not told:
+        return None
+    try:
+        seconds = float(told)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(told).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return None
+    return min(max(seconds, 0.0), _LONGEST_REST_S) if seconds == seconds else None  # not NaN
+
+
+async def paused(attempt: int, base_s: float, rest_s: float | None) -> None:
+    """The pause before a request is sent again: what the server asked for, else growing to a minute, with jitter."""
+    import random
+
+    if rest_s is not None:
+        await asyncio.sleep(rest_s * random.uniform(1.0, 1.1))
+    else:
+        await asyncio.sleep(min(base_s * 2**attempt, 60.0) * random.uniform(0.5, 1.0))
