@@ -29,15 +29,19 @@ class BatchHost:
         polls: Times that a batch is asked after before it ends.
         answer: What becomes of a line in the how-manieth batch: one of the output file, or none, which expires.
         lost: Answers to a submission that are cut off, though the batch was begun.
+        together: Speak as Together does: another path and purpose of files, a `job` around a new batch, states in capitals, a bare list.
     """
 
-    def __init__(self, polls: int = 2, answer: Callable[[Line, int], Line | None] | None = None, lost: int = 0) -> None:
+    def __init__(
+        self, polls: int = 2, answer: Callable[[Line, int], Line | None] | None = None, lost: int = 0, together: bool = False
+    ) -> None:
         self.files: dict[str, list[Line]] = {}
         self.batches: dict[str, dict[str, Any]] = {}
         self.keys: set[str | None] = set()
         self.asked = threading.Event()
         """Set as soon as somebody asks after a batch."""
         self._polls, self._answer, self._lost = polls, answer or (lambda line, _: answered(line)), lost
+        self._together = together
         self._loop = asyncio.new_event_loop()
 
     def __enter__(self) -> BatchHost:
@@ -47,7 +51,7 @@ class BatchHost:
             app = web.Application(client_max_size=2**28)
             app.add_routes(
                 [
-                    web.post("/v1/files", self._upload),
+                    web.post("/v1/files/upload" if self._together else "/v1/files", self._upload),
                     web.post("/v1/batches", self._submit),
                     web.get("/v1/batches", self._list),
                     web.get("/v1/batches/{id}", self._state),
@@ -80,7 +84,7 @@ class BatchHost:
     async def _upload(self, request: web.Request) -> web.Response:
         self.keys.add(request.headers.get("Authorization"))
         form = await request.post()
-        assert form["purpose"] == "batch"
+        assert form["purpose"] == ("batch-api" if self._together else "batch")
         content = form["file"].file.read()  # type: ignore[union-attr]
         name = f"file-{len(self.files)}"
         self.files[name] = [json.loads(line) for line in content.splitlines()]
@@ -94,9 +98,11 @@ class BatchHost:
         self.batches[name] = {"id": name, "input_file_id": asked["input_file_id"], "number": number, "polls": 0, "status": "in_progress"}
         if number < self._lost and request.transport is not None:
             request.transport.abort()
-        return web.json_response(self.batches[name])
+        return web.json_response({"job": self.batches[name]} if self._together else self.batches[name])
 
     async def _list(self, request: web.Request) -> web.Response:
+        if self._together:
+            return web.json_response(list(self.batches.values()))
         return web.json_response({"object": "list", "data": list(self.batches.values()), "has_more": False})
 
     async def _state(self, request: web.Request) -> web.Response:
@@ -105,7 +111,7 @@ class BatchHost:
         self.asked.set()
         if batch["polls"] > self._polls and batch["status"] == "in_progress":
             self._end(batch)
-        return web.json_response(batch)
+        return web.json_response(batch | ({"status": batch["status"].upper()} if self._together else {}))
 
     def _end(self, batch: dict[str, Any]) -> None:
         lines = self.files[batch["input_file_id"]]

@@ -67,6 +67,14 @@ def test_every_request_is_answered_once(tmp_path: Path) -> None:
     assert all("stream" not in line["body"] for line in host.files["file-0"])
 
 
+def test_together_speaks_a_little_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOGETHER_API_KEY", SECRET)
+    with BatchHost(together=True, lost=1) as host:
+        server = Server(kind="together", url=host.url, model="m", batch=True)
+        rows = written(BatchEngine(server, protocol_of(server, "m"), Sampling(), tmp_path / STATE, pause_s=0.01))
+    assert len(rows) == len(REQUESTS) and len(host.batches) == 1 and host.keys == {f"Bearer {SECRET}"}
+
+
 def test_what_expired_is_asked_again_and_what_was_refused_has_failed(tmp_path: Path) -> None:
     refused = {"code": "content_filter", "message": "flagged by the content filter"}
 
