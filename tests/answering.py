@@ -34,33 +34,29 @@ class Answering:
     """Bodies of all requests for answers."""
 
     def __enter__(self) -> Answering:
-        self._loop, ready = asyncio.new_event_loop(), threading.Event()
+        ready = threading.Event()
         self._count = 0
 
         async def serve() -> None:
+            self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
             app = web.Application()
             routes = [web.get("/v1/models", self._models), web.post("/v1/completions", self._completion)]
             app.add_routes([*routes, web.post("/v1/chat/completions", self._chat)])
-            runner = self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+            runner = web.AppRunner(app, shutdown_timeout=0.1)
             await runner.setup()
             await web.TCPSite(runner, "127.0.0.1", 0).start()
             self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
             ready.set()
+            await self._stopped.wait()
+            await runner.cleanup()
 
-        def run() -> None:
-            asyncio.set_event_loop(self._loop)
-            self._loop.run_until_complete(serve())
-            self._loop.run_forever()
-            self._loop.run_until_complete(self._runner.cleanup())
-            self._loop.close()
-
-        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
         self._thread.start()
         assert ready.wait(10)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._stopped.set)
         self._thread.join(10)
 
     async def _models(self, request: web.Request) -> web.Response:

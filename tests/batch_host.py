@@ -42,12 +42,12 @@ class BatchHost:
         """Set as soon as somebody asks after a batch."""
         self._polls, self._answer, self._lost = polls, answer or (lambda line, _: answered(line)), lost
         self._together = together
-        self._loop = asyncio.new_event_loop()
 
     def __enter__(self) -> BatchHost:
         ready = threading.Event()
 
         async def serve() -> None:
+            self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
             app = web.Application(client_max_size=2**28)
             app.add_routes(
                 [
@@ -58,27 +58,22 @@ class BatchHost:
                     web.get("/v1/files/{id}/content", self._content),
                 ]
             )
-            runner = self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+            runner = web.AppRunner(app, shutdown_timeout=0.1)
             await runner.setup()
             site = web.TCPSite(runner, "127.0.0.1", 0)
             await site.start()
             self.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
             ready.set()
+            await self._stopped.wait()
+            await runner.cleanup()
 
-        def run() -> None:
-            asyncio.set_event_loop(self._loop)
-            self._loop.run_until_complete(serve())
-            self._loop.run_forever()
-            self._loop.run_until_complete(self._runner.cleanup())
-            self._loop.close()
-
-        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
         self._thread.start()
         assert ready.wait(10)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._stopped.set)
         self._thread.join(10)
 
     async def _upload(self, request: web.Request) -> web.Response:

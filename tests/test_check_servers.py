@@ -124,7 +124,10 @@ def test_one_that_does_not_answer_is_refuted(path: Path, capsys: pytest.CaptureF
     with Answering() as server:
         url = server.url
     holds, text = asked(recipe_of(path, f"{{kind: vllm, url: {url}, model: tiny}}"), capsys)
-    assert not holds and "teacher's server answers" in text and "Traceback" not in text
+    assert not holds and f"teacher's server answers: nothing listens at {url}" in text
+    with Answering() as server:
+        holds, text = asked(recipe_of(path, f"{{kind: vllm, url: [{url}, {server.url}], model: tiny}}"), capsys)
+    assert holds and f"nothing listens at {url}: the other addresses do all the work" in text and "at 16 requests at once" in text
 
 
 def test_what_can_be_said_without_asking(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,7 +69,8 @@ class Probed:
         from distill.servers.client import Client
         from distill.servers.protocols import protocol_of
 
-        patient = self.server.model_copy(update={"max_retries": _RETRIES, "timeout_s": min(self.server.timeout_s, _PATIENCE_S)})
+        patience = {"max_retries": _RETRIES, "timeout_s": min(self.server.timeout_s, _PATIENCE_S), "concurrency": _AT_ONCE}
+        patient = self.server.model_copy(update=patience)
         with Client(patient, self.server.urls) as client:
             name = self._model(client, protocol_of(self.server, self.server.model or self.spec.model))
             if name is None:

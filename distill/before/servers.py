@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from distill.before.expected import jobs_of
 from distill.before.findings import Findings
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from distill.models.chat import ChatFormat
     from distill.stages.prompts import Survey
 
+_CONNECT_S = 5.0  # that an address may take until somebody listens
 _MODULES = {"vllm": "vllm", "sglang": "sglang", "transformers": "fastapi"}
 """What a Python must have to start a server of a kind."""
 
@@ -137,6 +140,8 @@ def check_servers(recipe: Recipe, chats: Mapping[str, ChatFormat], survey: Surve
             found.bad(claim, f"{reason}. Export it.") if here else found.unknown(claim, reason)
         elif survey is None or not (jobs or _reads(recipe, role)):
             found.unknown(claim, "there is nothing to ask it")
+        elif _all_are_silent(server, claim, found):
+            continue
         else:
             asked = recipe.generate.logprobs if role == "teacher" and recipe.generate is not None else None
             target = recipe.score.target if recipe.score is not None and _reads(recipe, role) else None
@@ -145,6 +150,27 @@ def check_servers(recipe: Recipe, chats: Mapping[str, ChatFormat], survey: Surve
                 Probed(role, spec, chats.get(role), prompts, jobs, asked, target, found).check()
             except DistillError as error:
                 found.bad(claim, str(error))
+
+
+def _all_are_silent(server: Server, claim: str, found: Findings) -> bool:
+    """Whether nothing listens at any address of a server of one's own; one of several that is silent is named."""
+    silent = [] if server.is_hosted else [url for url in server.urls if not _listens(url)]
+    if not silent:
+        return False
+    if len(silent) == len(server.urls):
+        found.bad(claim, f"nothing listens at {', '.join(silent)}. Start it, or correct server.url.")
+        return True
+    found.warn(claim, f"nothing listens at {', '.join(silent)}: the other addresses do all the work")
+    return False
+
+
+def _listens(url: str) -> bool:
+    parts = urlsplit(url)
+    try:
+        with socket.create_connection((str(parts.hostname), parts.port or {"http": 80, "https": 443}[parts.scheme]), timeout=_CONNECT_S):
+            return True
+    except OSError:
+        return False
 
 
 def _reads(recipe: Recipe, role: str) -> bool:
