@@ -22,7 +22,6 @@ from distill.recipe.reading import load_recipe
 from distill.recipe.servers import Price
 from distill.stages.prompts import survey
 
-pytest.importorskip("distill.servers.client")
 KEY = "KEY_OF_A_TEST"
 
 
