@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,19 +30,15 @@ def server_at(*urls: str, **settings: Any) -> Server:
 def calls_of(server: Server, number: int, *, streams: bool = True) -> list[tuple[int, Call]]:
     protocol = protocol_of(server, "tiny")
     calls = [(n, protocol.writing([5, n // 4, 7], PLAIN, n)) for n in range(number)]
-    return (
-        calls
-        if streams
-        else [(n, Call(c.path, {k: v for k, v in (c.body or {}).items() if k not in ("stream", "stream_options")})) for n, c in calls]
-    )
+    streaming = ("stream", "stream_options")
+    plain = [(n, Call(call.path, {k: v for k, v in (call.body or {}).items() if k not in streaming})) for n, call in calls]
+    return calls if streams else plain
 
 
-def written(
-    server: Server, number: int, spending: Spending | None = None, *, streams: bool = True, **options: Any
-) -> dict[int, Answer | Failure]:
+def written(server: Server, number: int, *, streams: bool = True, **options: Any) -> dict[int, Answer | Failure]:
     found: dict[int, Answer | Failure] = {}
     protocol = protocol_of(server, "tiny")
-    with Client(server, server.urls, spending, **({"pause_s": 0.002} | options)) as client:
+    with Client(server, server.urls, **({"pause_s": 0.002} | options)) as client:
         for n, answer in client.run(iter(calls_of(server, number, streams=streams)), protocol.answer, lambda answer: answer.usage):
             assert n not in found, "doubled"
             found[n] = answer
@@ -145,9 +142,7 @@ def test_failures_for_good_are_failures_and_all_alike_end_the_stage() -> None:
         assert wrong.asked.total() - before < 100
 
 
-def test_retry_after_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    import time
-
+def test_retry_after_is_kept() -> None:
     with faulty(share=1.0, faults=("429_after",)) as wrong:
         wrong.retry_after = "0.3"
         server, start_s = server_at(wrong.url, max_retries=2, concurrency=1), time.monotonic()
@@ -239,3 +234,14 @@ def test_a_limit_ends_cleanly_and_goes_on_when_it_is_raised(limit: dict[str, Any
         facts = go_on(server.model_copy(update={"max_tokens": None, "max_cost": None}))
         assert facts["requests"] == 200 == len(found) == calm.asked.total()
         assert facts["output_tokens"] == sum(answer.usage.output_tokens for answer in found.values() if isinstance(answer, Answer))
+
+
+def test_a_question_between_answers_does_not_wait_for_room() -> None:
+    with faulty() as calm:
+        server = server_at(calm.url, concurrency=1)
+        protocol = protocol_of(server, "tiny")
+        with Client(server, server.urls) as client:
+            answers = client.run(calls_of(server, 50), protocol.answer, lambda answer: answer.usage)
+            next(answers)
+            assert client.ask(protocol.models())["data"]
+            assert len(list(answers)) == 49

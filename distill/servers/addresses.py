@@ -25,7 +25,9 @@ class Address:
         self.url = url
         self.in_flight = 0
         self.failed = 0
-        """Times in a row that it could not be used."""
+        """Times in a row that it broke off, or had an error of its own."""
+        self.trials = 0
+        """Times in a row that it was dead."""
         self.until_s = 0.0
         """When it may be asked again (monotonic)."""
         self.is_dead = False
@@ -69,7 +71,7 @@ class Addresses:
 
     def answered(self, address: Address) -> None:
         """It said something that is no failure of its own."""
-        address.failed = 0
+        address.failed = address.trials = 0
         if address.is_dead:
             address.is_dead, address.until_s = False, 0.0
         self._ever_answered, self._dead_since_s = True, None
@@ -79,24 +81,23 @@ class Addresses:
         address.until_s = max(address.until_s, time.monotonic() + seconds)
 
     def stumbled(self, address: Address, words: str) -> None:
-        """It cut a connection, or had an error of its own; often in a row, it is dead."""
+        """It cut a connection, or had an error of its own: often in a row, and with others alive, it is as good as dead."""
         address.failed += 1
-        if address.failed >= _IN_A_ROW:
+        if address.failed >= _IN_A_ROW and any(not one.is_dead for one in self._all if one is not address):
             self.fell(address, words)
 
     def fell(self, address: Address, words: str) -> None:
         """It can't be reached."""
         self._last_words = words
-        if not address.is_dead or address.until_s <= time.monotonic():
-            address.failed = max(address.failed, 1)
-            address.until_s = time.monotonic() + self._pause(address)
-        address.is_dead = True
+        if not address.is_dead:
+            address.is_dead, address.until_s = True, time.monotonic() + self._pause(address)
         if self._dead_since_s is None and all(one.is_dead for one in self._all):
             self._dead_since_s = time.monotonic()
 
     def _pause(self, address: Address) -> float:
-        address.failed += 1
-        longest: float = min(self._pause_s * 2 ** min(address.failed - 2, 10), _LONGEST_PAUSE_S)
+        """Seconds until it is tried, with jitter; each is twice as long as the one before."""
+        address.trials += 1
+        longest: float = min(self._pause_s * 2 ** min(address.trials - 1, 10), _LONGEST_PAUSE_S)
         return longest * random.uniform(0.5, 1.0)
 
     def _best(self, free: list[Address], call: Call) -> Address:

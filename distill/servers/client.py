@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 _AHEAD = 32  # requests beside those in flight that wait for room, so that a slow caller leaves no gap
 _GROUPED_S = 0.005  # answers that arrive within this are handed over together
-_ALIKE = {"retry": 20, "row": 500}  # failures, and nothing else, at the start, that say that it is no row's fault
+_ALIKE = {"retry": 20, "row": 500}  # failures in a row (of rows: at the start) that say that it is no row's fault
 
 
 class Client:
@@ -51,7 +51,7 @@ class Client:
         self._pace = Pace(server, len(urls))
         self._addresses = Addresses(urls, server.timeout_s, pause_s)
         self._runs: list[_Run[Any, Any]] = []
-        self._failed: Counter[tuple[str, str]] = Counter()
+        self._failed: Counter[str] = Counter()
         self._succeeded = False
         self._sender: Sender | None = None
         self._loop = asyncio.new_event_loop()
@@ -99,7 +99,7 @@ class Client:
         source, more = iter(calls), True
         try:
             while True:
-                while more and len(run.todo) < _AHEAD + max(self._pace.limit - run.active, 0) and run.out < self._pace.limit + _AHEAD:
+                while more and run.out < self._pace.limit + max(_AHEAD, self._pace.limit):
                     if self.spending is not None and self.spending.is_exhausted:
                         more = False
                         break
@@ -111,13 +111,13 @@ class Client:
                     run.todo.append(pair)
                 if run.todo:
                     self._loop.call_soon_threadsafe(run.pump)
-                if not run.out:
+                if run.out <= run.held:
                     break
                 group = run.take()
                 run.out -= len(group)
                 if group:
                     yield group
-            if self.spending is not None and (run.held_back or next(source, None) is not None):
+            if self.spending is not None and (run.held or next(source, None) is not None):
                 self.spending.check()
         finally:
             self._cancel(run)
@@ -149,16 +149,19 @@ class Client:
 
     def _cancel(self, run: _Run[Any, Any]) -> None:
         """Ends a run's requests, and returns when none is in flight."""
-        if self._loop.is_closed() or not run.active:
+        if self._loop.is_closed():
             return
 
         async def cancelled() -> None:
+            run.ended = True
             run.todo.clear()
+            if run in self._runs:
+                self._runs.remove(run)
             for task in list(run.tasks):
                 task.cancel()
             await asyncio.gather(*run.tasks, return_exceptions=True)
 
-        with contextlib.suppress(RuntimeError):  # the loop ended
+        with contextlib.suppress(RuntimeError, TimeoutError):  # the loop ended
             asyncio.run_coroutine_threadsafe(cancelled(), self._loop).result(timeout=10)
 
     async def answer(self, call: Call, read: Callable[[Any, Call], T], usage_of: Callable[[T], Usage]) -> T | Failure:
@@ -218,6 +221,7 @@ class Client:
 
     def _used(self, usage: Usage) -> None:
         self._succeeded = True
+        self._failed.clear()
         self._pace.answered(usage.output_tokens or 1, waiting=any(run.todo for run in self._runs) or not self._runs)
         if self.spending is not None:
             self.spending.add(usage)
@@ -226,14 +230,14 @@ class Client:
         """A request that failed for good.
 
         Raises:
-            ServerError: so did all before, for the same reason.
+            ServerError: so did those before, for the same reason.
         """
-        if not self._succeeded:
-            self._failed[fault.verdict, fault.reason] += 1
-            if len(self._failed) == 1 and self._failed[fault.verdict, fault.reason] >= _ALIKE[fault.verdict]:
+        if fault.verdict == "retry" or not self._succeeded:
+            self._failed[fault.reason] += 1
+            if len(self._failed) == 1 and self._failed[fault.reason] >= _ALIKE[fault.verdict]:
                 raise ServerError(
-                    f"{address.url}: all of the first {_ALIKE[fault.verdict]} requests failed alike ({fault.reason}: {fault.detail}), "
-                    f"each sent {attempt + 1} times. Try the server by hand, or `distill check`."
+                    f"{address.url}: {_ALIKE[fault.verdict]} requests in a row failed alike, each sent {attempt + 1} times "
+                    f"({fault.reason}: {fault.detail}). Look at the server, or run `distill check`; a restart goes on from here."
                 )
         return Failure(fault.reason, fault.detail)
 
@@ -245,10 +249,11 @@ class _Run(Generic[K, T]):
         self._client, self._read, self._usage_of = client, read, usage_of
         self.todo: deque[tuple[K, Call]] = deque()
         self.tasks: set[asyncio.Task[None]] = set()
-        self.active = 0
+        self.active, self.ended = 0, False
         self.out = 0
         """Handed over and not taken yet; counted in the caller's thread."""
-        self.held_back = False
+        self.held = 0
+        """Of those, never sent, because a limit was reached."""
         self._done: deque[tuple[K, T | Failure]] = deque()
         self._error: BaseException | None = None
         self._arrived = threading.Event()
@@ -267,10 +272,12 @@ class _Run(Generic[K, T]):
 
     def pump(self) -> None:
         """Puts as many in flight as there is room for; in the client's loop."""
-        if self not in self._client._runs:
-            self._client._runs.append(self)
-        loop = asyncio.get_running_loop()
-        for _ in range(min(len(self.todo), self._client._pace.limit - sum(run.active for run in self._client._runs))):
+        runs, loop = self._client._runs, asyncio.get_running_loop()
+        if self.ended or self._holds_back():
+            return
+        if self not in runs:
+            runs.append(self)
+        for _ in range(min(len(self.todo), self._client._pace.limit - sum(run.active for run in runs))):
             self.active += 1
             task = loop.create_task(self._work())
             self.tasks.add(task)
@@ -280,16 +287,30 @@ class _Run(Generic[K, T]):
         """One request after another, as long as there is room: a task for each place, and not for each request."""
         client = self._client
         try:
-            while self.todo and self.active <= client._pace.limit and self._error is None:
+            while self.todo and self.active <= client._pace.limit and self._error is None and not self._holds_back():
                 key, call = self.todo.popleft()
                 found = await client.answer(call, self._read, self._usage_of)
                 self._done.append((key, found))
                 self._tell()
-        except Exception as error:
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
             self._error = self._error or error
             self._tell()
         finally:
             self.active -= 1
+            for run in [run for run in client._runs if run is not self]:  # the place may be another's now
+                run.pump()
+
+    def _holds_back(self) -> bool:
+        """Whether a limit is reached; what waits is then never sent."""
+        spending = self._client.spending
+        if spending is None or not spending.is_exhausted:
+            return False
+        self.held += len(self.todo)
+        self.todo.clear()
+        self._tell()
+        return True
 
     def _tell(self) -> None:
         if not self._told:

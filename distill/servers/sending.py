@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import random
 import time
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -20,6 +22,7 @@ from distill.servers.faults import Fault, fault_of
 _MOST_BYTES = 512 * 2**20  # of an answer: 8,192 tokens of a prompt with 128 alternatives each take about 100 MiB
 _CONNECT_S = 20.0
 _STREAM_FACTOR = 24  # a stream may take so many times `timeout_s` in all: a server that never ends must not hold a place for ever
+_END_S = 1.0  # that a server may take to end a stream behind `[DONE]`
 _LONGEST_REST_S = 600.0
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -102,6 +105,8 @@ class Sender:
                 if response.status >= 300:
                     raise self._refusal(response.status, response.headers, await _bytes_of(response, 2**20))
                 content = await _bytes_of(response, _MOST_BYTES)
+                if self._key and self._key.encode() in content:  # it goes into no file, whatever a server says
+                    content = content.replace(self._key.encode(), b"***")
                 return _events(content) if response.content_type == "text/event-stream" else _parsed(content)
         except aiohttp.ClientConnectorError as error:
             raise UnansweredError(self._fault("unreachable", error), "address") from None
@@ -136,7 +141,10 @@ async def _bytes_of(response: aiohttp.ClientResponse, most: int) -> bytes:
         found += chunk
         if len(found) > most:
             raise UnansweredError(Fault("row", "too_large", f"the answer has over {most:,} bytes"))
-        if streams and found.rstrip().endswith(b"data: [DONE]"):
+        if streams and found[-32:].rstrip().endswith(b"data: [DONE]"):
+            with contextlib.suppress(TimeoutError):  # read to its end, a connection can be used again
+                async with asyncio.timeout(_END_S):
+                    await response.content.readany()
             break
     return bytes(found)
 
@@ -176,8 +184,6 @@ def _rest_s(told: str | None) -> float | None:
 
 async def paused(attempt: int, base_s: float, rest_s: float | None) -> None:
     """The pause before a request is sent again: what the server asked for, else growing to a minute, with jitter."""
-    import random
-
     if rest_s is not None:
         await asyncio.sleep(rest_s * random.uniform(1.0, 1.1))
     else:
