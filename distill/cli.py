@@ -140,16 +140,22 @@ def rounds(context: typer.Context, recipe: RecipePath) -> None:
     run_rounds(_load(recipe, context))
 
 
-def _run_one(name: str, recipe: Recipe, *, number: int = 0, redo: bool = False) -> None:
+def _run_one(name: str, recipe: Recipe, *, number: int = 0, redo: bool = False, shard: str = "") -> None:
     """Runs a stage alone, unless what was made from it would be lost by that."""
     from distill.before.outlook import refuse_what_follows
-    from distill.pipeline import run_stage
+    from distill.errors import RecipeError
+    from distill.pipeline import run_shard, run_stage
     from distill.run.clock import is_main_process
     from distill.stages import Step
 
+    if shard and redo:
+        raise RecipeError(f"--redo with --shard would delete the other parts too. Run `distill {name}` with --redo, or delete the folder.")
     if is_main_process() and not redo:
         refuse_what_follows(recipe, Step(name, number))
-    run_stage(name, recipe, number=number, redo=redo)
+    if shard:
+        run_shard(name, recipe, shard, number=number)
+    else:
+        run_stage(name, recipe, number=number, redo=redo)
 
 
 def _stage_command(name: str, help_text: str) -> None:
@@ -160,7 +166,14 @@ def _stage_command(name: str, help_text: str) -> None:
 
 
 _stage_command("prompts", "Read the problems, and split held-out ones off.")
-_stage_command("generate", "Let the teacher write traces, or bring finished ones in.")
+
+
+@app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
+def generate(context: typer.Context, recipe: RecipePath, redo: Redo = False, shard: Shard = "") -> None:
+    """Let the teacher write traces, or bring finished ones in."""
+    _run_one("generate", _load(recipe, context), redo=redo, shard=shard)
+
+
 _stage_command("curate", "Check the traces, and choose those to learn from.")
 
 
@@ -188,12 +201,17 @@ def train(context: typer.Context, recipe: RecipePath, redo: Redo = False, number
 
 
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
-def rollouts(context: typer.Context, recipe: RecipePath, redo: Redo = False, number: Round = 1) -> None:
+def rollouts(context: typer.Context, recipe: RecipePath, redo: Redo = False, number: Round = 1, shard: Shard = "") -> None:
     """Let the current student write the traces of an on-policy round."""
-    _run_one("rollouts", _load(recipe, context), number=number, redo=redo)
+    _run_one("rollouts", _load(recipe, context), number=number, redo=redo, shard=shard)
 
 
-_stage_command("evaluate", "Measure base, student and teacher on the held-out prompts.")
+@app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
+def evaluate(context: typer.Context, recipe: RecipePath, redo: Redo = False, shard: Shard = "") -> None:
+    """Measure base, student and teacher on the held-out prompts."""
+    _run_one("evaluate", _load(recipe, context), redo=redo, shard=shard)
+
+
 _stage_command("report", "Make report.md and report.html from the run's files.")
 _stage_command("export", "Write the merged student, its adapter and a model card.")
 

@@ -17,6 +17,7 @@ from distill.run.folder import delete_stage, refuse_to_delete
 from distill.run.log import ledger, nothing_to_do, say
 from distill.run.manifest import MANIFEST, Manifest, check_files, read_manifest
 from distill.run.owned import EARLIER
+from distill.run.parts import part_of
 from distill.run.verify import Layout, refuse_damaged_inputs, verify
 from distill.stages import CACHE, MARKS, RECIPE, ROUND_STAGES, SERVERS, WRITES, Step, folder, run_dir, steps_of, student_folder
 
@@ -64,6 +65,29 @@ def call(step: Step, recipe: Recipe, what: str) -> Any:
 def run_score_shard(recipe: Recipe, shard: str, *, number: int = 0) -> None:
     """Scores one part of the traces, `i/n` counted from 1; whoever finds all parts there completes the stage."""
     importlib.import_module("distill.stages.score").run_shard(recipe, shard, number)
+
+
+def run_shard(name: str, recipe: Recipe, shard: str, *, number: int = 0) -> None:
+    """Lets one part of a stage's traces be written, and says so in one line; whoever finds all parts there completes the stage.
+
+    Args:
+        name: `generate`, `rollouts` or `evaluate`.
+        recipe: The recipe.
+        shard: `i/n`, counted from 1.
+        number: Of the on-policy round.
+
+    Raises:
+        RecipeError: there is no such part, or the traces are brought and not written.
+    """
+    if name == "generate" and recipe.traces is not None:
+        raise RecipeError("--shard: the recipe brings its traces (section traces), and none are written. Leave it out.")
+    part, target = part_of(shard), folder(recipe, name, number)
+    done_before = (target / MANIFEST).exists() and read_manifest(target).digest
+    module = importlib.import_module(f"distill.stages.{name}")
+    manifest: Manifest | None = module.run_shard(recipe, part, *([number] if name in ROUND_STAGES else []))
+    if manifest is not None:
+        nothing_done = manifest.digest == done_before
+        say(nothing_to_do(manifest, target) if nothing_done else ledger(manifest, unit=_UNITS[name]), result=True)
 
 
 def run_rounds(recipe: Recipe) -> None:

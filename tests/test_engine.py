@@ -124,7 +124,7 @@ def test_a_table_is_filled_window_by_window_and_a_kill_repeats_nothing(
     authors: list[str], spec: ModelSpec, chat: ChatFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ten rows a window are five prompts: 12 prompts make windows of 10, 10 and 4 rows."""
-    monkeypatch.setattr("distill.engines.ROWS_PER_SHARD", 10)
+    monkeypatch.setattr("distill.engines.traces.ROWS_PER_SHARD", 10)
     sampling = Sampling(samples_per_prompt=2, max_new_tokens=6, temperature=1.0, batch_size=4)
     whole = fill(tmp_path / "whole", engine(spec, chat, sampling), sampling, authors)
     assert len(whole) == 24 * len(authors)
@@ -150,7 +150,7 @@ def test_a_kill_between_a_windows_shard_and_its_journal_repeats_nothing(
     spec: ModelSpec, chat: ChatFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each window is cut into shards of 4 rows, and the kill comes after each of them: the journal is still there."""
-    monkeypatch.setattr("distill.engines.ROWS_PER_SHARD", 10)
+    monkeypatch.setattr("distill.engines.traces.ROWS_PER_SHARD", 10)
     monkeypatch.setattr("distill.run.tables.ROWS_PER_SHARD", 4)
     sampling = Sampling(max_new_tokens=6, temperature=1.0, batch_size=4)
     whole = fill(tmp_path / "whole", engine(spec, chat, sampling), sampling)
@@ -291,8 +291,8 @@ class Counting:
 @pytest.mark.parametrize("dies_after", [0, 4, 9, 21])
 def test_a_table_that_grows_asks_only_for_what_is_new(tmp_path: Path, dies_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More prompts and more samples, killed on the way: in the end it is what one run would have written, and nothing was asked twice."""
-    monkeypatch.setattr("distill.engines._LEAST_ROWS", 8)
-    monkeypatch.setattr("distill.engines._TOKENS_PER_WINDOW", 8)
+    monkeypatch.setattr("distill.engines.traces._LEAST_ROWS", 8)
+    monkeypatch.setattr("distill.engines.traces._TOKENS_PER_WINDOW", 8)
 
     def grown(place: str, samples: int, count: int, dies_after: int | None = None) -> list[tuple[str, int]]:
         sampling = Sampling(samples_per_prompt=samples, max_new_tokens=1, batch_size=3)

@@ -1,4 +1,4 @@
-"""Traces of a finished stage, for one that grows from it: what was written before is not written again."""
+"""Traces of finished stages, for one that grows from one, or was written in parts: what was written before is not written again."""
 
 from __future__ import annotations
 
@@ -10,47 +10,69 @@ from typing import Any
 import numpy as np
 
 from distill.errors import StageConflictError
+from distill.run.manifest import read_manifest
+from distill.run.schema import ALTERNATIVES
 from distill.run.tables import iter_rows, rows_at
 
 Key = tuple[str, int]
 """Prompt and sample."""
+_OTHERS = [name for name in ALTERNATIVES.names if name not in ("prompt_id", "sample_index")]
 
 
 class EarlierTraces:
-    """The traces of a finished stage, by author, prompt and sample; 16 bytes of each are in memory.
+    """The traces of finished stages, by author, prompt and sample; 24 bytes of each are in memory.
 
     Args:
-        folder: Of the stage.
+        folders: Of the stages: one that is to grow, or the parts of one.
         authors: Only theirs: another model of the same name has written nothing yet.
+        failed: Whether requests that failed for good there count too; else they are asked again.
     """
 
-    def __init__(self, folder: Path, authors: Collection[str]) -> None:
-        self._folder = folder
-        hashes, places = array("Q"), array("Q")
+    def __init__(self, folders: Path | Sequence[Path], authors: Collection[str], *, failed: bool = False) -> None:
+        places = [folders] if isinstance(folders, Path) else folders
+        tables = ("traces", "dropped") if failed else ("traces",)
+        self._sources = [(folder, table) for folder in places for table in tables if table in read_manifest(folder).tables]
+        hashes, sources, numbers = array("Q"), array("Q"), array("Q")
         self._counts = dict.fromkeys(authors, 0)
-        for place, row in enumerate(iter_rows(folder, "traces", columns=["author", "prompt_id", "sample_index"])):
-            if row["author"] in self._counts:
-                self._counts[row["author"]] += 1
-                hashes.append(_number_of(row["author"], (row["prompt_id"], row["sample_index"])))
-                places.append(place)
+        for source, (folder, table) in enumerate(self._sources):
+            for number, row in enumerate(iter_rows(folder, table, columns=["author", "prompt_id", "sample_index", "finish_reason"])):
+                if row["author"] in self._counts and (failed or row["finish_reason"] != "error"):
+                    self._counts[row["author"]] += 1
+                    hashes.append(_number_of(row["author"], (row["prompt_id"], row["sample_index"])))
+                    sources.append(source)
+                    numbers.append(number)
         found = np.array(hashes, np.uint64)
         order = np.argsort(found)
-        self._hashes, self._places = found[order], np.array(places, np.int64)[order]
+        self._hashes = found[order]
+        self._source_of, self._number_of = (np.array(values, np.int64)[order] for values in (sources, numbers))
 
     def count(self, author: str) -> int:
         """Traces of an author."""
         return self._counts.get(author, 0)
 
-    def rows(self, author: str, keys: Sequence[Key]) -> list[dict[str, Any]]:
-        """TRACE rows of those keys that there are."""
+    def rows(self, author: str, keys: Sequence[Key], *, alternatives: bool = False) -> list[dict[str, Any]]:
+        """TRACE rows of those keys that there are; of requests that failed with a `reason`.
+
+        Args:
+            author: Of the traces.
+            keys: Wanted.
+            alternatives: Add what else might have been written under that name, where it is kept beside the traces.
+        """
         if not len(self._hashes):
             return []
         wanted = np.array([_number_of(author, key) for key in keys], np.uint64)
         nearest = np.minimum(np.searchsorted(self._hashes, wanted), len(self._hashes) - 1)
-        places = np.sort(self._places[nearest[self._hashes[nearest] == wanted]])
-        asked = set(keys)  # 64 bits may be shared
-        rows = rows_at(self._folder, "traces", places.tolist())
-        return [row for row in rows if row["author"] == author and (row["prompt_id"], row["sample_index"]) in asked]
+        hits = nearest[self._hashes[nearest] == wanted]
+        asked, found = set(keys), []  # 64 bits may be shared
+        for source in np.unique(self._source_of[hits]).tolist():
+            folder, table = self._sources[source]
+            numbers = np.sort(self._number_of[hits[self._source_of[hits] == source]]).tolist()
+            rows = list(rows_at(folder, table, numbers))
+            if alternatives and table == "traces" and "alternatives" in read_manifest(folder).tables:
+                others = rows_at(folder, "alternatives", numbers, _OTHERS)
+                rows = [row | {"alternatives": other} for row, other in zip(rows, others, strict=True)]
+            found += [row for row in rows if row["author"] == author and (row["prompt_id"], row["sample_index"]) in asked]
+        return found
 
 
 def refuse_another(role: str, now: dict[str, Any], before: dict[str, Any]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from distill.run.schema import Message
 
@@ -58,3 +61,29 @@ class Completion:
     """`stop`, `length`, or `error` for anything else."""
     alternatives: Alternatives | None = None
     """What else might have been written, where that was asked for."""
+
+
+class Engine(Protocol):
+    """Something that writes completions."""
+
+    def write(self, requests: Sequence[Request]) -> Iterator[Sequence[tuple[int, Completion | Failure]]]:
+        """Completions as they end, in any order, each with its place among the requests; or why one failed for good.
+
+        A request's random numbers depend on its seed alone, its tokens also on rounding.
+        """
+        ...
+
+
+def requests_for(prompts: Sequence[dict[str, Any]], samples_per_prompt: int, seed: int) -> list[Request]:
+    """`samples_per_prompt` requests for each prompt row, each with a seed of its own."""
+    return [
+        Request(row["prompt_id"], index, row["messages"], row["reference"], request_seed(seed, row["prompt_id"], index))
+        for row in prompts
+        for index in range(samples_per_prompt)
+    ]
+
+
+def request_seed(seed: int, prompt_id: str, sample_index: int) -> int:
+    """64-bit seed of one request: independent of batch, order and restart."""
+    digest = hashlib.sha256(f"{seed}/{prompt_id}/{sample_index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")

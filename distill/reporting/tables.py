@@ -12,7 +12,7 @@ from rich.table import Table
 
 from distill.recipe.experiment import Recipe
 from distill.reporting.summary import NOT_MEASURED, RunSummary, bytes_text, metrics, parameters_text, percent_text
-from distill.run.log import duration_text
+from distill.run.log import duration_text, money_text
 from distill.run.manifest import Manifest
 
 
@@ -127,20 +127,32 @@ def _some(masses: dict[str, float]) -> list[tuple[str, float]]:
     return [entries[place] for place in sorted({0, len(entries) // 2, len(entries) - 1})] if entries else []
 
 
-COST_COLUMNS = ["stage", "wall time", "tokens", "device", "finished", "SHA-256 of its content"]
+COST_COLUMNS = ["stage", "wall time", "tokens", "US dollars", "device", "finished", "SHA-256 of its content"]
+
+
+def cost_columns(summary: RunSummary) -> list[str]:
+    """Names of the columns of `cost_rows`: money only where a stage cost some."""
+    return COST_COLUMNS if _costs_money(summary) else [name for name in COST_COLUMNS if name != "US dollars"]
+
+
+def _costs_money(summary: RunSummary) -> bool:
+    return any((manifest.facts.get("server") or {}).get("cost_usd") is not None for _, manifest in summary.stages)
 
 
 def cost_rows(summary: RunSummary) -> list[list[str]]:
-    """What each stage cost, a row a stage, under `COST_COLUMNS`."""
-    return [_cost(name, manifest) for name, manifest in summary.stages]
+    """What each stage cost, a row a stage, under `cost_columns`."""
+    money = _costs_money(summary)
+    return [_cost(name, manifest, money) for name, manifest in summary.stages]
 
 
-def _cost(name: str, manifest: Manifest) -> list[str]:
+def _cost(name: str, manifest: Manifest, money: bool) -> list[str]:
+    dollars = (manifest.facts.get("server") or {}).get("cost_usd")
     facts, tokens = manifest.facts, manifest.facts.get("tokens")
     return [
         name,
         duration_text(facts["wall_s"]),
         "" if tokens is None else f"{tokens:,}",
+        *(["" if dollars is None else money_text(dollars)] if money else []),
         str(facts.get("device", "cpu")),
         facts["finished_at"],
         manifest.digest[:12],

@@ -82,6 +82,7 @@ class StageFolder:
         self._binding = binding(stage, self.settings, self._inputs)
         self._part = part
         self._writers: dict[str, TableWriter] = {}
+        self._optional: set[str] = set()
 
     @property
     def complete(self) -> bool:
@@ -255,15 +256,18 @@ class StageFolder:
         if self._plan.scratch is not None:
             shutil.rmtree(self.path / self._plan.scratch, ignore_errors=True)
 
-    def table(self, name: str, schema: pa.Schema, *, resume: bool = False) -> TableWriter:
+    def table(self, name: str, schema: pa.Schema, *, resume: bool = False, optional: bool = False) -> TableWriter:
         """A table of the result, to be given its rows one by one; `finish` ends it.
 
         Args:
             name: Of the table.
             schema: Of its rows.
             resume: Go on behind the whole shards that a killed run has left.
+            optional: Leave the table out where it gets no row.
         """
         record = self.journal(SHARDS) if resume else None
+        if optional:
+            self._optional.add(name)
         self._writers[name] = TableWriter(self.path, name, schema, whole_shards(self.path, name, record) if record else (), record)
         return self._writers[name]
 
@@ -293,6 +297,8 @@ class StageFolder:
             facts: What was measured.
             keep_earlier: Leave what it grew from beside it, because not all of that was taken over.
         """
+        for name in [name for name in self._optional if not self._writers[name].num_rows]:
+            self._writers.pop(name).stop()
         tables = {name: writer.close() for name, writer in self._writers.items()}
         paths = [*files, *records, *(self.path / shard.file for shards in tables.values() for shard in shards)]
         self.manifest = Manifest(

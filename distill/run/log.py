@@ -212,9 +212,28 @@ def ledger(manifest: Manifest, *, unit: str = "rows") -> str:
         parts.append(f"{sum(manifest.drops.values()):,} dropped" + (f" ({drops})" if drops else ""))
     if "tokens" in facts:
         parts.append(f"{facts['tokens']:,} tokens")
+    if facts.get("server"):
+        parts.append(spent_text(facts["server"]))
     if "wall_s" in facts:
         parts.append(f"{facts['wall_s']:.1f} s")
     return f"{manifest.stage:<9} " + " · ".join(parts)
+
+
+def spent_text(spent: dict[str, Any]) -> str:
+    """What a stage had of servers, for people: requests, tokens read and written, money.
+
+    Args:
+        spent: The fact `server` of its manifest.
+    """
+    cached = f", {spent['cached_tokens']:,} of them cached" if spent.get("cached_tokens") else ""
+    again = f", {spent['retries']:,} sent again" if spent.get("retries") else ""
+    text = f"{spent['requests']:,} requests{again}: {spent['input_tokens']:,} tokens in{cached}, {spent['output_tokens']:,} out"
+    return text + ("" if spent.get("cost_usd") is None else f", {money_text(spent['cost_usd'])}")
+
+
+def money_text(dollars: float) -> str:
+    """US dollars, to the cent from ten cents on."""
+    return f"${dollars:,.2f}" if dollars >= 0.1 or not dollars else f"${dollars:.4f}"
 
 
 def nothing_to_do(manifest: Manifest, folder: Path) -> str:

@@ -21,6 +21,7 @@ from distill.run.files import read_json, write_record
 from distill.run.folder import StageFolder
 from distill.run.manifest import LOCK, MANIFEST, PLAN, read_manifest
 from distill.run.owned import own_cache
+from distill.run.parts import PARTS
 from distill.run.plan import NO_GROWTH, Growth, StagePlan
 
 FOLDERS = {
@@ -41,20 +42,22 @@ def _tables(*names: str) -> tuple[str, ...]:
     return tuple(f"{name}-[0-9][0-9][0-9][0-9][0-9].parquet" for name in names)
 
 
+_WRITTEN = (f"{PARTS}/[0-9]*-of-[0-9]*/*", "batches*.json")
+
 WRITES = {
     "prompts": _tables("train", "heldout", "dropped"),
-    "generate": (*_tables("traces", "dropped"), "batches*.json"),
+    "generate": (*_tables("traces", "dropped", "alternatives"), *_WRITTEN),
     "curate": _tables("curated", "dropped", "verdicts"),
     "score": ("targets-*-of-*.targets", "targets-*-of-*.targets.part", "journal-*-of-*.jsonl"),
     "train": ("adapter/*", "model/*", "tokenizer/*", "checkpoints/*", "logs/*", "metrics.jsonl"),
-    "rollouts": (*_tables("traces"), "batches*.json"),
-    "evaluate": (*_tables("traces", "answers", "scores"), "batches*.json"),
+    "rollouts": (*_tables("traces", "dropped"), *_WRITTEN),
+    "evaluate": (*_tables("traces", "answers", "scores"), *_WRITTEN),
     "report": ("report.html", "report.md", "summary.txt"),
     "export": ("model/*", "adapter/*", "README.md"),
 }
 """Stage name and the files that it may write in its folder: what is not among them is never deleted."""
 
-SCRATCH = {"train": "checkpoints"}
+SCRATCH = {"train": "checkpoints", "generate": PARTS, "rollouts": PARTS, "evaluate": PARTS}
 """Stage name and the folder in its folder that a restart needs, and nobody afterwards."""
 
 CACHE = "cache"

@@ -6,8 +6,10 @@ right nor as wrong: its prompt is left out of the comparison, and the share of s
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from distill.checks.references import unjudged_because
-from distill.errors import DataError
+from distill.errors import DataError, ModelError
 from distill.measure.intervals import gap_recovered, mean_interval, resampled_means
 from distill.recipe.experiment import Recipe
 from distill.recipe.results import Evaluate
@@ -23,15 +25,19 @@ from distill.run.clock import Clock
 from distill.run.folder import StageFolder
 from distill.run.log import progress
 from distill.run.manifest import Manifest, check_files, read_manifest
+from distill.run.parts import Part, begun, gathered_facts, missing, part_facts, part_folders, run_part, summed, write_part
 from distill.run.plan import NO_LIMIT, Growth, StagePlan, name_in_run
 from distill.run.schema import ANSWER, SCORE, TRACE
 from distill.run.tables import TableWriter, rows_at
-from distill.stages import Step, folder, open_stage, plan_of, student_folder
+from distill.stages import Step, folder, open_stage, plan_of, run_dir, student_folder
 
 if TYPE_CHECKING:
+    from distill.engines import TraceTable
     from distill.engines.earlier import EarlierTraces
+    from distill.models.chat import ChatFormat
 
 TASK = "heldout"
+_NO_ANSWER = "no answer"
 _NO_REFERENCE = "Name the column with the right answers there, or set evaluate: null."
 
 
@@ -57,9 +63,34 @@ def plan(recipe: Recipe) -> StagePlan:
 
 
 def run(recipe: Recipe) -> Manifest:
-    """Writes the tables `traces`, `answers` and `scores`; resumes after the last finished batch."""
-    with open_stage(recipe, plan(recipe)) as out:
-        return out.manifest or _evaluate(recipe, _evaluate_of(recipe), out)
+    """Writes the tables `traces`, `answers` and `scores`; resumes after the last answer, and finishes parts that were begun."""
+    asked = plan(recipe)
+    with open_stage(recipe, asked) as out:
+        if out.manifest:
+            return out.manifest
+        count = begun(out.path)
+        if count is None:
+            return _evaluate(recipe, out)
+        for part in missing(out.path, count):
+            write_part(asked, part, partial(_write_part, recipe, out, part))
+        return _evaluate(recipe, out, in_parts=True)
+
+
+def run_shard(recipe: Recipe, part: Part) -> Manifest | None:
+    """Writes the answers of one part, and judges all of them if it was the last; else null.
+
+    Args:
+        recipe: The recipe.
+        part: Which.
+
+    Raises:
+        StageConflictError: the stage was begun in another number of parts, or another process works on this one.
+    """
+    asked = plan(recipe)
+    with open_stage(recipe, asked, str(part)) as out:
+        if out.manifest:
+            return out.manifest
+        return run_part(out, asked, part, partial(_write_part, recipe, out, part), partial(_evaluate, recipe, out, in_parts=True))
 
 
 def _evaluate_of(recipe: Recipe) -> Evaluate:
@@ -68,42 +99,88 @@ def _evaluate_of(recipe: Recipe) -> Evaluate:
     return recipe.evaluate
 
 
-def _evaluate(recipe: Recipe, evaluate: Evaluate, out: StageFolder) -> Manifest:
-    clock = Clock(out.path)
-    source = folder(recipe, "prompts")
-    heldout = read_manifest(source).rows("heldout")
-    wanted = range(heldout if evaluate.max_prompts is None else min(evaluate.max_prompts, heldout))
-    prompts = list(rows_at(source, "heldout", wanted, ["prompt_id", "messages", "reference"]))
-    _refuse_unanswerable(source, prompts)
-
+def _evaluate(recipe: Recipe, out: StageFolder, *, in_parts: bool = False) -> Manifest:
+    """Has the answers written, or takes those of all parts, and judges them."""
     from distill.engines import TraceTable
-    from distill.engines.earlier import refuse_another
-    from distill.models.loading import pick_device
+    from distill.engines.earlier import EarlierTraces
 
+    clock, evaluate, prompts = Clock(out.path), _evaluate_of(recipe), _prompts(recipe)
     table = out.table("traces", TRACE, resume=True)
-    earlier, before = _earlier(recipe, out), read_manifest(out.earlier).facts if out.earlier else {"models": {}}
-    traces = TraceTable(table, out.journal(), evaluate, recipe.seed, earlier)
-    models: dict[str, dict[str, Any]] = {}
-    for role in evaluate.models:
-        engine, models[role] = _engine(recipe, evaluate, role)
-        if earlier is not None and earlier.count(role):
-            refuse_another(role, models[role], before["models"].get(role, {}))
-        traces.write(engine, prompts, len(prompts), role, f"evaluate {role}")
-        del engine
-    answers = _judge(table, evaluate)
+    before = _before(out)
+    if in_parts:
+        known = EarlierTraces(part_folders(out.path), set(evaluate.models), failed=True)
+        traces = TraceTable(table, out.journal(), evaluate, recipe.seed, known)
+        for role in evaluate.models:
+            traces.write(None, prompts, len(prompts), role, f"evaluate {role}", in_parts=True)
+        facts = gathered_facts(part_facts(out.path), clock)
+    else:
+        traces = TraceTable(table, out.journal(), evaluate, recipe.seed, _earlier(recipe, out))
+        facts = clock.facts(**_answer(recipe, out, out.path, traces, prompts))
+    answers = _judge(table, recipe)
     out.write_table("answers", answers, ANSWER)
     out.write_table("scores", _scores(answers, evaluate, recipe.seed), SCORE)
     return out.finish(
         rows_in=len(prompts) * evaluate.samples_per_prompt * len(evaluate.models),
         rows_kept=len(answers),
-        keep_earlier=not set(before["models"]) <= set(models),  # a model that is asked for no more has been paid for
-        facts=clock.facts(
-            device=str(pick_device()),
-            models=models,
-            confidence=evaluate.confidence,
-            tokens=traces.tokens,
-        ),
+        keep_earlier=not set(before) <= set(facts["models"]),  # a model that is asked for no more has been paid for
+        facts=facts | {"confidence": evaluate.confidence, "tokens": sum(answer["num_tokens"] or 0 for answer in answers)},
     )
+
+
+def _write_part(recipe: Recipe, whole: StageFolder, part: Part, out: StageFolder) -> Manifest:
+    """The answers of all models to a part of the prompts."""
+    from distill.engines import TraceTable
+
+    clock, prompts = Clock(out.path), _prompts(recipe)[part.slice]
+    evaluate = _evaluate_of(recipe)
+    table = out.table("traces", TRACE, resume=True)
+    traces = TraceTable(table, out.journal(), evaluate, recipe.seed, _earlier(recipe, whole))
+    facts = _answer(recipe, whole, out.path, traces, prompts, part.count)
+    return out.finish(rows_in=len(prompts), rows_kept=traces.num_rows, facts=clock.facts(**facts))
+
+
+def _answer(
+    recipe: Recipe, whole: StageFolder, place: Path, traces: TraceTable, prompts: list[dict[str, Any]], parts: int = 1
+) -> dict[str, Any]:
+    """Has each model answer, one after another, and returns what they were and cost."""
+    from distill.engines.earlier import refuse_another
+    from distill.servers.opening import open_writer
+
+    evaluate, before = _evaluate_of(recipe), _before(whole)
+    models: dict[str, dict[str, Any]] = {}
+    devices, spent, warnings = [], [], []
+    for role in evaluate.models:
+        trained = student_folder(recipe) if role == "student" else None
+        if trained is not None:
+            check_files(trained)
+        how: dict[str, Any] = {"section": "evaluate", "trained": trained, "parts": parts}
+        with open_writer(recipe, role, evaluate, place, run_dir(recipe), **how) as writer:
+            models[role] = writer.record
+            if traces.knows(role):
+                refuse_another(role, models[role], before.get(role, {}))
+            traces.write(writer.engine, prompts, len(prompts), role, f"evaluate {role}", writer.max_failed)
+        devices.append(writer.device)
+        spent.append(writer.spent().get("server"))
+        warnings += [warning for warning in writer.warnings if warning not in warnings]
+    served = summed(spent)
+    facts: dict[str, Any] = {"device": ", ".join(dict.fromkeys(devices)), "models": models}
+    return facts | ({"server": served} if served else {}) | ({"warnings": warnings} if warnings else {})
+
+
+def _prompts(recipe: Recipe) -> list[dict[str, Any]]:
+    """The prompts that are asked, after those of which nothing can be measured were refused."""
+    source, most = folder(recipe, "prompts"), _evaluate_of(recipe).max_prompts
+    heldout = read_manifest(source).rows("heldout")
+    wanted = range(heldout if most is None else min(most, heldout))
+    prompts = list(rows_at(source, "heldout", wanted, ["prompt_id", "messages", "reference"]))
+    _refuse_unanswerable(source, prompts)
+    return prompts
+
+
+def _before(out: StageFolder) -> dict[str, dict[str, Any]]:
+    """The models of what the stage grows from."""
+    found: dict[str, dict[str, Any]] = read_manifest(out.earlier).facts["models"] if out.earlier else {}
+    return found
 
 
 def _refuse_unanswerable(source: Path, prompts: list[dict[str, Any]]) -> None:
@@ -130,29 +207,12 @@ def _earlier(recipe: Recipe, out: StageFolder) -> EarlierTraces | None:
     return EarlierTraces(out.earlier, {"base", "teacher", *(["student"] if same else [])})
 
 
-def _engine(recipe: Recipe, evaluate: Evaluate, role: str) -> tuple[Any, dict[str, Any]]:
-    """The engine of a role and the record of its model. One model is in memory at a time."""
-    from distill.engines.hf import HFEngine
-    from distill.models.loading import free_memory, load_chat_format, load_model, load_trained, model_record, pick_device
-
-    free_memory()
-    device = pick_device()
-    spec = recipe.teacher if role == "teacher" else recipe.student
-    assert spec is not None  # the recipe was validated
-    if role == "student":
-        trained = student_folder(recipe)
-        check_files(trained)
-        model = load_trained(spec, recipe.student.adapter, trained, device)
-    else:
-        model = load_model(spec, device)
-    return HFEngine(model, load_chat_format(spec), evaluate), model_record(spec, model)
-
-
-def _judge(table: TableWriter, evaluate: Evaluate) -> list[dict[str, Any]]:
+def _judge(table: TableWriter, recipe: Recipe) -> list[dict[str, Any]]:
     """Rows of the table `answers`, one for each trace; of the texts a piece at a time is in memory."""
     from distill.checks.math import MathJudge, Pair
 
     answers: list[dict[str, Any]] = []
+    counted = _Counted(recipe)
 
     def pairs() -> Iterator[tuple[int, Pair]]:
         for trace in _judged_parts(table):
@@ -162,16 +222,47 @@ def _judge(table: TableWriter, evaluate: Evaluate) -> list[dict[str, Any]]:
                     "prompt_id": trace["prompt_id"],
                     "sample_index": trace["sample_index"],
                     "truncated": trace["finish_reason"] == "length",
-                    "num_tokens": trace["num_tokens"],
+                    "num_tokens": counted(trace),
                 }
             )
-            yield len(answers) - 1, (trace["completion"], trace["reference"])
+            if trace["finish_reason"] == "error":
+                answers[-1] |= {"correct": None, "reason": _NO_ANSWER}
+                bar.update()
+            else:
+                yield len(answers) - 1, (trace["completion"], trace["reference"])
 
-    with progress(table.num_rows, "answers", "check answers") as bar, MathJudge(evaluate.check_timeout_s) as math:
+    timeout_s = _evaluate_of(recipe).check_timeout_s
+    with progress(table.num_rows, "answers", "check answers") as bar, MathJudge(timeout_s) as math:
         for number, verdict in math.stream(pairs()):
             answers[number] |= {"correct": verdict.passed, "reason": verdict.reason}
             bar.update()
     return answers
+
+
+class _Counted:
+    """Tokens of an answer: of its ids, else of its text by its model's tokenizer; null where neither is to be had."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._chats: dict[str, ChatFormat | None] = {}
+
+    def __call__(self, trace: dict[str, Any]) -> int | None:
+        if trace["num_tokens"] is not None or trace["finish_reason"] == "error":
+            count: int | None = trace["num_tokens"]
+            return count
+        chat = self._chat(trace["author"])
+        return None if chat is None else len(chat.completion_ids(trace["completion"], finished=trace["finish_reason"] == "stop"))
+
+    def _chat(self, role: str) -> ChatFormat | None:
+        from distill.models.loading import load_chat_format
+
+        if role not in self._chats:
+            spec = self._recipe.teacher if role == "teacher" else self._recipe.student
+            assert spec is not None  # the recipe was validated
+            self._chats[role] = None
+            with contextlib.suppress(ModelError):  # of a host
+                self._chats[role] = load_chat_format(spec)
+        return self._chats[role]
 
 
 def _judged_parts(table: TableWriter) -> Iterator[dict[str, Any]]:
@@ -196,15 +287,19 @@ def _scores(answers: list[dict[str, Any]], evaluate: Evaluate, seed: int) -> lis
     scores = []
     for index, role in enumerate(evaluate.models):
         mine = [answer for answer in answers if answer["model_role"] == role]
+        known = [answer["num_tokens"] for answer in mine if answer["num_tokens"] is not None]
         estimate = mean_interval(accuracy_RP[index], draws_RB[index], evaluate.confidence)
         scores.append({"model_role": role, "metric": "accuracy", **estimate._asdict(), "num_prompts": accuracy_RP.shape[1]})
         plain = {
-            "mean_tokens": np.mean([answer["num_tokens"] for answer in mine]),
+            "mean_tokens": np.mean(known) if known else np.nan,
             "truncation_rate": np.mean([answer["truncated"] for answer in mine]),
             "unjudged_rate": np.mean([answer["correct"] is None for answer in mine]),
         }
         num_prompts = len({answer["prompt_id"] for answer in mine})
-        scores += [{"model_role": role, "metric": name, "value": float(value), "num_prompts": num_prompts} for name, value in plain.items()]
+        scores += [
+            {"model_role": role, "metric": name, "value": None if np.isnan(value) else float(value), "num_prompts": num_prompts}
+            for name, value in plain.items()
+        ]
     if {"base", "student", "teacher"} <= set(evaluate.models):
         order = [evaluate.models.index(role) for role in ("base", "student", "teacher")]
         base, student, teacher = (float(value) for value in accuracy_RP[order].mean(axis=1))

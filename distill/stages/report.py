@@ -19,10 +19,10 @@ from distill.reporting.pages import render
 from distill.reporting.public import public_names, published, published_recipe
 from distill.reporting.summary import RunSummary, lineage, metrics, summarise
 from distill.reporting.tables import (
-    COST_COLUMNS,
     RESULT_COLUMNS,
     ROUND_COLUMNS,
     TARGET_COLUMNS,
+    cost_columns,
     cost_rows,
     funnel,
     results_rows,
@@ -89,7 +89,7 @@ def _page(recipe: Recipe, summary: RunSummary) -> dict[str, Any]:
         "rounds": round_rows(summary, folders_to_show(recipe)[1]),
         "target_columns": TARGET_COLUMNS,
         "targets": target_rows(summary),
-        "cost_columns": COST_COLUMNS,
+        "cost_columns": cost_columns(summary),
         "costs": cost_rows(summary),
         "total_time": duration_text(summary.wall_s),
         "lineage": lineage(recipe, summary),

@@ -7,21 +7,29 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distill.errors import RecipeError
+from distill.errors import DataError, RecipeError
 from distill.recipe.base import Sampling
 from distill.recipe.experiment import Recipe
 from distill.recipe.learning import Rollouts
 from distill.run.clock import Clock
 from distill.run.folder import StageFolder
 from distill.run.manifest import Manifest, check_files, read_manifest
+from distill.run.parts import WHOLE, Part, begun, gathered_facts, missing, part_facts, part_folders, run_part, write_part
 from distill.run.plan import Growth, StagePlan
-from distill.run.schema import TRACE
+from distill.run.schema import DROPPED_TRACE, TRACE
 from distill.run.tables import rows_at
-from distill.stages import Step, folder, open_stage, plan_of, previous_student
+from distill.stages import Step, folder, open_stage, plan_of, previous_student, run_dir
+
+if TYPE_CHECKING:
+    from distill.engines import TraceTable
+    from distill.engines.earlier import EarlierTraces
+
+_COLUMNS = ["prompt_id", "messages", "reference"]
 
 
 def plan(recipe: Recipe, number: int) -> StagePlan:
@@ -46,7 +54,7 @@ def plan(recipe: Recipe, number: int) -> StagePlan:
 
 
 def run(recipe: Recipe, number: int) -> Manifest:
-    """Writes the table `traces`, a row a prompt and sample; resumes after the last finished batch.
+    """Writes the table `traces`, a row a prompt and sample, and `dropped`; resumes after the last answer, and finishes parts.
 
     Args:
         recipe: The recipe.
@@ -55,10 +63,35 @@ def run(recipe: Recipe, number: int) -> Manifest:
     Raises:
         RecipeError: the recipe has no such round.
     """
-    with open_stage(recipe, plan(recipe, number)) as out:
+    asked = plan(recipe, number)
+    with open_stage(recipe, asked) as out:
         if out.manifest:
             return out.manifest
-        return _write(recipe, _rollouts_of(recipe, number), number, _sampling(recipe, number), previous_student(recipe, number), out)
+        count = begun(out.path)
+        if count is None:
+            return _write(recipe, number, out)
+        for part in missing(out.path, count):
+            write_part(asked, part, partial(_write, recipe, number, part=part))
+        return _complete(recipe, number, out)
+
+
+def run_shard(recipe: Recipe, part: Part, number: int) -> Manifest | None:
+    """Writes one part, and completes the stage if it was the last; else null.
+
+    Args:
+        recipe: The recipe.
+        part: Which.
+        number: Of the round, from 1.
+
+    Raises:
+        RecipeError: the recipe has no such round.
+        StageConflictError: the stage was begun in another number of parts, or another process works on this one.
+    """
+    asked = plan(recipe, number)
+    with open_stage(recipe, asked, str(part)) as out:
+        if out.manifest:
+            return out.manifest
+        return run_part(out, asked, part, partial(_write, recipe, number, part=part), partial(_complete, recipe, number, out))
 
 
 def _rollouts_of(recipe: Recipe, number: int) -> Rollouts:
@@ -72,43 +105,62 @@ def _sampling(recipe: Recipe, number: int) -> Sampling:
     return rollouts.plain(max_new_tokens=rollouts.horizon(number, recipe.rounds))
 
 
-def _write(recipe: Recipe, rollouts: Rollouts, number: int, sampling: Sampling, writer: Path | None, out: StageFolder) -> Manifest:
+def _write(recipe: Recipe, number: int, out: StageFolder, part: Part = WHOLE) -> Manifest:
+    """The rollouts of a part of the prompts, into the folder of the stage or of its part."""
     # Imported here, so that a finished stage answers without loading torch.
-    from distill.engines import TraceTable, request_seed
-    from distill.engines.hf import HFEngine
-    from distill.models.loading import free_memory, load_chat_format, load_model, load_trained, model_record, pick_device
+    from distill.servers.opening import open_writer
 
-    clock, device = Clock(out.path), pick_device()
-    prompts = folder(recipe, "prompts")
-    drawn = _drawn(read_manifest(prompts).rows("train"), rollouts.prompts_per_round, f"{recipe.seed}/{number}")
-    chat = load_chat_format(recipe.student)
-    if writer is not None:
-        check_files(writer)
-    adapter = recipe.student.adapter
-    model = load_model(recipe.student, device) if writer is None else load_trained(recipe.student, adapter, writer, device)
+    clock, wanted = Clock(out.path), _prompts_of(recipe, number)[part.slice]
+    writer_folder, place, run = previous_student(recipe, number), out.path, run_dir(recipe)
+    if writer_folder is not None:
+        check_files(writer_folder)
+    sampling, traces = _sampling(recipe, number), _table(recipe, number, out)
+    how: dict[str, Any] = {"section": "rollouts", "trained": writer_folder, "needs_ids": True, "parts": part.count}
+    with open_writer(recipe, "student", sampling, place, run, **how) as writer:
+        rows = rows_at(folder(recipe, "prompts"), "train", wanted, _COLUMNS)
+        traces.write(writer.engine, rows, len(wanted), "student", f"round {number} rollouts", writer.max_failed)
+    facts = {"device": writer.device, "author": writer.record, **writer.rendering, **writer.spent()}
+    return _finish(recipe, number, out, traces, len(wanted), clock.facts(**facts))
+
+
+def _complete(recipe: Recipe, number: int, out: StageFolder) -> Manifest:
+    """Puts all parts together: the same tables as if one process had written them."""
+    from distill.engines.earlier import EarlierTraces
+
+    clock, wanted = Clock(out.path), _prompts_of(recipe, number)
+    traces = _table(recipe, number, out, EarlierTraces(part_folders(out.path), {"student"}, failed=True))
+    rows = rows_at(folder(recipe, "prompts"), "train", wanted, _COLUMNS)
+    traces.write(None, rows, len(wanted), "student", f"round {number} rollouts", in_parts=True)
+    return _finish(recipe, number, out, traces, len(wanted), gathered_facts(part_facts(out.path), clock))
+
+
+def _table(recipe: Recipe, number: int, out: StageFolder, known: EarlierTraces | None = None) -> TraceTable:
+    from distill.engines import TraceTable, request_seed
+
     # A seed of its own for each round: the same prompt should not meet the same random numbers again.
     seed = request_seed(recipe.seed, "round", number)
-    traces = TraceTable(out.table("traces", TRACE, resume=True), out.journal(), sampling, seed)
-    rows = rows_at(prompts, "train", drawn, ["prompt_id", "messages", "reference"])
-    traces.write(HFEngine(model, chat, sampling), rows, len(drawn), "student", f"round {number} rollouts")
-    record = model_record(recipe.student, model)
-    del model
-    free_memory()
+    dropped, table = out.table("dropped", DROPPED_TRACE, resume=True, optional=True), out.table("traces", TRACE, resume=True)
+    return TraceTable(table, out.journal(), _sampling(recipe, number), seed, known, dropped=dropped)
+
+
+def _finish(recipe: Recipe, number: int, out: StageFolder, traces: TraceTable, num_prompts: int, facts: dict[str, Any]) -> Manifest:
+    if not traces.num_rows:
+        raise DataError(f"{out.path}: not one of {num_prompts:,} prompts was answered ({dict(traces.drops)}). See server.max_failed.")
+    horizon = _sampling(recipe, number).max_new_tokens
     mean_tokens, cut_off = traces.tokens / traces.num_rows, traces.finish_reasons["length"] / traces.num_rows
-    return out.finish(
-        rows_in=len(drawn),
-        rows_kept=traces.num_rows,
-        facts=clock.facts(
-            device=str(device),
-            author=record,
-            tokenizer_digest=chat.tokenizer_digest,
-            template_digest=chat.template_digest,
-            horizon=sampling.max_new_tokens,
-            tokens=traces.tokens,
-            finish_reasons=dict(traces.finish_reasons),
-            **_stop(rollouts, sampling.max_new_tokens, mean_tokens, cut_off),
-        ),
-    )
+    written = {
+        "horizon": horizon,
+        "tokens": traces.tokens,
+        "finish_reasons": dict(traces.finish_reasons),
+        **_stop(_rollouts_of(recipe, number), horizon, mean_tokens, cut_off),
+    }
+    return out.finish(rows_in=num_prompts, rows_kept=traces.num_rows, drops=dict(traces.drops), facts=facts | written)
+
+
+def _prompts_of(recipe: Recipe, number: int) -> Sequence[int]:
+    """The numbers of the prompts of a round, rising."""
+    prompts = folder(recipe, "prompts")
+    return _drawn(read_manifest(prompts).rows("train"), _rollouts_of(recipe, number).prompts_per_round, f"{recipe.seed}/{number}")
 
 
 def _drawn(num_prompts: int, count: int | None, salt: str) -> Sequence[int]:
