@@ -1,0 +1,85 @@
+"""Traces that several processes write, each a part: in the end the folder is that of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faulty import Faulty
+
+from distill.errors import RecipeError, ServerError, StageConflictError
+from distill.recipe.experiment import Recipe
+from distill.run.manifest import MANIFEST, Manifest, read_manifest
+from distill.run.parts import PARTS, Part, part_of
+from distill.run.tables import read_rows
+from distill.stages import evaluate, generate, prompts
+
+
+def recipe(place: Path, model: Path, url: str, **server: Any) -> Recipe:
+    """A recipe whose teacher and student stand behind a server."""
+    served = {"kind": "vllm", "url": url, "model": "stub"} | server
+    rows = "".join(f'{{"question": "How much is {number} and 1?", "answer": "{number + 1}"}}\n' for number in range(30))
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "p.jsonl").write_text(rows)
+    return Recipe.model_validate(
+        {
+            "name": "test",
+            "run_dir": str(place / "run"),
+            "teacher": {"model": str(model), "server": served},
+            "student": {"model": str(model)},
+            "prompts": {"source": str(place / "p.jsonl"), "heldout_size": 9},
+            "generate": {"samples_per_prompt": 2, "max_new_tokens": 32},
+            "evaluate": {"models": ["teacher"], "max_new_tokens": 32},
+        }
+    )
+
+
+def test_parts_make_the_folder_that_one_process_makes(tmp_path: Path, tiny_model_dir: Path) -> None:
+    with Faulty() as server:
+        whole, parts = (recipe(tmp_path / name, tiny_model_dir, server.url) for name in ("whole", "parts"))
+        for each in (whole, parts):
+            prompts.run(each)
+        made = generate.run(whole)
+        assert generate.run_shard(parts, Part(1, 3)) is None and generate.run_shard(parts, Part(0, 3)) is None
+        with pytest.raises(StageConflictError, match="3 parts"):
+            generate.run_shard(parts, Part(0, 2))
+        found = generate.run_shard(parts, Part(2, 3))
+        asked = sum(server.asked.values())
+    place = tmp_path / "parts/run/traces"
+    assert isinstance(found, Manifest) and found.digest == made.digest and not (place / PARTS).exists()
+    assert asked == 2 * made.rows("traces") and found.facts["server"]["requests"] == made.facts["server"]["requests"]
+
+
+def test_a_stage_that_was_begun_in_parts_is_finished_by_one_process(tmp_path: Path, tiny_model_dir: Path) -> None:
+    with Faulty() as server:
+        whole, parts = (recipe(tmp_path / name, tiny_model_dir, server.url) for name in ("whole", "parts"))
+        for each in (whole, parts):
+            prompts.run(each)
+        assert evaluate.run_shard(parts, Part(1, 2)) is None
+        try:
+            digests = [evaluate.run(each).tables["traces"] for each in (whole, parts)]
+        except Exception as error:  # the stub's answers may hold no number, which evaluate itself refuses after all were written
+            assert "judged" in str(error)
+            return
+    assert digests[0] == digests[1]
+
+
+def test_what_fails_ends_the_stage_with_its_causes_and_is_asked_again(tmp_path: Path, tiny_model_dir: Path) -> None:
+    refusal = (400, '{"error": {"message": "content_filter: not this one", "code": "content_filter"}}')
+    with Faulty(never=refusal) as server:
+        asked = recipe(tmp_path, tiny_model_dir, server.url)
+        prompts.run(asked)
+        with pytest.raises(ServerError, match=r"failed for good|refus"):
+            generate.run(asked)
+        assert not (tmp_path / "run/traces" / MANIFEST).exists()
+        server.never = None
+        made = generate.run(asked)
+    assert made.rows_kept == len(read_rows(tmp_path / "run/traces", "traces")) and "dropped" not in made.tables
+    assert read_manifest(tmp_path / "run/traces").facts["device"].startswith("server (vllm")
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b"])
+def test_a_part_that_there_is_not_is_refused(shard: str) -> None:
+    with pytest.raises(RecipeError, match="--shard"):
+        part_of(shard)
