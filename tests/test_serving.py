@@ -98,12 +98,6 @@ def until(found: Callable[[], Any], timeout_s: float = 30) -> Any:
     raise AssertionError("it never came")
 
 
-def ask(url: str, body: Any) -> Any:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)
-
-
 def gone(processes: list[psutil.Process]) -> bool:
     return not [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
@@ -464,7 +458,9 @@ def test_transformers_serve_is_started_and_answers_as_the_engine_in_this_process
     from distill.engines.hf import HFEngine
     from distill.models.loading import load_chat_format, load_model
     from distill.recipe.base import Sampling
+    from distill.servers.client import Client
     from distill.servers.protocols import protocol_of
+    from distill.servers.writing import ServerEngine
 
     spec = ModelSpec(model="embedded:teacher", dtype="float32", server=Server(kind="transformers"))
     assert spec.server is not None
@@ -480,14 +476,11 @@ def test_transformers_serve_is_started_and_answers_as_the_engine_in_this_process
         for longest in (192, 20):  # the second cuts thoughts short, and its reader of answers takes white space off their ends
             sampling = Sampling(temperature=0.0, max_new_tokens=longest)
             expected = HFEngine(model, chat, sampling).complete(requests)
-            protocol = protocol_of(spec.server, served.model)
-            calls = [protocol.writing(request.messages, sampling, request.seed, stop_ids=chat.stop_ids) for request in requests]
-            answers = [protocol.answer(ask(served.urls[0] + call.path, call.body), call) for call in calls]
-            told = [(answer.text, answer.finish_reason, answer.usage.output_tokens) for answer in answers]
-            made = [
-                (row.text if row.finish_reason == "stop" else row.text.rstrip(), row.finish_reason, len(row.completion_ids or ()))
-                for row in expected
-            ]
+            with Client(spec.server, served.urls) as client:
+                engine = ServerEngine(client, protocol_of(spec.server, served.model), chat, sampling)
+                found = dict(pair for ended in engine.write(requests) for pair in ended)
+            told = [(getattr(found[place], "text", found[place]), getattr(found[place], "finish_reason", "")) for place in range(len(requests))]
+            made = [(row.text if row.finish_reason == "stop" else row.text.rstrip(), row.finish_reason) for row in expected]
             assert told == made
     assert gone(living)
 
