@@ -479,7 +479,9 @@ def test_transformers_serve_is_started_and_answers_as_the_engine_in_this_process
             with Client(spec.server, served.urls) as client:
                 engine = ServerEngine(client, protocol_of(spec.server, served.model), chat, sampling)
                 found = dict(pair for ended in engine.write(requests) for pair in ended)
-            told = [(getattr(found[place], "text", found[place]), getattr(found[place], "finish_reason", "")) for place in range(len(requests))]
+            told = [
+                (getattr(found[place], "text", found[place]), getattr(found[place], "finish_reason", "")) for place in range(len(requests))
+            ]
             made = [(row.text if row.finish_reason == "stop" else row.text.rstrip(), row.finish_reason) for row in expected]
             assert told == made
     assert gone(living)

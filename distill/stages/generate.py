@@ -90,7 +90,7 @@ def _write(recipe: Recipe, out: StageFolder, earlier: Path | None, part: Part = 
         known = None
         if earlier:
             before = read_manifest(earlier).facts
-            refuse_another("teacher", writer.record | writer.rendering, before.get("author", {}) | before)
+            refuse_another("teacher", writer.record | writer.rendering, before | before.get("author", {}))  # both have a `server`
             known = EarlierTraces(earlier, {"teacher"})
         traces = _table(out, recipe, sampling, known)
         rows = rows_at(source, "train", wanted, _COLUMNS)
