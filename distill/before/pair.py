@@ -1,6 +1,7 @@
 """`distill pair`: measures on a few prompts whether a teacher can teach a student, before anything is spent on training.
 
-One model is in memory at a time: the student writes, the teacher writes and reads both, the student reads both. What was
+One model is in memory at a time: the student writes, the teacher writes and reads both, the student reads both; they write behind
+their servers, if they have any, and read in this process. What was
 found is printed and kept in the run's folder `pair`, which resumes and is not made twice, like a stage.
 """
 
@@ -38,6 +39,7 @@ from distill.run.folder import StageFolder, delete_stage
 from distill.run.log import progress, say
 from distill.run.manifest import check_files
 from distill.run.schema import TRACE
+from distill.servers.opening import open_writer
 from distill.stages import run_dir
 from distill.stages.prompts import survey
 from distill.targets.codec import Targets
@@ -45,7 +47,7 @@ from distill.targets.spec import ChosenToken, TopK
 
 Row = dict[str, Any]
 _FOLDER, _FINDINGS = "pair", "findings.json"
-_WRITES = ("traces-*.parquet", _FINDINGS)
+_WRITES = ("traces-*.parquet", _FINDINGS, "batches*.json")
 _CONFIDENCE = 0.95
 _WIDTH = 100  # of the tables, where the output is no terminal
 
@@ -101,12 +103,15 @@ def _measure(recipe: Recipe, teacher: ModelSpec, sampling: Sampling, prompts: li
     def written(model: PreTrainedModel, chat: ChatFormat, author: str) -> list[Row]:
         return write_traces(HFEngine(model, chat, sampling), requests, sampling, journal, author, f"{author} writes")
 
-    model = load_model(recipe.student, device)
-    by_student = written(model, student_chat, "student")
-    del model
-    free_memory()
-    model = load_model(teacher, device)
-    by_teacher = written(model, teacher_chat, "teacher")
+    def served(role: str) -> list[Row]:
+        section = "rollouts" if recipe.rollouts is not None else "generate"
+        with open_writer(recipe, role, sampling, out.path, run_dir(recipe), section=section, needs_ids=True) as writer:
+            return write_traces(writer.engine, requests, sampling, journal, role, f"{role} writes")
+
+    by_student = served("student")  # in this process where it names no server
+    by_teacher = served("teacher") if teacher.server is not None else []
+    model = load_model(teacher, device)  # who reads is in this process
+    by_teacher = by_teacher or written(model, teacher_chat, "teacher")
     traces = by_student + by_teacher
     teacher_reads, statistics = _read(model, [align(trace, teacher_chat, student_chat, to_student) for trace in traces], to_student)
     del model
