@@ -65,7 +65,9 @@ def _of_weights(recipe: Recipe, role: str, spec: ModelSpec, server: Server) -> I
     """Keys that say how weights are loaded, of a model whose weights somebody else has loaded."""
     if server.is_started or is_loaded(recipe, role):
         return
-    for key in ("quantization", "attn_implementation", "dtype"):
+    if spec.dtype != "auto":
+        yield Unhonoured([], [f"{role}.dtype: {role}.server is there already, and does not tell whether it computes in {spec.dtype}"])
+    for key in ("quantization", "attn_implementation"):
         if getattr(spec, key) != ModelSpec.model_fields[key].default:
             yield Unhonoured(
                 [f"{role}.{key}: {role}.server is there already, and has loaded its weights as it has. Leave the key out."], []
