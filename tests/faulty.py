@@ -169,7 +169,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--share", type=float, default=0.0)
     parser.add_argument("--delay_s", type=float, default=0.0)
+    parser.add_argument("--faults", nargs="+", default=FAULTS)
     asked = parser.parse_args()
-    with faulty(share=asked.share, delay_s=asked.delay_s) as here:
+    with faulty(share=asked.share, delay_s=asked.delay_s, faults=tuple(asked.faults)) as here:
         print(here.url, flush=True)
         threading.Event().wait()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,25 +86,41 @@ def test_a_host_is_sent_messages_and_another_model_is_noted(monkeypatch: pytest.
         assert engine.notes["model"] == 8 and capsys.readouterr().out.count("cheaper") == 1
 
 
+@contextmanager
+def wild_process() -> Iterator[str]:
+    """The address of a server in a process of its own."""
+    words = ["-m", "tests.faulty", "--share", "0.2", "--delay_s", "0.05", "--faults", *QUICK]
+    with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
 def killed_and_gone_on_with(folder: Path, kills: int, number: int) -> None:
     """A process that writes is killed at moments of its work, each time a new one goes on: nothing is lost, doubled or other."""
     rng, journal = random.Random(0), folder / "killed"
-    code = f"from tests.test_served_engine import rows_of; from pathlib import Path; rows_of({{!r}}, Path({str(journal)!r}), {number})"
     with faulty() as calm:
         expected = rows_of(calm.url, folder / "whole", number)
-    with faulty(share=0.2, faults=QUICK, delay_s=0.05) as wild:
+    with wild_process() as url:
         for _ in range(kills):
             before = journal.stat().st_size if journal.exists() else 0
-            process = subprocess.Popen([sys.executable, "-c", code.format(wild.url)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            pid = os.fork()  # what is imported is there already; no thread of this process but this one is at work
+            if pid == 0:
+                try:
+                    rows_of(url, journal, number)
+                finally:
+                    os._exit(0)
             grows_by, until_s = rng.randrange(1, 6000), time.monotonic() + 60
-            while process.poll() is None and (journal.stat().st_size if journal.exists() else 0) < before + grows_by:
+            while (journal.stat().st_size if journal.exists() else 0) < before + grows_by:
                 assert time.monotonic() < until_s, "it makes no progress"
                 time.sleep(0.002)
-            process.send_signal(signal.SIGKILL)
-            process.wait(10)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
         there = len(list(Journal(journal).rows()))
         assert there < len(expected), "all kills were before its end"
-        rows = rows_of(wild.url, journal, number)
+        rows = rows_of(url, journal, number)
     assert rows == expected
     journalled = [(row["prompt_id"], row["sample_index"]) for row in Journal(journal).rows()]
     assert len(journalled) == len(set(journalled)) == len(expected), "none was written twice"
