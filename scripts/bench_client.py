@@ -97,8 +97,12 @@ def ours(url: str, requests: int, in_flight: int, samples: list[float] | None = 
         used = body["usage"]
         return Usage(used["prompt_tokens"], 0, used["completion_tokens"], requests=1)
 
+    def usage_of(usage: Usage) -> Usage:
+        return usage
+
     with Client(server, [url]) as client:
-        for number, (_, answer) in enumerate(client.run(calls, read, lambda usage: usage), start=1):
+        answers = client.run(calls, read, usage_of)
+        for number, (_, answer) in enumerate(answers, start=1):
             assert not isinstance(answer, Failure)
             if samples is not None and number % max(1, requests // 20) == 0:
                 samples.append(resident_mib())
