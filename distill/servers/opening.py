@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.engines.written import Completion, Engine, Failure, Request
-from distill.errors import ModelError, RecipeError
+from distill.errors import ModelError, RecipeError, ServerError
 from distill.recipe.base import Sampling
 from distill.recipe.experiment import Recipe
 from distill.recipe.models import ModelSpec
@@ -18,6 +19,8 @@ from distill.run.log import say
 
 if TYPE_CHECKING:
     from distill.models.chat import ChatFormat
+    from distill.servers.client import Client
+    from distill.servers.protocols import Protocol
     from distill.servers.spending import Spending
 
 
@@ -38,6 +41,8 @@ class Writer:
     """What a server was asked for; null in this process."""
     warnings: list[str] = field(default_factory=list)
     """What can't be as the recipe's defaults say."""
+    notes: Mapping[str, int] = field(default_factory=dict)
+    """What of the answers was not as asked, and in how many."""
 
     @property
     def rendering(self) -> dict[str, Any]:
@@ -49,7 +54,8 @@ class Writer:
     def spent(self) -> dict[str, Any]:
         """What a server was asked for, and what could not be as asked, for the manifest; empty in this process."""
         found: dict[str, Any] = {} if self.spending is None else {"server": self.spending.facts()}
-        return found | ({"warnings": self.warnings} if self.warnings else {})
+        found |= {"warnings": self.warnings} if self.warnings else {}
+        return found | ({"not_as_asked": dict(self.notes)} if self.notes else {})
 
 
 @contextmanager
@@ -159,17 +165,27 @@ def _behind(
             yield Writer(batches, record, f"{device}, in batches", chat, server.max_failed, spending, warnings)
             return
         with Client(server, served.urls, spending) as client:
-            engine = ServerEngine(client, protocol, chat, sampling, **how)
-            yield Writer(engine, record, device, chat, server.max_failed, spending, warnings)
+            engine = ServerEngine(client, protocol, chat, sampling, context=_context(client, protocol, served.model), **how)
+            yield Writer(engine, record, device, chat, server.max_failed, spending, warnings, engine.notes)
+
+
+def _context(client: Client, protocol: Protocol, model: str) -> int | None:
+    """Tokens that a server takes together, where it tells: a prompt that leaves no room is then dropped before anything is sent."""
+    if not protocol.facts.takes_ids:  # the length of a prompt that it renders itself is its own to judge
+        return None
+    try:
+        return protocol.context_of(client.ask(protocol.context()), model)
+    except ServerError:  # it tells nothing of itself; whether it writes shows next
+        return None
 
 
 def model_at(spec: ModelSpec, server: Server, name: str, started: dict[str, Any]) -> dict[str, Any]:
-    """What a model behind a server is known by: its size is not told, its addresses don't belong to it."""
+    """What a model behind a server is known by: its size is not told, its addresses don't belong to it, nor do paths of this machine."""
     files = spec.identity()["files"]
     record: dict[str, Any] = {"model": spec.model, "revision": spec.revision, "parameters": None}
     record |= {"files": files} if files else {}
     how = {key: value for key, value in started.items() if key in ("merged",)}
-    return record | {"server": {"kind": server.kind, "model": name, **how}}
+    return record | {"server": {"kind": server.kind, "model": None if Path(name).is_absolute() else name, **how}}
 
 
 def _refuse_unhonoured(
@@ -194,8 +210,14 @@ def _refuse_unhonoured(
     if found.errors:
         raise RecipeError("\n".join(found.errors))
     for warning in found.warnings:
-        say(f"note      {warning}")
+        _say_once(f"note      {warning}")
     return found.warnings
+
+
+@cache
+def _say_once(text: str) -> None:
+    """Several roles and rounds of a run share a server, and what can't be had of it."""
+    say(text)
 
 
 def _chat_format(spec: ModelSpec, server: Server) -> ChatFormat | None:

@@ -1,0 +1,55 @@
+"""Stages whose models stand behind a server: what a server takes and what a recipe allows are kept to, and nothing is paid twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from faulty import Faulty
+from test_shards_of_traces import recipe
+
+from distill.errors import BudgetError
+from distill.run.manifest import MANIFEST
+from distill.run.tables import read_rows
+from distill.stages import generate, prompts
+
+
+def test_a_limit_ends_the_stage_and_a_higher_one_goes_on(tmp_path: Path, tiny_model_dir: Path) -> None:
+    with Faulty() as server:
+        low = recipe(tmp_path, tiny_model_dir, server.url, concurrency=2, max_tokens=400)
+        prompts.run(low)
+        with pytest.raises(BudgetError, match=r"max_tokens.*[Rr]aise"):
+            generate.run(low)
+        paid = sum(server.asked.values())
+        assert 0 < paid < 42 and not (tmp_path / "run/traces" / MANIFEST).exists()
+        with pytest.raises(BudgetError):  # counted over restarts: nothing more is asked
+            generate.run(low)
+        assert sum(server.asked.values()) == paid
+        made = generate.run(recipe(tmp_path, tiny_model_dir, server.url, concurrency=2, max_tokens=10**6))
+    assert made.rows_kept == 42 and max(server.asked.values()) == 1
+    spent = made.facts["server"]
+    assert spent["requests"] == 42 and spent["output_tokens"] == made.facts["tokens"]
+
+
+def test_prompts_beyond_the_context_are_dropped_before_anything_is_sent(tmp_path: Path, tiny_model_dir: Path) -> None:
+    with Faulty() as server:
+        asked = recipe(tmp_path, tiny_model_dir, server.url, max_failed=1.0)
+        source = tmp_path / "p.jsonl"
+        long = [f"Number {number}. " + "How much? " * 300 for number in range(12)]  # more than are held out
+        source.write_text(source.read_text() + "".join(json.dumps({"question": text, "answer": "1"}) + "\n" for text in long))
+        prompts.run(asked)
+        made = generate.run(asked)
+        rows = read_rows(tmp_path / "run/prompts", "train")
+    there = sum(len(row["messages"][0]["content"]) > 1000 for row in rows)
+    assert there and made.drops == {"too_long": 2 * there}
+    assert len(server.asked) == made.rows_kept == 2 * (len(rows) - there)
+
+
+def test_another_address_makes_no_other_run(tmp_path: Path, tiny_model_dir: Path) -> None:
+    with Faulty() as server, Faulty() as other:
+        first = recipe(tmp_path, tiny_model_dir, server.url)
+        prompts.run(first)
+        made = generate.run(first)
+        assert generate.run(recipe(tmp_path, tiny_model_dir, other.url, concurrency=3, timeout_s=9.0)).digest == made.digest
+        assert not other.asked
