@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from faulty import Faulty
 
 from distill.errors import RecipeError, ServerError, StageConflictError
 from distill.recipe.experiment import Recipe
+from distill.recipe.reading import recipe_text
 from distill.run.manifest import MANIFEST, Manifest, read_manifest
 from distill.run.parts import PARTS, Part, part_of
 from distill.run.tables import read_rows
@@ -79,3 +83,30 @@ def test_what_fails_ends_the_stage_with_its_causes_and_is_asked_again(tmp_path: 
 def test_a_part_that_there_is_not_is_refused(shard: str) -> None:
     with pytest.raises(RecipeError, match="--shard"):
         part_of(shard)
+
+
+@pytest.mark.slow
+def test_parts_on_the_command_line_survive_kills(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Two processes share the stage; one is killed twice while it writes; nothing answered is asked for again."""
+    with Faulty() as server:
+        whole = recipe(tmp_path / "whole", tiny_model_dir, server.url, concurrency=2)
+        prompts.run(whole)
+        made = generate.run(whole)
+    with Faulty(delay_s=0.4) as server:
+        asked = recipe(tmp_path / "parts", tiny_model_dir, server.url, concurrency=2)
+        prompts.run(asked)
+        (tmp_path / "parts/recipe.yaml").write_text(recipe_text(asked))
+        command = [sys.executable, "-m", "distill", "generate", str(tmp_path / "parts/recipe.yaml"), "--shard"]
+        for kill in range(2):
+            with subprocess.Popen([*command, "1/2"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+                deadline = time.monotonic() + 120
+                while sum(server.asked.values()) < 6 * (kill + 1) and time.monotonic() < deadline:
+                    time.sleep(0.02)
+                process.kill()
+        server.delay_s = 0.0
+        ended = [subprocess.run([*command, part], capture_output=True, text=True, timeout=300) for part in ("2/2", "1/2")]
+        assert [each.returncode for each in ended] == [0, 0], ended[0].stderr + ended[1].stderr
+        again = sum(count - 1 for count in server.asked.values())
+    found = read_manifest(tmp_path / "parts/run/traces")
+    assert found.digest == made.digest and again <= 2 * 2  # what was in flight at each kill
+    assert "nothing to do" in subprocess.run(command[:-1], capture_output=True, text=True, timeout=300).stdout
