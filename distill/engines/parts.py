@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from distill.engines.reading import Reader, batches_of
 from distill.engines.scored import ScoredRow, Statistics
-from distill.engines.scoring import TeacherScorer
+from distill.engines.thoughts import Scorer
 from distill.errors import StageConflictError
 from distill.models.vocabulary import AlignedRow
 from distill.run.clock import is_main_process
@@ -33,7 +33,7 @@ _TAKEN_AT_ONCE = 64  # rows of a finished scoring
 
 
 def score_part(
-    traces: Iterable[dict[str, Any]], total: int, reader: Reader, scorer: TeacherScorer, journal: Journal, writer: TargetWriter, size: int
+    traces: Iterable[dict[str, Any]], total: int, reader: Reader, scorer: Scorer, journal: Journal, writer: TargetWriter, size: int
 ) -> None:
     """Writes what is missing of a part, and closes its shard.
 
@@ -215,9 +215,11 @@ def tell(measured: dict[str, Any], *, identical: bool) -> None:
     if measured["captured_mass"]:
         held = " · ".join(f"{k}: {mass:.3f}" for k, mass in measured["captured_mass"].items())
         seen = ", ".join(f"{draws} draws see {number:.1f} tokens" for draws, number in measured["distinct_ids"].items())
-        say(f"score     probability in the k most probable tokens, by k: {held}; {seen}")
+        say(f"score     probability in the k most probable tokens, by k: {held}" + (f"; {seen}" if seen else ""))
     if not identical:
+        low, high = measured.get("carried_mass_between") or (measured["carried_mass"], None)
+        carried = f"{low:.2%}" if high is None else f"{low:.2%} to {high:.2%}"
         say(
             f"score     other tokenizers: {measured['aligned_share']:.1%} of the tokens have a target, "
-            f"{measured['carried_mass']:.2%} of the teacher's probability lies on tokens that the student has"
+            f"{carried} of the teacher's probability lies on tokens that the student has"
         )

@@ -36,16 +36,18 @@ class Statistics:
     """Those that got a target."""
     carried: float = 0.0
     """Probability that lies on tokens the student has, summed over the aligned."""
+    unseen: float = 0.0
+    """Probability beside `carried` of which it is not known whether the student has its tokens; 0 where whole distributions are read."""
     profiled: int = 0
     """Positions in `profile`."""
     profile: list[float] = field(default_factory=list)
-    """Sums of `targets.kinds.mass_profile`."""
+    """Sums of `targets.kinds.mass_profile`; shorter where the larger k and the draws could not be measured."""
     device_s: float = 0.0
     """Seconds of the device."""
 
     def add(self, other: Statistics) -> None:
         """Counts other rows in."""
-        for name in ("tokens", "positions", "aligned", "stored", "carried", "profiled", "device_s"):
+        for name in ("tokens", "positions", "aligned", "stored", "carried", "unseen", "profiled", "device_s"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         if other.profiled:
             self.profile = (np.array(self.profile or [0.0] * len(other.profile)) + other.profile).tolist()
@@ -60,13 +62,22 @@ class Statistics:
         """Share of the teacher's probability that lies on tokens the student has, over the aligned positions."""
         return self.carried / max(self.aligned, 1)
 
+    @property
+    def most_carried(self) -> float:
+        """The largest share that it can be: all of what is not known counts."""
+        return (self.carried + self.unseen) / max(self.aligned, 1)
+
     def facts(self, vocab_size: int) -> dict[str, Any]:
-        """What a manifest says of it; masses and distinct ids are averages a position, empty where none was profiled.
+        """What a manifest says of it; masses and distinct ids are averages a position, empty where none was profiled. Null is unknown.
 
         Args:
             vocab_size: Number of the teacher's token ids.
         """
-        summary = MassSummary(vocab_size, KS, DRAWS)
+        sizes = [k for k in KS if k <= vocab_size]
+        whole = len(self.profile) == len(sizes) + len(DRAWS)
+        draws = DRAWS if whole else ()
+        summary = MassSummary(vocab_size, sizes if whole else sizes[: len(self.profile)], draws)
+        between = {"carried_mass_between": [round(self.carried_mass, 6), round(min(self.most_carried, 1.0), 6)]} if self.unseen else {}
         if self.profiled:
             summary.add_profile(np.array(self.profile), self.profiled)
         return {
@@ -74,7 +85,8 @@ class Statistics:
             "positions": self.positions,
             "targets": self.stored,
             "aligned_share": round(self.aligned_share, 6),
-            "carried_mass": round(self.carried_mass, 6),
+            "carried_mass": None if self.unseen else round(self.carried_mass, 6),
+            **between,
             "captured_mass": {str(k): round(mass, 6) for k, mass in summary.captured_mass.items()} if self.profiled else {},
             "distinct_ids": {str(n): round(number, 3) for n, number in summary.distinct_ids.items()} if self.profiled else {},
             "profiled_positions": self.profiled,
@@ -158,7 +170,7 @@ class Pending:
         targets = to_targets(found, target)
         if isinstance(target, TopK) and not self._batch.vocabulary.identical:
             targets = _mapped(targets, self._batch.vocabulary.student_ids)
-        return _spread(targets, kept, n, target)
+        return spread(targets, kept, n, target)
 
     def _split(self, targets: Targets, carried_n: NDArray[np.float64], profile_mc: NDArray[np.float64]) -> list[ScoredRow]:
         """The positions of the batch as its rows."""
@@ -166,7 +178,7 @@ class Pending:
         for row, found in zip(self._batch.rows, self._batch.places, strict=True):
             part = slice(start, start + len(found))
             start = part.stop
-            whole = _spread(targets[part], found, len(row.positions), self._batch.target)
+            whole = spread(targets[part], found, len(row.positions), self._batch.target)
             profiled = int(self._batch.profiled_n[part].sum())
             statistics = Statistics(
                 tokens=len(row.teacher_ids),
@@ -187,8 +199,15 @@ def _nothing(target: TargetSpec) -> Targets:
     return Targets(np.empty((0, 0), np.int32), np.empty((0, width), np.float32), np.empty(0, np.float32))
 
 
-def _spread(targets: Targets, places: NDArray[np.int64], n: int, target: TargetSpec) -> Targets:
-    """(n,) positions with the targets at some places and none elsewhere."""
+def spread(targets: Targets, places: NDArray[np.int64], n: int, target: TargetSpec) -> Targets:
+    """(n,) positions with the targets at some places and none elsewhere.
+
+    Args:
+        targets: Of the places.
+        places: Rising.
+        n: Positions in all.
+        target: What is kept of a distribution.
+    """
     if len(places) == n:
         return targets
     ids = np.full((n, targets.ids.shape[1]), NONE, np.int32)
@@ -205,6 +224,17 @@ def _mapped(targets: Targets, student_ids: Ids) -> Targets:
     lost = filled & (ids == NONE)
     if not lost.any():
         return Targets(ids, targets.log_probs, targets.log_rest)
+    return without(Targets(ids, targets.log_probs, targets.log_rest), lost)
+
+
+def without(targets: Targets, lost: NDArray[np.bool_]) -> Targets:
+    """`top_k` targets without some candidates, whose mass goes to the rest.
+
+    Args:
+        targets: With `NONE` for ids of the lost.
+        lost: (n, K), which these are.
+    """
+    ids = targets.ids
     masses: Floats = np.where(lost, np.exp(targets.log_probs), 0).sum(1) + np.exp(targets.log_rest)
     with np.errstate(divide="ignore"):
         log_rest = np.where(lost.any(1), np.minimum(np.log(masses), 0), targets.log_rest).astype(np.float32)

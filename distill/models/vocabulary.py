@@ -276,30 +276,61 @@ def _by_bytes(
     theirs = teacher.completion_ids(text, leads[0], finished=False)
     their_bytes, their_ends = _spans(leads[0], theirs, vocabulary.teacher.texts)
     our_bytes, our_ends = _spans(leads[1], ours, vocabulary.student.texts)
-    same_start, same_end = _common(their_bytes, our_bytes)
-    spans = {span: place for place, span in enumerate(pairwise(their_ends))}
-    shift = len(their_bytes) - len(our_bytes)
     places = np.full(len(written), NONE)
-    for index, (start, end) in enumerate(pairwise(our_ends)):
-        if end <= same_start:
-            place = spans.get((start, end), NONE)
-        elif start >= len(our_bytes) - same_end:
-            place = spans.get((start + shift, end + shift), NONE)
-        else:
-            continue
-        if place >= 0 and vocabulary.student_ids[theirs[place]] == ours[index]:
-            places[index] = place
+    found = _matching(their_bytes, their_ends, our_bytes, our_ends)
+    same = [place >= 0 and vocabulary.student_ids[theirs[place]] == index for place, index in zip(found.tolist(), ours, strict=True)]
+    places[: len(ours)] = np.where(same, found, NONE)
     if ends:
         places[-1] = len(theirs)
         theirs = [*theirs, teacher.end_of_turn_id]
     return theirs, places
 
 
+def matching(their_lead: bytes, theirs: Sequence[bytes], our_lead: bytes, ours: Sequence[bytes]) -> NDArray[np.int64]:
+    """(ours,) which of their tokens begins and ends where each of ours does, in what both begin or end with; or -1.
+
+    Args:
+        their_lead: What stands before their first token.
+        theirs: What each of their tokens writes.
+        our_lead: What stands before our first.
+        ours: What each of ours writes.
+    """
+    (their_bytes, their_ends), (our_bytes, our_ends) = _written(their_lead, theirs), _written(our_lead, ours)
+    return _matching(their_bytes, their_ends, our_bytes, our_ends)
+
+
+def ids_by_text(tokens: Tokens, end_of_turn: int) -> dict[bytes, int]:
+    """The token that writes a text, added ones and the end of a turn by their names.
+
+    Args:
+        tokens: Of a tokenizer.
+        end_of_turn: The token that ends a turn.
+    """
+    plain, named = _lookups(tokens, end_of_turn)
+    ends = {tokens.added[end_of_turn].encode(): end_of_turn} if end_of_turn in tokens.added else {}
+    return plain | {name.encode(): index for name, index in named.items()} | ends
+
+
+def _matching(their_bytes: bytes, their_ends: list[int], our_bytes: bytes, our_ends: list[int]) -> NDArray[np.int64]:
+    same_start, same_end = _common(their_bytes, our_bytes)
+    spans = {span: place for place, span in enumerate(pairwise(their_ends))}
+    shift = len(their_bytes) - len(our_bytes)
+    places = np.full(len(our_ends) - 1, NONE, np.int64)
+    for index, (start, end) in enumerate(pairwise(our_ends)):
+        if end <= same_start:
+            places[index] = spans.get((start, end), NONE)
+        elif start >= len(our_bytes) - same_end:
+            places[index] = spans.get((start + shift, end + shift), NONE)
+    return places
+
+
 def _spans(lead: str, ids: Sequence[int], texts: list[bytes]) -> tuple[bytes, list[int]]:
     """What is written, and where each token ends in it, counted from the end of the lead."""
-    pieces = [texts[index] for index in ids]
-    start = len(lead.encode())
-    return lead.encode() + b"".join(pieces), np.cumsum([start, *map(len, pieces)]).tolist()
+    return _written(lead.encode(), [texts[index] for index in ids])
+
+
+def _written(lead: bytes, pieces: Sequence[bytes]) -> tuple[bytes, list[int]]:
+    return lead + b"".join(pieces), np.cumsum([len(lead), *map(len, pieces)]).tolist()
 
 
 def _common(left: bytes, right: bytes) -> tuple[int, int]:

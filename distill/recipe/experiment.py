@@ -122,6 +122,7 @@ class Recipe(Section):
         if self.score is not None:
             if self.teacher is None:
                 raise ValueError("score needs a teacher: add a section teacher with a key model")
+            self.score.check_source(self.teacher, self.generate, self.rounds)
             self.train.kd.objective(self.score.target)
             if self.rollouts is not None and self.rollouts.stop_kl is not None and self.score.target.kind == "sampled":
                 raise ValueError("rollouts.stop_kl can't be measured from sampled targets; use top_k or chosen_token")

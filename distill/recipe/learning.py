@@ -9,7 +9,9 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from distill.errors import RecipeError
 from distill.losses.settings import Divergence, Objective, default_divergence
 from distill.recipe.base import PositiveInt, Sampling, Section, Share, TrainerArgs
+from distill.recipe.models import ModelSpec
 from distill.recipe.steps import AT_ONCE, PASSES
+from distill.recipe.traces import Generate
 from distill.recipe.trainer_args import ConfigName, check_trainer_args
 from distill.recipe.trainer_values import needs_evaluation
 from distill.targets.spec import ChosenToken, Sampled, TargetSpec, TopK
@@ -20,7 +22,10 @@ LIVE_METHODS = ("on_policy", "cross_tokenizer")
 LOSS_OF_SFT = frozenset({"loss_type", "label_smoothing_factor", "router_aux_loss_coef", "use_liger_kernel"})
 """Fields of SFTConfig that nothing reads where the loss is the one on stored targets."""
 
-
+Source = Literal["process", "server", "generation"]
+"""Where a teacher's thoughts come from."""
+READING_KINDS = ("vllm", "sglang")
+"""Kinds of servers that tell the log-probabilities of a prompt."""
 DEFAULT_EPOCHS = 2.0
 """Passes over the traces where trainer_args has no num_train_epochs."""
 FOLLOWS_EVALUATION = ("reduce_lr_on_plateau", "greedy")
@@ -45,7 +50,7 @@ class Score(Section):
 
     target: Annotated[TopK | Sampled | ChosenToken, Field(discriminator="kind")] = TopK()
     """What is stored of a distribution: `{kind: top_k, k: 64}`, `{kind: sampled, draws: 50}` or `{kind: chosen_token}`."""
-    source: Literal["auto", "process", "server", "generation"] = "auto"
+    source: Source | Literal["auto"] = "auto"
     """Where the thoughts come from: read in this process, read by `teacher.server` (vllm, sglang; top_k and chosen_token), or kept
     while it wrote (generate.logprobs). auto: by its server if it has one, else in this process."""
     batch_size: PositiveInt = 8
@@ -56,6 +61,67 @@ class Score(Section):
     """Least share of supervised tokens that must get a target, where teacher and student have other tokens; less is an error."""
     min_carried_mass: Share = 0.9
     """Least share of the teacher's probability, at those tokens, that lies on tokens the student has; less is an error."""
+
+    def resolved(self, teacher: ModelSpec | None) -> Source:
+        """Where the thoughts come from, `auto` decided."""
+        if self.source != "auto":
+            return self.source
+        return "process" if teacher is None or teacher.server is None else "server"
+
+    def identity(self, source: str | None = None) -> dict[str, Any]:
+        """The settings that decide the rows; where they come from only if that is not this process.
+
+        Args:
+            source: As `resolved` says; null takes the key as it is.
+        """
+        source = source or self.source
+        settings = super().identity()
+        del settings["source"]
+        return settings if source in ("auto", "process") else settings | {"source": source}
+
+    def check_source(self, teacher: ModelSpec, generate: Generate | None, rounds: int) -> None:
+        """Refuses what the source of the thoughts can't give.
+
+        Raises:
+            ValueError: naming the keys that don't go together, and what to set.
+        """
+        source, kind = self.resolved(teacher), teacher.server.kind if teacher.server is not None else None
+        if source == "process":
+            return
+        if kind is None:
+            raise ValueError(f"score.source: {source} needs teacher.server, which is not set. Set it, or score.source: process")
+        if isinstance(self.target, Sampled):
+            raise ValueError(
+                f"score.target: kind sampled needs the teacher's whole distributions, which teacher.server ({kind}) does not tell. They "
+                "need the teacher in this process: set score.source: process, or take kind top_k"
+            )
+        if source == "server" and kind not in READING_KINDS:
+            raise ValueError(
+                f"score.source: {self.source} would read through teacher.server, but kind {kind} tells no log-probabilities of a prompt "
+                "(vllm and sglang do). Set score.source: process, or generation with generate.logprobs"
+            )
+        if source == "generation":
+            self._check_generation(kind, generate, rounds)
+
+    def _check_generation(self, kind: str, generate: Generate | None, rounds: int) -> None:
+        if rounds:
+            raise ValueError(
+                "score.source: generation has nothing on what the student writes in rounds. Set score.source: server or process"
+            )
+        if generate is None or generate.logprobs is None:
+            raise ValueError(
+                "score.source: generation needs generate.logprobs, e.g. 20: log-probabilities that are kept while the teacher writes"
+            )
+        if isinstance(self.target, TopK) and self.target.k > generate.logprobs:
+            raise ValueError(
+                f"score.target.k: is {self.target.k}, but generate.logprobs keeps {generate.logprobs}. "
+                f"Set score.target.k: {generate.logprobs}"
+            )
+        if kind == "sglang" and generate.temperature != 1:
+            raise ValueError(
+                f"score.source: generation, with generate.temperature {generate.temperature:g}: sglang tells log-probabilities at the "
+                "temperature that it draws at. Set generate.temperature: 1, or score.source: server"
+            )
 
 
 class Distillation(Section):

@@ -5,6 +5,8 @@ answers     one reader of answers for all of them                               
 client      many requests at once, tried again, spread, bounded                    (knows no models)
 writing     an engine: completions of a model behind a server
 reading     a scorer: what a teacher behind a server thinks of rows
+kept        a scorer: what a teacher thought while it wrote
+thinking    whose thoughts are scored: here, behind a server, kept
 process     a server's process: started, healthy, ended with its children
 commands    the command line that starts a server of each kind
 needs       what a server that is started must be able to do
