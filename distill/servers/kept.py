@@ -229,7 +229,7 @@ class KeptThoughts(Thoughts):
         return "none"
 
     @property
-    def record(self) -> dict[str, Any]:  # type: ignore[override]
+    def record(self) -> dict[str, Any]:
         """The teacher as the traces have it."""
         author = read_manifest(self._traces).facts.get("author")
         if not isinstance(author, dict) or "model" not in author:
