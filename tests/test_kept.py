@@ -1,4 +1,4 @@
-"""Targets from log-probabilities that came while the teacher wrote: those that it would have thought when read, where tokens are the same."""
+"""Targets from log-probabilities that came while the teacher wrote are those of reading, where tokens are the same."""
 
 from __future__ import annotations
 

@@ -86,10 +86,15 @@ class ServerScorer:
         start = time.perf_counter()
         calls = ((place, self._call(row)) for place, row in enumerate(rows) if (row.positions >= 0).any())
         told: dict[int, dict[str, Any]] = {}
-        for place, answer in self._client.run(calls, lambda body, call: _checked(body), _usage):
-            if isinstance(answer, Failure):
-                raise ServerError(self._refused(rows[place], answer))
-            told[place] = answer
+        try:
+            for place, answer in self._client.run(calls, lambda body, call: _checked(body), _usage):
+                if isinstance(answer, Failure):
+                    raise ServerError(self._refused(rows[place], answer))
+                told[place] = answer
+        except ServerError as error:
+            if "prompt logprobs" in str(error) and "--max-logprobs" not in str(error):
+                raise ServerError(f"{error} {self._more}") from None
+            raise
         scored = [self._row(row, told.get(place)) for place, row in enumerate(rows)]
         for row in scored:
             row.statistics.device_s = (time.perf_counter() - start) / len(scored)
@@ -125,10 +130,14 @@ class ServerScorer:
         size = self._vocabulary.teacher_size
         return scored_row(row, self.target, told, all_shared=self._all_shared, vocab_size=size, tokens=tokens)
 
+    @property
+    def _more(self) -> str:
+        return f"Start it with --max-logprobs {self._k} (one that the stage starts: teacher.server.args), or lower score.target.k."
+
     def _refused(self, row: AlignedRow, failure: Failure) -> str:
         advice = "What is scored stays; run this again, and it goes on."
         if "logprobs" in failure.detail.lower():
-            advice = f"Start it with --max-logprobs {self._k} (one that the stage starts: teacher.server.args), or lower score.target.k."
+            advice = self._more
         elif failure.reason == "too_long":
             advice = "Start it with a longer context (vLLM: --max-model-len), or lower train.max_length."
         return (
