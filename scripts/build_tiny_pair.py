@@ -309,7 +309,7 @@ def accuracy(model: Qwen3ForCausalLM, chat: ChatFormat, problems: list[tiny_task
     right, tokens = [], []
     for request, completion in zip(requests, engine.complete(requests), strict=True):
         right.append(completion.finish_reason == "stop" and completion.text.endswith(f"\\boxed{{{request.reference}}}"))
-        tokens.append(len(completion.completion_ids))
+        tokens.append(len(completion.completion_ids or []))
     return {"accuracy": round(float(np.mean(right)), 4), "mean_tokens": round(float(np.mean(tokens)), 1)}
 
 

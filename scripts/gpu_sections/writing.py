@@ -78,7 +78,7 @@ def _measure_kit(setting: _Setting, batch_size: int, bare: Figures | None) -> Fi
     engines = [HFEngine(setting.model, setting.chat, setting.sampling(count, batch_size)) for count in counts]
     assert {len(setting.chat.prompt_ids(request.messages)) for request in requests} == {setting.prompt_tokens}
     engines[0].complete(requests)
-    figures = _timed(setting, lambda: sum(len(completion.completion_ids) for completion in engines[1].complete(requests)))
+    figures = _timed(setting, lambda: sum(len(completion.completion_ids or []) for completion in engines[1].complete(requests)))
     sampler = Sampler(setting.sampling(1, batch_size), setting.shape.vocab_size)
     uniforms_B = torch.rand(batch_size, device=setting.device)
     step_ms = _sampler_ms(setting, batch_size, lambda _, logits_BV: sampler(logits_BV, uniforms_B))
