@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from faulty import Faulty
 
-from distill.errors import RecipeError, ServerError, StageConflictError
+from distill.errors import BudgetError, RecipeError, ServerError, StageConflictError
 from distill.recipe.experiment import Recipe
 from distill.recipe.reading import recipe_text
 from distill.run.manifest import MANIFEST, Manifest, read_manifest
@@ -110,3 +110,16 @@ def test_parts_on_the_command_line_survive_kills(tmp_path: Path, tiny_model_dir:
     found = read_manifest(tmp_path / "parts/run/traces")
     assert found.digest == made.digest and again <= 2 * 2  # what was in flight at each kill
     assert "nothing to do" in subprocess.run(command[:-1], capture_output=True, text=True, timeout=300).stdout
+
+
+def test_parts_of_a_stage_that_was_begun_as_a_whole_are_refused_before_its_first_shard(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """What it wrote is in its journal only, and would be there twice beside the parts."""
+    with Faulty() as server:
+        low, whole = (recipe(tmp_path, tiny_model_dir, server.url, concurrency=2, max_tokens=most) for most in (400, None))
+        prompts.run(low)
+        with pytest.raises(BudgetError):
+            generate.run(low)
+        assert not list((tmp_path / "run/traces").glob("*.parquet"))
+        with pytest.raises(StageConflictError, match="as a whole"):
+            generate.run_shard(whole, Part(0, 2))
+        assert generate.run(whole).rows_kept == 42 and max(server.asked.values()) == 1

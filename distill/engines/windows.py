@@ -6,7 +6,7 @@ import base64
 import itertools
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -67,7 +67,7 @@ class Window:
             ServerError: more did. What came is in the journal, and what failed is asked for by the next run.
             IntegrityError: something is missing, and there is no engine.
         """
-        there = (row for row in self._journal.rows() if row["author"] == self._author and self._key(row) in self._place)
+        there = self._journalled()
         while rows := list(itertools.islice(there, _AT_ONCE)):
             self._keep(rows)
         failures: dict[int, Failure] = {}
@@ -86,6 +86,15 @@ class Window:
         self._journal.append(lost)  # all in one, so that a restart drops the same
         self._keep(lost)
         self._bar.update(len(lost))
+
+    def _journalled(self) -> Iterator[Row]:
+        """Rows of the journal that are wanted here and not there yet, each once."""
+        wanted = set(self._missing())
+        for row in self._journal.rows():
+            place = self._place.get(self._key(row))
+            if row["author"] == self._author and place in wanted:
+                wanted.remove(place)
+                yield row
 
     def traces(self) -> pa.Table:
         """The traces there are, in the order of their requests."""

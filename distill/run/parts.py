@@ -15,7 +15,7 @@ from distill.errors import RecipeError, StageConflictError
 from distill.run.clock import Clock
 from distill.run.folder import StageFolder
 from distill.run.log import say
-from distill.run.manifest import MANIFEST, Manifest, read_manifest
+from distill.run.manifest import JOURNAL, MANIFEST, Manifest, read_manifest
 from distill.run.plan import StagePlan
 
 PARTS = "parts"
@@ -82,10 +82,14 @@ def refuse_other_number(stage: Path, part: Part) -> None:
         StageConflictError: it was.
     """
     there = begun(stage)
-    if there is None and any(stage.glob("*-00000.parquet")):
+    if there is None and (any(stage.glob("*-00000.parquet")) or any(stage.glob("batches*.json")) or _has_rows(stage / JOURNAL)):
         raise StageConflictError(f"{stage}: was begun as a whole. Finish it without --shard, or add --redo.")
     if there not in (None, part.count):
         raise StageConflictError(f"{stage}: was begun in {there} parts, asked for {part.count}. Keep to {there}, or finish it alone.")
+
+
+def _has_rows(journal: Path) -> bool:
+    return journal.exists() and journal.stat().st_size > 0
 
 
 def write_part(plan: StagePlan, part: Part, write: Callable[[StageFolder], Manifest]) -> Manifest:
