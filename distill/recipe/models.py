@@ -19,11 +19,15 @@ _WORDS = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"})
 
 
 def _digest(model: str, suffixes: frozenset[str]) -> str | None:
-    """SHA-256 of names and contents of a local model's files; null where it is none."""
+    """SHA-256 of names and contents of a local model's files, or of its one file (GGUF); null where it is none."""
     folder = Path(embedded.resolve(model))
-    if not folder.is_dir():
+    if not folder.is_dir() and not (folder.suffix in suffixes and folder.is_file()):
         return None
-    files = sorted(file for file in folder.iterdir() if file.suffix in suffixes and file.is_file() and not file.name.startswith("."))
+    files = sorted(
+        file
+        for file in (folder.iterdir() if folder.is_dir() else [folder])
+        if file.suffix in suffixes and file.is_file() and not file.name.startswith(".")
+    )
     return digest_json([[file.name, digest] for file, digest in zip(files, digests_of(files), strict=True)])
 
 
@@ -82,9 +86,13 @@ class ModelSpec(Section):
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the rows; of a local folder also what its files hold, so that other weights at its path are noticed."""
+        return self.identity_here() | ({} if self.server is None else {"server": self.server.identity()})
+
+    def identity_here(self) -> dict[str, Any]:
+        """The same for whoever has the model in this process, wherever it writes for others."""
         tokenizer = {} if self.tokenizer is None else {"tokenizer_files": _digest(self.tokenizer, _WORDS)}
-        server = {} if self.server is None else {"server": self.server.identity()}
-        return super().identity() | {"files": _digest(self.model, _WEIGHTS | _WORDS), "chat_template": self._template} | tokenizer | server
+        plain = {name: value for name, value in super().identity().items() if name != "server"}
+        return plain | {"files": _digest(self.model, _WEIGHTS | _WORDS), "chat_template": self._template} | tokenizer
 
     def tokenizer_identity(self) -> dict[str, Any]:
         """What the tokenizer's files hold, where they are in a local folder, and the template that was given."""
@@ -148,3 +156,13 @@ class Student(ModelSpec):
         if self.quantization != "none" and self.adapter.type == "full":
             raise ValueError("quantization: nf4 can't be trained in full; use adapter.type: lora (QLoRA)")
         return self
+
+    @field_validator("server")
+    @classmethod
+    def _serves_what_was_trained(cls, value: Server | None) -> Server | None:
+        if value is not None and value.urls:
+            raise ValueError(
+                f"a server that is there ({value.kind}) holds weights that no training changes; leave url out and take a kind that the "
+                "stage starts (vllm, sglang, transformers), or leave server out, so that the student writes in this process"
+            )
+        return value

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from distill.recipe.base import OutputPath, PositiveInt, Section, Share
+from distill.recipe.secrets import is_secret
 
 LocalKind = Literal["vllm", "sglang", "llama_cpp", "ollama", "transformers"]
 HostedKind = Literal["deepseek", "openrouter", "together", "fireworks", "dashscope", "openai"]
@@ -90,7 +91,7 @@ class Server(Section):
     """Tokens, read and written, that a stage may have of the server; it then ends, and goes on when this is raised."""
     batch: bool = False
     """Use the host's batch endpoint: about half the price, answers within a day. The stage submits, asks again and again, and may be
-    stopped meanwhile."""
+    stopped meanwhile. A batch is charged as a whole, so `max_cost` and `max_tokens` can't be kept to."""
     python: OutputPath | None = None
     """Of a server that the stage starts: the Python of the environment that has it, e.g. `~/vllm/bin/python`."""
     command: list[str] | None = None
@@ -153,6 +154,15 @@ class Server(Section):
             raise ValueError("expected the name of an environment variable, e.g. DEEPSEEK_API_KEY; the key itself has no place in a recipe")
         return value
 
+    @field_validator("args", "command")
+    @classmethod
+    def _hold_no_key(cls, value: list[str] | None) -> list[str] | None:
+        for word in value or []:
+            name = word.partition("=")[0]
+            if word.startswith("--") and is_secret(name.lstrip("-")):
+                raise ValueError(f"{name} would be copied into the run; leave it out, and name an environment variable (api_key_env)")
+        return value
+
     @field_validator("body")
     @classmethod
     def _further_fields(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -174,6 +184,13 @@ class Server(Section):
             raise ValueError("give python or command, not both")
         if self.max_cost is not None and self.price is None:
             raise ValueError("max_cost needs price: without it nothing is known to cost")
+        return self
+
+    @model_validator(mode="after")
+    def _batch_fits(self) -> Server:
         if self.batch and self.kind not in BATCHES:
             raise ValueError(f"batch: kind {self.kind} has no batch endpoint that the kit knows ({', '.join(sorted(BATCHES))} have)")
+        for name in ("max_cost", "max_tokens", "concurrency"):
+            if self.batch and getattr(self, name) is not None:
+                raise ValueError(f"{name} can't be kept to with batch: a host answers and charges for a batch as a whole; leave {name} out")
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -51,6 +51,11 @@ class Generate(Sampling):
     logprobs: Annotated[int, Field(ge=1, le=64)] | None = None
     """Keep the log-probabilities of so many most probable tokens with every token written (hosts give up to 20): targets without a second
     reading (`score.source: generation`). Needs a server that tells them."""
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the rows; of those that an earlier kit did not know only what is asked for."""
+        plain = super().identity()
+        return {name: value for name, value in plain.items() if name != "logprobs" or value is not None}
 
 
 class Curate(Section):

@@ -111,6 +111,8 @@ class Addresses:
 
     def _check_patience(self, now: float) -> None:
         patience_s = self._patience_s if self._ever_answered else min(_NEVER_ANSWERED_S, self._patience_s)
+        if any(address.in_flight for address in self._all):  # one may be writing a long answer at this moment
+            return
         if self._dead_since_s is not None and now - self._dead_since_s > patience_s:
             urls = ", ".join(address.url for address in self._all)
             raise ServerError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -17,6 +16,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from distill.errors import ServerError, visible
 from distill.recipe.servers import Server
 from distill.servers.faults import fault_of
+from distill.servers.sending import key_of
 
 T = TypeVar("T")
 _PER_PAGE = 100
@@ -34,11 +34,14 @@ class BatchHost:
 
     Args:
         server: Of the recipe.
+
+    Raises:
+        ServerError: the environment variable with the key is not set.
     """
 
     def __init__(self, server: Server) -> None:
         self._server, self._url = server, server.urls[0]
-        self._key = os.environ.get(server.key_variable or "", "")
+        self._key = key_of(server)
         self._is_far = urlsplit(self._url).hostname not in ("127.0.0.1", "::1", "localhost")  # a proxy knows nothing of this machine's own
 
     def upload(self, lines: bytes) -> str:
@@ -171,7 +174,8 @@ class BatchHost:
             raise _MayPassError(visible(str(error) or type(error).__name__, 200)) from None
 
     def _raise(self, status: int, body: bytes) -> None:
-        fault = fault_of(status, body, self._server.key_variable)
+        words = body.decode("utf-8", "replace")
+        fault = fault_of(status, words.replace(self._key, "***") if self._key else words, self._server.key_variable)  # hosts echo it
         if fault.verdict == "retry":
             raise _MayPassError(f"{fault.reason}: {fault.detail}")
         raise ServerError(f"{self._url}: {fault.reason}: {fault.detail}. {fault.advice or 'Look at server.kind and server.batch'}.")

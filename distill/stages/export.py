@@ -57,7 +57,7 @@ def plan(recipe: Recipe) -> StagePlan:
     """
     export, recipe = _export_of(recipe), _as_made(recipe)
     names = {"name": model_name(recipe, export), "models": sorted(public_names(recipe).values())}
-    settings = {"export": export.identity(), "student": published(recipe.student.identity()), **names}
+    settings = {"export": export.identity(), "student": published(recipe.student.identity_here()), **names}
     inputs = [student_folder(recipe), *([folder(recipe, "evaluate")] if recipe.evaluate is not None else [])]
     asked = plan_of(recipe, Step("export"), settings, inputs, Growth(anything=True, adds=False))
     return asked._replace(made_with=published(asked.made_with))  # the manifest travels with the model

@@ -66,10 +66,10 @@ def plan(recipe: Recipe, number: int = 0) -> StagePlan:
         number: Of the on-policy round, from 1; 0 is the training on traces before them.
     """
     material = _material(recipe, number)
-    settings: dict[str, Any] = {"student": recipe.student.identity(), "train": material.train.identity(), "seed": recipe.seed}
+    settings: dict[str, Any] = {"student": recipe.student.identity_here(), "train": material.train.identity(), "seed": recipe.seed}
     if material.train.is_live:
         assert recipe.teacher is not None  # the recipe was validated
-        settings["teacher"] = recipe.teacher.identity()
+        settings["teacher"] = recipe.teacher.identity_here()
     if number:
         assert recipe.rollouts is not None
         settings["rollouts"] = {name: getattr(recipe.rollouts, name) for name in ("teacher_share", "stop_kl")}
