@@ -128,20 +128,22 @@ class Work:
         rows = [self.thoughts.reader.row(trace) for trace in self.traces(step=-(-self.total // _SAMPLE))]
         there = [bool(position >= 0) for row in rows if isinstance(row, AlignedRow) for position in row.positions]
         if there:
-            self.refuse_below(sum(there) / len(there), "min_aligned", f" in {len(rows):,} traces from all over")
+            self.refuse_below(
+                sum(there) / len(there), "min_aligned", self.thoughts.settings.min_aligned, f" in {len(rows):,} traces from all over"
+            )
 
-    def refuse_below(self, share: float, name: str, where: str = "") -> None:
+    def refuse_below(self, share: float, name: str, limit: float, where: str = "") -> None:
         """Judges a share by a limit of the section score.
 
         Args:
             share: What was found.
             name: Of the limit: `min_aligned` or `min_carried_mass`.
+            limit: Its value.
             where: It was found.
 
         Raises:
             DataError: it is below the limit, and teacher and student have other tokens.
         """
-        limit = getattr(self.thoughts.settings, name)
         if not self.thoughts.identical and share < limit:
             raise DataError(
                 f"score.{name}: only {share:.1%} {_LIMITS[name]}{where}, asked for {limit:.1%}. "

@@ -5,6 +5,7 @@ Of a table of any length no more than a piece of rows and, while a shard is writ
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from distill.run.manifest import Shard, read_manifest
 
 ROWS_PER_SHARD = 4096
 _ROWS_PER_PIECE = 512  # of a row group
+_GROUPS_KEPT = 4  # row groups in memory where single rows are read
 _LONG = {"prompt_id", "messages", "completion"}  # hardly two values are equal, so a dictionary of them costs time and saves nothing
 _BYTES_PER_SHARD = 64 * 2**20  # in Arrow's memory: traces of 32,000 tokens make shorter shards
 
@@ -268,6 +270,40 @@ def rows_at(folder: Path, table: str, places: Sequence[int], columns: Sequence[s
                 start += num_rows
                 if len(here):
                     yield from file.read_row_group(group, columns).take(here).to_pylist()
+
+
+class RandomRows:
+    """Single rows of a finished stage's table, in any order: digests are checked once, and the last row groups read stay in memory.
+
+    Args:
+        folder: Of the stage.
+        table: Its name.
+    """
+
+    def __init__(self, folder: Path, table: str) -> None:
+        self._folder, self._shards = folder, list(_shards(folder, table))
+        self._files: dict[int, pq.ParquetFile] = {}
+        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+
+    def row(self, place: int) -> dict[str, Any]:
+        """The row of a number from 0."""
+        number, group = 0, 0
+        while place >= self._shards[number].rows:
+            place -= self._shards[number].rows
+            number += 1
+        if number not in self._files:
+            self._files[number] = pq.ParquetFile(_checked(self._folder, self._shards[number]))
+        file = self._files[number]
+        while place >= file.metadata.row_group(group).num_rows:
+            place -= file.metadata.row_group(group).num_rows
+            group += 1
+        if (number, group) not in self._groups:
+            self._groups[number, group] = file.read_row_group(group)
+        self._groups.move_to_end((number, group))
+        while len(self._groups) > _GROUPS_KEPT:
+            self._groups.popitem(last=False)
+        [found] = self._groups[number, group].slice(place, 1).to_pylist()
+        return dict(found)
 
 
 def _within(places: NDArray[np.int64], start: int, count: int) -> NDArray[np.int64]:

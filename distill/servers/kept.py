@@ -20,7 +20,7 @@ from distill.models.vocabulary import NONE, AlignedRow, VocabularyMap, ids_by_te
 from distill.recipe.experiment import Recipe
 from distill.run.manifest import read_manifest
 from distill.run.schema import THINK_OPEN, trace_key
-from distill.run.tables import iter_rows, rows_at
+from distill.run.tables import RandomRows, iter_rows
 from distill.servers.told import Told, scored_row
 from distill.targets.spec import TargetSpec
 
@@ -45,13 +45,12 @@ class Kept:
                 f"{folder}: holds no log-probabilities of what was written. Write the traces anew with generate.logprobs, or set "
                 "score.source: server or process."
             )
-        self._folder = folder
+        self._folder, self._rows = folder, RandomRows(folder, TABLE)
         self._places = {trace_key(row): n for n, row in enumerate(iter_rows(folder, TABLE, columns=["prompt_id", "sample_index"]))}
 
     def rows(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
         """What was kept of some traces; of one that is not there, nothing."""
-        places = sorted(self._places[key] for key in keys if key in self._places)
-        found = {trace_key(row): row for row in rows_at(self._folder, TABLE, places)}
+        found = {key: self._rows.row(self._places[key]) for key in keys if key in self._places}
         return {key: row for key, row in found.items() if row["token_logprobs"] is not None}
 
     @cached_property

@@ -179,8 +179,8 @@ def _complete(work: Work, out: StageFolder, clock: Clock) -> Manifest:
     )  # reads them all, and their checksums
     if not np.array_equal(found, hashes) or len(hashes) + sum(drops.values()) != total:
         raise IntegrityError(f"{out.path}: its shards and journals don't hold the {total:,} traces of {work.source.folder}. Add --redo.")
-    work.refuse_below(statistics.aligned_share, "min_aligned")
-    work.refuse_below(statistics.most_carried, "min_carried_mass")
+    work.refuse_below(statistics.aligned_share, "min_aligned", thoughts.settings.min_aligned)
+    work.refuse_below(statistics.most_carried, "min_carried_mass", thoughts.settings.min_carried_mass)
     measured = statistics.facts(thoughts.teacher_size)
     tell(measured, identical=thoughts.identical)
     size = sum(path.stat().st_size for path in shards)
