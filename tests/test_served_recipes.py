@@ -13,11 +13,12 @@ from test_shards_of_traces import recipe
 
 from distill.errors import ServerError
 from distill.recipe.models import ModelSpec, Student
-from distill.recipe.servers import Server
+from distill.recipe.servers import Price, Server
 from distill.recipe.traces import Generate
-from distill.servers import Call
+from distill.servers import Call, Usage
 from distill.servers.addresses import Addresses
 from distill.servers.hosts import BatchHost as Host
+from distill.servers.spending import Spending, shared
 from distill.stages import train
 
 
@@ -99,3 +100,23 @@ def test_an_address_that_is_writing_its_first_answer_is_not_given_up() -> None:
             await asyncio.wait_for(addresses.pick(call), 5)
 
     asyncio.run(ask())
+
+
+def test_processes_that_share_a_folder_count_apart_and_are_summed(tmp_path: Path) -> None:
+    """One file for all would lose what another has used, and be taken away from under it."""
+    server = Server(kind="vllm", url="http://127.0.0.1:1", price=Price(input=1.0, output=2.0), max_tokens=100)
+    first, second = (Spending(tmp_path, "teacher", shared(server, 2), f"{number}-of-2") for number in (1, 2))
+    for _ in range(3):
+        first.add(Usage(input_tokens=5, output_tokens=10, requests=1))
+        second.add(Usage(input_tokens=5, requests=1))
+    assert not first.is_exhausted and not second.is_exhausted
+    first.add(Usage(input_tokens=5))
+    assert first.is_exhausted and not second.is_exhausted
+    first.keep()
+    told = second.facts_of_all()
+    assert (told["requests"], told["input_tokens"], told["output_tokens"]) == (6, 35, 30) and told["cost_usd"] == 95e-6
+    assert Spending(tmp_path, "teacher", server, "1-of-2").usage == first.usage
+    for file in tmp_path.glob("server-spending-*"):
+        file.unlink()  # as a stage that finishes
+    second.keep()
+    assert not list(tmp_path.iterdir())

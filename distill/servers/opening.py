@@ -148,7 +148,7 @@ def _behind(
     from distill.servers.needs import needs_of
     from distill.servers.protocols import protocol_of
     from distill.servers.serving import serving
-    from distill.servers.spending import Spending
+    from distill.servers.spending import Spending, shared
     from distill.servers.writing import ServerEngine
 
     warnings = _refuse_unhonoured(recipe, spec, server, role, sampling, section, logprobs)
@@ -156,7 +156,7 @@ def _behind(
     adapter = recipe.student.adapter if trained is not None else None
     with serving(spec, role, place, run, trained=trained, adapter=adapter, needs=needs_of(recipe, role)) as served:
         protocol = protocol_of(server, served.model)
-        spending = Spending(place, role, _shared(server, parts))
+        spending = Spending(place, role, shared(server, parts))
         record = model_at(spec, server, served.model, served.record)
         how: dict[str, Any] = {"logprobs": logprobs, "kwargs": spec.chat_template_kwargs}
         device = f"server ({server.kind}, {len(served.urls)})"
@@ -231,19 +231,6 @@ def _chat_format(spec: ModelSpec, server: Server) -> ChatFormat | None:
             raise
         say(f"note      {spec.model}: its tokenizer can't be had here, so its answers are kept as text, and tokens are the host's count")
         return None
-
-
-def _shared(server: Server, parts: int) -> Server:
-    """A server whose limits are a part's share of them."""
-    if parts == 1:
-        return server
-    cost, tokens = server.max_cost, server.max_tokens
-    return server.model_copy(
-        update={
-            "max_cost": None if cost is None else cost / parts,
-            "max_tokens": None if tokens is None else max(1, tokens // parts),
-        }
-    )
 
 
 class _WithIds:

@@ -24,7 +24,7 @@ from distill.servers.client import Client
 from distill.servers.needs import needs_of
 from distill.servers.protocols import protocol_of
 from distill.servers.serving import Served, serving
-from distill.servers.spending import Spending
+from distill.servers.spending import Spending, shared
 from distill.servers.told import Told, scored_row
 from distill.servers.wire import Protocol
 from distill.targets.spec import TargetSpec, TopK
@@ -172,7 +172,8 @@ class ServedThoughts(Thoughts):
         """The server, ready to read."""
         served, server = self._served, self.teacher.server
         assert server is not None
-        self._spending = Spending(self._place, "teacher", server)
+        part, parts = _piece(self._part)
+        self._spending = Spending(self._place, "teacher", shared(server, parts), part)
         client = self._stack.enter_context(Client(server, served.urls, self._spending))
         protocol = protocol_of(server, served.model)
         return ServerScorer(client, protocol, self.settings.target, self.vocabulary, len(served.urls))
@@ -206,7 +207,16 @@ class ServedThoughts(Thoughts):
 
     def facts(self) -> dict[str, Any]:
         """What the server was asked for."""
-        return {"source": "server"} | ({"server": self._spending.facts()} if self._spending is not None else {})
+        return {"source": "server"} | ({"server": self._spending.facts_of_all()} if self._spending is not None else {})
+
+
+def _piece(shard: str) -> tuple[str, int]:
+    """A name for this process among those that may share the stage's folder, and how many these are: its part, its rank in a launch."""
+    index, _, count = shard.partition("/")
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    names = [f"{index}-of-{count}"] if shard else []
+    names += [f"rank-{os.environ.get('RANK', '0')}"] if size > 1 else []
+    return "-".join(names), int(count or 1) * size
 
 
 def _first(row: AlignedRow) -> int:

@@ -14,7 +14,8 @@ from distill.run.files import read_json, write_json
 from distill.servers import Usage
 
 SPENDING = "server-spending-{role}.json"
-"""Name of the file in a stage's folder, a role each; one of those that `run/owned` knows as a server's."""
+"""Name of the file in a stage's folder, a role each, and each of the processes that share the folder; one of those that `run/owned` knows
+as a server's."""
 _KEEP_EVERY_S = 1.0  # so much is lost of a piece that is killed
 
 
@@ -25,32 +26,32 @@ class Spending:
         folder: Of the stage; null keeps nothing.
         role: Whose model it is: `teacher`, `student`, `base`; each is counted apart.
         server: With `price`, `max_cost` and `max_tokens`.
+        part: Of the stage, where several processes share its folder: each counts for itself.
 
     Raises:
         IntegrityError: the file was altered.
     """
 
-    def __init__(self, folder: Path | None, role: str, server: Server) -> None:
+    def __init__(self, folder: Path | None, role: str, server: Server, part: str = "") -> None:
         self._role, self._server = role, server
-        self._file = folder / SPENDING.format(role=role) if folder is not None else None
+        self._file = folder / SPENDING.format(role=f"{role}-{part}" if part else role) if folder is not None else None
         self._lock = threading.Lock()
         self._start_s = self._kept_s = time.monotonic()
         self.usage, self._before_s = Usage(), 0.0
         if self._file is not None and self._file.exists():
-            told = read_json(self._file)
-            try:
-                self.usage, self._before_s = Usage(**told["usage"]), float(told["seconds"])
-            except (KeyError, TypeError, ValueError):
-                raise IntegrityError(f"{self._file}: is damaged. Delete it, and counting begins anew.") from None
+            self.usage, self._before_s = _read(self._file)
+        self._kept = self.usage
 
     @property
     def cost(self) -> float | None:
         """US dollars so far; null where no price is given."""
+        return self._cost_of(self.usage)
+
+    def _cost_of(self, used: Usage) -> float | None:
         price = self._server.price
         if price is None:
             return None
         cached = price.input if price.cached_input is None else price.cached_input
-        used = self.usage
         read = (used.input_tokens - used.cached_tokens) * price.input + used.cached_tokens * cached
         return (read + used.output_tokens * price.output) / 1e6
 
@@ -71,10 +72,11 @@ class Spending:
             self.keep()
 
     def keep(self) -> None:
-        """Writes down what was used."""
+        """Writes down what was used, if that is more than before: a stage that has finished has removed the file."""
         with self._lock:
             self._kept_s = time.monotonic()
-            if self._file is not None and self._file.parent.is_dir():
+            if self._file is not None and self._file.parent.is_dir() and self.usage != self._kept:
+                self._kept = self.usage
                 write_json(self._file, {"usage": asdict(self.usage), "seconds": round(self._seconds, 2)})
 
     def check(self) -> None:
@@ -96,11 +98,51 @@ class Spending:
 
     def facts(self) -> dict[str, Any]:
         """For the manifest: requests, retries, tokens, US dollars (null: no price), seconds, and tokens written a second."""
-        seconds = self._seconds
-        used = asdict(self.usage)
-        rate = round(self.usage.output_tokens / seconds, 1) if seconds else None
-        return used | {"cost_usd": None if self.cost is None else round(self.cost, 6), "seconds": round(seconds, 2), "tokens_per_s": rate}
+        return self._facts(self.usage, self._seconds)
+
+    def facts_of_all(self) -> dict[str, Any]:
+        """The same of all processes that have shared the folder, each of which wrote down what it used."""
+        self.keep()
+        usage, seconds = self.usage, self._seconds
+        pattern = SPENDING.format(role=f"{self._role}*")
+        for file in self._file.parent.glob(pattern) if self._file is not None else ():
+            if file != self._file:
+                more, longer = _read(file)
+                usage, seconds = usage + more, seconds + longer
+        return self._facts(usage, seconds)
+
+    def _facts(self, usage: Usage, seconds: float) -> dict[str, Any]:
+        cost = self._cost_of(usage)
+        rate = round(usage.output_tokens / seconds, 1) if seconds else None
+        cents = None if cost is None else round(cost, 6)
+        return asdict(usage) | {"cost_usd": cents, "seconds": round(seconds, 2), "tokens_per_s": rate}
 
     @property
     def _seconds(self) -> float:
         return self._before_s + time.monotonic() - self._start_s
+
+
+def shared(server: Server, parts: int) -> Server:
+    """A server whose limits are the share of one of so many parts of a stage."""
+    if parts == 1:
+        return server
+    cost, tokens = server.max_cost, server.max_tokens
+    return server.model_copy(
+        update={
+            "max_cost": None if cost is None else cost / parts,
+            "max_tokens": None if tokens is None else max(1, tokens // parts),
+        }
+    )
+
+
+def _read(file: Path) -> tuple[Usage, float]:
+    """Usage and seconds of a file.
+
+    Raises:
+        IntegrityError: it was altered.
+    """
+    told = read_json(file)
+    try:
+        return Usage(**told["usage"]), float(told["seconds"])
+    except (KeyError, TypeError, ValueError):
+        raise IntegrityError(f"{file}: is damaged. Delete it, and counting begins anew.") from None
