@@ -83,3 +83,15 @@ def test_too_many_failures_end_the_stage_and_only_they_are_asked_again(tmp_path:
     again = Failing()
     made = fill(tmp_path / "stage", again)
     assert len(engine.answered) == 12 and again.answered == [] and made.rows_kept == 12
+
+
+def test_what_another_author_wrote_before_allows_no_more_failures(tmp_path: Path) -> None:
+    """8 of 20 requests are 40%, though 30 others of the same table went well."""
+    fine = [{"prompt_id": f"f{number}", "messages": [{"role": "user", "content": "x"}], "reference": None} for number in range(15)]
+    prompts = [row | {"prompt_id": f"p{number}"} for number, row in enumerate(fine[:10])]
+    with StageFolder(tmp_path / "run", "evaluate", {}) as out:
+        table = out.table("traces", TRACE, resume=True)
+        traces = TraceTable(table, out.journal(), Sampling(max_new_tokens=4, samples_per_prompt=2), 1)
+        traces.write(Failing(), fine, 15, "base", "test", 0.2)
+        with pytest.raises(ServerError, match="8 of 20"):
+            traces.write(Failing(), prompts, 10, "teacher", "test", 0.2)

@@ -99,7 +99,7 @@ class TraceTable:
             ServerError: more did.
         """
         samples = self._sampling.samples_per_prompt
-        total, source = num_prompts * samples, iter(prompts)
+        total, source, begins = num_prompts * samples, iter(prompts), self._asked  # behind other authors' rows
         if self._earlier is not None and self.knows(author) and not in_parts:
             say(f"{description}: {self._earlier.count(author):,} traces were written before, and are not written again")
         done = min(max(self._num_done - self._asked, 0) + _journalled(self._journal, author), total)
@@ -116,7 +116,7 @@ class TraceTable:
                 if self._earlier is not None:
                     keys = [(request.prompt_id, request.sample_index) for request in requests]
                     window.take_over(self._earlier.rows(author, keys, alternatives=has_others))
-                window.fill(engine, max_failed, before, self.drops.total())
+                window.fill(engine, max_failed, before - begins, self.drops.total())
                 self._store(window, there)
 
     def _store(self, window: Window, there: int) -> None:
