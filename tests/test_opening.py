@@ -10,6 +10,7 @@ from faulty import Faulty
 from test_shards_of_traces import recipe
 
 from distill.errors import BudgetError
+from distill.recipe.servers import Server
 from distill.run.manifest import MANIFEST
 from distill.run.tables import read_rows
 from distill.stages import generate, prompts
@@ -53,3 +54,11 @@ def test_another_address_makes_no_other_run(tmp_path: Path, tiny_model_dir: Path
         made = generate.run(first)
         assert generate.run(recipe(tmp_path, tiny_model_dir, other.url, concurrency=3, timeout_s=9.0)).digest == made.digest
         assert not other.asked
+
+
+def test_arguments_that_change_weights_make_another_run_and_others_do_not() -> None:
+    def identity(*args: str) -> dict[str, object]:
+        return Server(kind="vllm", args=list(args)).identity()
+
+    assert identity() == identity("--tensor-parallel-size", "2") == identity("--max-num-seqs=8")
+    assert len({str(identity(*args)) for args in ((), ("--quantization", "fp8"), ("--quantization", "awq"), ("--dtype=half",))}) == 4

@@ -39,6 +39,8 @@ API_KEYS = {
     "openai": "OPENAI_API_KEY",
 }
 """Environment variables in which hosts' own tools look for a key."""
+_WEIGHTS = re.compile(r"--?[\w-]*(quant|dtype|revision|override|load[-_]format|rope|cache[-_]type|lora)", re.I)
+"""Arguments of a server that change what it computes, and not only how fast."""
 # Fields of a request that other keys of the recipe decide.
 _OF_THE_RECIPE = frozenset(
     {
@@ -126,8 +128,9 @@ class Server(Section):
         return self.api_key_env or API_KEYS.get(self.kind)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the rows: what kind of server it is, under which name it knows the model, what is sent besides."""
-        return {"kind": self.kind, "model": self.model, "body": self.body}
+        """What decides the rows: what kind of server it is, under which name it knows the model, what is sent besides, what changes weights."""
+        weights = [word for place, word in enumerate(self.args) if _WEIGHTS.match(word) or (place and _WEIGHTS.match(self.args[place - 1]))]
+        return {"kind": self.kind, "model": self.model, "body": self.body} | ({"weights": weights} if weights else {})
 
     @field_validator("url")
     @classmethod

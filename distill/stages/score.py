@@ -113,7 +113,7 @@ def plan(recipe: Recipe, number: int = 0) -> StagePlan:
     source = score.resolved(teacher)
     inputs = [_place(recipe, number)[0], *([folder(recipe, "generate")] if source == "generation" else [])]
     settings = {
-        "teacher": teacher.identity(),
+        "teacher": teacher.identity_here() if source == "process" else teacher.identity(),
         "score": {key: value for key, value in score.identity(source).items() if key not in _LIMITS},
         "student": {
             "tokenizer": student.tokenizer or student.model,
