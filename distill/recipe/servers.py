@@ -128,7 +128,7 @@ class Server(Section):
         return self.api_key_env or API_KEYS.get(self.kind)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the rows: what kind of server it is, under which name it knows the model, what is sent besides, what changes weights."""
+        """What decides the rows: the kind of server, its name for the model, what is sent besides, arguments that change weights."""
         weights = [word for place, word in enumerate(self.args) if _WEIGHTS.match(word) or (place and _WEIGHTS.match(self.args[place - 1]))]
         return {"kind": self.kind, "model": self.model, "body": self.body} | ({"weights": weights} if weights else {})
 
