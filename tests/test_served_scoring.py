@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import threading
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from test_score import folder_of, load, other_model_dir, traces
 from transformers import AutoTokenizer
 
 from distill.engines.scoring import score_rows
-from distill.errors import DistillError, IntegrityError, ModelError, ServerError
+from distill.errors import DistillError, IntegrityError, ModelError, RecipeError, ServerError
 from distill.models.chat import chat_format
 from distill.models.vocabulary import align, vocabulary_map
 from distill.recipe.servers import Server
@@ -225,3 +226,72 @@ def test_the_stage_scores_through_a_server(tmp_path: Path, tiny_model_dir: Path)
     facts = read_manifest(folder_of(served)).facts
     assert facts["device"] == "server (vllm)" and facts["verification"]["rows"] == 8 and "127.0.0.1" not in str(facts)
     assert set(facts["captured_mass"]) == {"1", "2", "4", "8"} and facts["distinct_ids"] == {} and facts["carried_mass"] == 1
+
+
+class Writer(Reader):
+    """Writes, too, with the engine of this process."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.chat = load(folder)[1]
+        super().__init__(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), 261)
+
+    async def vllm(self, request: web.Request) -> web.Response:
+        asked = await request.json()
+        if "prompt_logprobs" in asked:
+            return await super().vllm(request)
+        from distill.engines.decoding import Decoder, Job
+        from distill.engines.drawing import Sampler
+        from distill.recipe.base import Sampling
+
+        sampler = Sampler(Sampling(temperature=0.0, top_p=0.95), 261)
+        decoder = Decoder(self.model, sampler, asked["stop_token_ids"], self.chat.pad_id, asked["max_tokens"], 1)
+        [[(_, ids)]] = list(decoder.run([Job(asked["prompt"], 0)]))
+        finish = "stop" if ids[-1] in asked["stop_token_ids"] else "length"
+        choice = {"index": 0, "text": "x", "finish_reason": finish, "token_ids": ids, "prompt_token_ids": asked["prompt"]}
+        return web.json_response(
+            {"model": "m", "choices": [choice], "usage": {"prompt_tokens": len(asked["prompt"]), "completion_tokens": len(ids)}}
+        )
+
+
+def test_a_pair_is_judged_alike_behind_a_server(tmp_path: Path, tiny_model_dir: Path) -> None:
+    from distill.before import pair
+    from distill.recipe.experiment import Recipe
+
+    rows = "".join(json.dumps({"question": f"How much is {number} and 1?", "answer": str(number + 1)}) + "\n" for number in range(12))
+    (tmp_path / "p.jsonl").write_text(rows)
+    found = {}
+    with serving(Writer(tiny_model_dir)) as url:
+        for name, server in (("here", None), ("served", {"kind": "vllm", "url": url, "model": "m"})):
+            asked = {
+                "name": "test",
+                "run_dir": str(tmp_path / name),
+                "teacher": {"model": str(tiny_model_dir), "server": server},
+                "student": {"model": str(tiny_model_dir)},
+                "prompts": {"source": str(tmp_path / "p.jsonl"), "heldout_size": 4},
+                "generate": {"max_new_tokens": 12, "temperature": 0.0},
+            }
+            pair.run(Recipe.model_validate(asked), 4)
+            found[name] = json.loads((tmp_path / name / "pair" / "findings.json").read_text())
+    for part in ("on_student", "on_teacher"):
+        for key in ("divergence", "overlap", "shared_mass_student", "shared_mass_teacher", "tokens"):
+            assert found["served"][part][key] == pytest.approx(found["here"][part][key], abs=1e-4), (part, key)
+    assert found["served"]["teacher"] == found["here"]["teacher"] and found["served"]["carried_mass"] == 1
+
+
+def test_a_pair_with_a_host_is_refused_before_anything_is_asked(tmp_path: Path, tiny_model_dir: Path) -> None:
+    from distill.before import pair
+    from distill.recipe.experiment import Recipe
+
+    hosted = {"model": "deepseek-ai/DeepSeek-V3", "server": {"kind": "deepseek"}}
+    asked = {
+        "name": "test",
+        "run_dir": str(tmp_path),
+        "teacher": hosted,
+        "student": {"model": "m"},
+        "prompts": {"source": "p"},
+        "generate": {},
+    }
+    with pytest.raises(RecipeError, match="tells nothing of what it thinks"):
+        pair.run(Recipe.model_validate(asked), 4)

@@ -1,13 +1,15 @@
 """`distill pair`: measures on a few prompts whether a teacher can teach a student, before anything is spent on training.
 
-One model is in memory at a time: the student writes, the teacher writes and reads both, the student reads both; they write behind
-their servers, if they have any, and read in this process. What was
-found is printed and kept in the run's folder `pair`, which resumes and is not made twice, like a stage.
+One model is in memory at a time: the student writes, the teacher writes and reads both, the student reads both. They write behind their
+servers, if they have any; the student reads in this process, the teacher behind a server that can. What was found is printed and kept in
+the run's folder `pair`, which resumes and is not made twice, like a stage.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -31,7 +33,7 @@ from distill.models.loading import free_memory, load_chat_format, load_model, pi
 from distill.models.vocabulary import AlignedRow, VocabularyMap, align, vocabulary_map
 from distill.recipe.base import Sampling
 from distill.recipe.experiment import Recipe
-from distill.recipe.learning import Score
+from distill.recipe.learning import READING_KINDS, Score
 from distill.recipe.models import ModelSpec
 from distill.run.clock import Clock
 from distill.run.files import write_text
@@ -40,6 +42,7 @@ from distill.run.log import progress, say
 from distill.run.manifest import check_files
 from distill.run.schema import TRACE
 from distill.servers.opening import open_writer
+from distill.servers.reading import Read, open_reader
 from distill.stages import run_dir
 from distill.stages.prompts import survey
 from distill.targets.codec import Targets
@@ -65,6 +68,12 @@ def run(recipe: Recipe, num_prompts: int, *, redo: bool = False) -> bool:
     """
     if recipe.teacher is None:
         raise RecipeError(f"{recipe.name}: has no teacher to pair the student with. Add a section teacher.")
+    server = recipe.teacher.server
+    if server is not None and server.is_hosted:
+        raise RecipeError(
+            f"teacher.server.kind {server.kind}: tells nothing of what it thinks of the student's answers, which a pair is judged by. Try "
+            "the pair with an open teacher of the same family, here or behind vllm or sglang."
+        )
     sampling = _sampling(recipe)
     settings = {
         "teacher": recipe.teacher.identity(),
@@ -110,19 +119,19 @@ def _measure(recipe: Recipe, teacher: ModelSpec, sampling: Sampling, prompts: li
 
     by_student = served("student")  # in this process where it names no server
     by_teacher = served("teacher") if teacher.server is not None else []
-    model = load_model(teacher, device)  # who reads is in this process
-    by_teacher = by_teacher or written(model, teacher_chat, "teacher")
-    traces = by_student + by_teacher
-    teacher_reads, statistics = _read(model, [align(trace, teacher_chat, student_chat, to_student) for trace in traces], to_student)
+    with _teacher_reads(recipe, teacher, out, to_student) as (reads, model):
+        by_teacher = by_teacher or written(model, teacher_chat, "teacher")
+        traces = by_student + by_teacher
+        teacher_reads, statistics = _read(reads, [align(trace, teacher_chat, student_chat, to_student) for trace in traces])
     del model
     free_memory()
-    model = load_model(recipe.student, device)
-    student_reads, _ = _read(model, [align(trace, student_chat, student_chat, own) for trace in traces], own)
+    reads = _reads_here(load_model(recipe.student, device), own)
+    student_reads, _ = _read(reads, [align(trace, student_chat, student_chat, own) for trace in traces])
     right = _judged(traces)
     half = len(by_student)
     found = Findings(
         aligned_share=statistics.aligned_share,
-        carried_mass=statistics.carried_mass,
+        carried_mass=min(1.0, statistics.most_carried),  # what a server does not tell may be the student's too
         student=_answers(by_student, right[:half]),
         teacher=_answers(by_teacher, right[half:]),
         on_student=read(teacher_reads[:half], student_reads[:half], student_wrote=True),
@@ -136,10 +145,24 @@ def _measure(recipe: Recipe, teacher: ModelSpec, sampling: Sampling, prompts: li
     out.finish(rows_in=len(prompts), rows_kept=len(traces), files=[out.path / _FINDINGS], facts=clock.facts(device=str(device)))
 
 
-def _read(model: PreTrainedModel, rows: list[AlignedRow], vocabulary: VocabularyMap) -> tuple[list[tuple[Targets, Targets]], Statistics]:
+def _reads_here(model: PreTrainedModel, vocabulary: VocabularyMap) -> Read:
+    return lambda rows, target: score_rows(model, rows, target, vocabulary)
+
+
+@contextmanager
+def _teacher_reads(recipe: Recipe, teacher: ModelSpec, out: StageFolder, vocabulary: VocabularyMap) -> Iterator[tuple[Read, Any]]:
+    """How the teacher reads, and its model where that is in this process."""
+    if teacher.server is not None and teacher.server.kind in READING_KINDS:
+        with open_reader(recipe, out.path, run_dir(recipe), vocabulary, TOP_K) as reads:
+            yield reads, None
+        return
+    model = load_model(teacher, pick_device())
+    yield _reads_here(model, vocabulary), model
+
+
+def _read(reads: Read, rows: list[AlignedRow]) -> tuple[list[tuple[Targets, Targets]], Statistics]:
     """For each row what a model thinks of it: its most probable tokens, and the written ones."""
-    best = score_rows(model, rows, TopK(k=TOP_K), vocabulary)
-    chosen = score_rows(model, rows, ChosenToken(), vocabulary)
+    best, chosen = reads(rows, TopK(k=TOP_K)), reads(rows, ChosenToken())
     statistics = Statistics()
     for row in best:
         statistics.add(row.statistics)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,8 @@ from distill.servers.told import Told, scored_row
 from distill.servers.wire import Protocol
 from distill.targets.spec import TargetSpec, TopK
 
+Read = Callable[[Sequence[AlignedRow], TargetSpec], list[ScoredRow]]
+"""What a model thinks of rows, in their order."""
 TOKENS_IN_FLIGHT = 32_768
 """Of prompts, at one address: log-probabilities of a prompt take memory that a server has not planned for."""
 _JUDGED = 20  # candidates by which it is judged whether the student has the teacher's tokens, where one alone is stored
@@ -208,6 +211,34 @@ class ServedThoughts(Thoughts):
     def facts(self) -> dict[str, Any]:
         """What the server was asked for."""
         return {"source": "server"} | ({"server": self._spending.facts_of_all()} if self._spending is not None else {})
+
+
+@contextmanager
+def open_reader(recipe: Recipe, place: Path, run: Path, vocabulary: VocabularyMap, k: int) -> Iterator[Read]:
+    """The recipe's teacher behind its server, to read a few rows; one that is started for it is ended with the context.
+
+    Args:
+        recipe: With a teacher whose server tells log-probabilities of a prompt.
+        place: Where its log and what it used are put.
+        run: The run's folder.
+        vocabulary: The teacher's tokens as the student's.
+        k: Candidates that will be asked for at most.
+    """
+    spec = recipe.teacher
+    assert spec is not None and spec.server is not None
+    needs = needs_of(recipe, "teacher")
+    needs = replace(needs, logprobs=max(needs.logprobs, k))
+    with (
+        serving(spec, "teacher", place, run, needs=needs) as served,
+        Client(spec.server, served.urls, Spending(place, "teacher", spec.server)) as client,
+    ):
+        protocol = protocol_of(spec.server, served.model)
+
+        def read(rows: Sequence[AlignedRow], target: TargetSpec) -> list[ScoredRow]:
+            scorer = ServerScorer(client, protocol, target, vocabulary, len(served.urls))
+            return [row for scored in scorer.read([rows]) for row in scored]
+
+        yield read
 
 
 def _piece(shard: str) -> tuple[str, int]:
