@@ -126,3 +126,15 @@ def test_what_a_source_cannot_give_is_refused(recipe: Callable[..., Path], tiny_
     ]:
         result = distill("score", path, *words)
         assert result.returncode == 1 and expected in result.stderr, result.stderr
+
+
+@pytest.mark.slow
+def test_a_student_trains_on_them(recipe: Callable[..., Path], tiny_model_dir: Path) -> None:
+    path = recipe(tiny_model_dir, by_ids=False)
+    score(path)
+    size = {"max_steps": 15, "per_device_train_batch_size": 5, "logging_steps": 1, "learning_rate": 5e-3}
+    ran = distill("train", str(path), "--train.trainer_args", json.dumps(size))
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    student = path.parent / "run" / "student"
+    losses = [entry["loss"] for entry in map(json.loads, (student / "metrics.jsonl").read_text().splitlines()) if "loss" in entry]
+    assert len(losses) == 15 and np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.02 and (student / "adapter").is_dir()
