@@ -47,6 +47,10 @@ class ServerError(DistillError, RuntimeError):
     """A server can't be started or reached, or refuses what no single row could make right."""
 
 
+class ServerDiedError(ServerError):
+    """A server that was started here, and had answered, is gone; started again it may go on."""
+
+
 class LicenceError(DistillError, PermissionError):
     """The terms of a model or data set do not allow what the recipe asks for."""
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from distill.errors import RecipeError, visible
+from distill.errors import RecipeError, ServerDiedError, visible
 from distill.models.processes import Processes
 from distill.recipe.experiment import Recipe
 from distill.recipe.results import ModelRole
@@ -21,6 +21,7 @@ from distill.run.parts import part_of
 from distill.run.verify import Layout, refuse_damaged_inputs, verify
 from distill.stages import CACHE, MARKS, RECIPE, ROUND_STAGES, SERVERS, WRITES, Step, folder, run_dir, steps_of, student_folder
 
+_RESTARTS = 2  # of a server that dies while a stage is at work
 _UNITS = {
     "prompts": "prompts",
     "generate": "traces",
@@ -49,10 +50,22 @@ def run_stage(name: str, recipe: Recipe, *, number: int = 0, redo: bool = False)
     # In `earlier` stands what comes back if it is asked for.
     there = [place for place in (target, target / EARLIER) if (place / MANIFEST).exists()] if is_main_process() else []
     done_before = read_manifest(there[0]).digest if there else None
-    manifest: Manifest = call(Step(name, number), recipe, "run")
+    manifest: Manifest = _with_server(lambda: call(Step(name, number), recipe, "run"))
     nothing_done = manifest.digest == done_before
     say(nothing_to_do(manifest, target) if nothing_done else ledger(manifest, unit=_UNITS.get(name, "rows")), result=True)
     return manifest
+
+
+def _with_server(work: Callable[[], Any]) -> Any:
+    """Does a stage's work, and goes on with it a few times where the server that it had started died: what came is on disk."""
+    for left in reversed(range(_RESTARTS + 1)):
+        try:
+            return work()
+        except ServerDiedError as error:
+            if not left:
+                raise
+            say(f"{visible(str(error), 1000)}\nthe stage goes on with the server started again")
+    raise AssertionError("the last one raises")
 
 
 def call(step: Step, recipe: Recipe, what: str) -> Any:
@@ -64,7 +77,8 @@ def call(step: Step, recipe: Recipe, what: str) -> Any:
 
 def run_score_shard(recipe: Recipe, shard: str, *, number: int = 0) -> None:
     """Scores one part of the traces, `i/n` counted from 1; whoever finds all parts there completes the stage."""
-    importlib.import_module("distill.stages.score").run_shard(recipe, shard, number)
+    module = importlib.import_module("distill.stages.score")
+    _with_server(lambda: module.run_shard(recipe, shard, number))
 
 
 def run_shard(name: str, recipe: Recipe, shard: str, *, number: int = 0) -> None:
@@ -84,7 +98,8 @@ def run_shard(name: str, recipe: Recipe, shard: str, *, number: int = 0) -> None
     part, target = part_of(shard), folder(recipe, name, number)
     done_before = (target / MANIFEST).exists() and read_manifest(target).digest
     module = importlib.import_module(f"distill.stages.{name}")
-    manifest: Manifest | None = module.run_shard(recipe, part, *([number] if name in ROUND_STAGES else []))
+    rounds = [number] if name in ROUND_STAGES else []
+    manifest: Manifest | None = _with_server(lambda: module.run_shard(recipe, part, *rounds))
     if manifest is not None:
         nothing_done = manifest.digest == done_before
         say(nothing_to_do(manifest, target) if nothing_done else ledger(manifest, unit=_UNITS[name]), result=True)

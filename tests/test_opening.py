@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
+import commands
 import pytest
 from faulty import Faulty
 from test_shards_of_traces import recipe
@@ -62,3 +64,48 @@ def test_arguments_that_change_weights_make_another_run_and_others_do_not() -> N
 
     assert identity() == identity("--tensor-parallel-size", "2") == identity("--max-num-seqs=8")
     assert len({str(identity(*args)) for args in ((), ("--quantization", "fp8"), ("--quantization", "awq"), ("--dtype=half",))}) == 4
+
+
+MORTAL = """
+import asyncio, os, sys
+from pathlib import Path
+from aiohttp import web
+sys.path.insert(0, {tests!r})
+from faulty import answer_of
+place, lives, asked = Path({place!r}), 0, 0
+port = int(sys.argv[sys.argv.index("--port") + 1])
+(place / "lives").open("a").write("x")
+async def answer(request):
+    global asked
+    asked += 1
+    if asked > {requests} and len((place / "lives").read_text()) <= {deaths}:
+        print("CUDA out of memory, say", flush=True)
+        os._exit(9)
+    return web.json_response(answer_of(await request.json()))
+async def health(_):
+    return web.json_response({{"data": [{{"id": "stub", "max_model_len": 512}}]}})
+app = web.Application()
+app.add_routes([web.post("/v1/completions", answer), web.get("/health", health), web.get("/v1/models", health)])
+web.run_app(app, host="127.0.0.1", port=port, print=None)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deaths", [1, 9])
+def test_a_server_that_dies_at_work_is_started_again_a_few_times(deaths: int, tmp_path: Path, tiny_model_dir: Path) -> None:
+    """With one death the stage ends as if nothing had been; with one each time in an error with the last words, and nothing is lost."""
+    program = tmp_path / "mortal.py"
+    program.write_text(MORTAL.format(tests=str(Path(__file__).parent), place=str(tmp_path), requests=10, deaths=deaths))
+    mortal = {"kind": "vllm", "command": [sys.executable, str(program)], "concurrency": 2}
+    asked = recipe(tmp_path, tiny_model_dir, "http://127.0.0.1:9").model_dump(mode="json", exclude_unset=True)
+    asked["teacher"]["server"] = mortal
+    (tmp_path / "recipe.yaml").write_text(json.dumps(asked))
+    assert commands.run(["-m", "distill", "prompts", tmp_path / "recipe.yaml"]).returncode == 0
+    ended = commands.run(["-m", "distill", "generate", tmp_path / "recipe.yaml"])
+    lives = len((tmp_path / "lives").read_text())
+    if deaths == 1:
+        assert ended.returncode == 0 and lives == 2 and "started again" in ended.stdout, ended.stderr
+        assert len(read_rows(tmp_path / "run/traces", "traces")) == 42
+    else:
+        assert ended.returncode == 1 and lives == 3 and "CUDA out of memory, say" in ended.stderr and "Traceback" not in ended.stderr
+        assert sum(1 for _ in (tmp_path / "run/traces/journal.jsonl").open()) >= 3

@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from distill.errors import ServerError
@@ -40,9 +40,11 @@ class Addresses:
         urls: One or more.
         patience_s: How long all may be dead before that is an error.
         pause_s: The first pause before a dead one is tried again; the following ones double.
+        lives: Whether the server's process still lives, where that can be known: if not, nobody waits for it.
     """
 
-    def __init__(self, urls: Sequence[str], patience_s: float, pause_s: float = 1.0) -> None:
+    def __init__(self, urls: Sequence[str], patience_s: float, pause_s: float = 1.0, lives: Callable[[], bool] = lambda: True) -> None:
+        self._lives = lives
         self._all = [Address(url) for url in urls]
         self._pause_s, self._patience_s = pause_s, patience_s
         self._dead_since_s: float | None = None
@@ -54,9 +56,11 @@ class Addresses:
         Of a dead one whose pause is over, one request at a time tries whether it lives.
 
         Raises:
-            ServerError: all have been dead for too long.
+            ServerError: all have been dead for too long, or the server that was started has ended.
         """
         while True:
+            if any(address.is_dead for address in self._all) and not self._lives():
+                raise ServerError(f"{self._all[0].url}: the server that was started for this has ended ({self._last_words}).")
             now = time.monotonic()
             free = [address for address in self._all if not address.is_dead and address.until_s <= now]
             trial = next((address for address in self._all if address.is_dead and address.until_s <= now), None)

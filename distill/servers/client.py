@@ -40,16 +40,25 @@ class Client:
         urls: Addresses that share the work.
         spending: Counts what is used; none counts nothing.
         pause_s: First pause before a request is sent again, or a dead address is tried; each further one is twice as long.
+        lives: Whether the server's process lives, of one that was started here.
 
     Raises:
         ServerError: the environment variable with the key is not set.
     """
 
-    def __init__(self, server: Server, urls: Sequence[str], spending: Spending | None = None, *, pause_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        server: Server,
+        urls: Sequence[str],
+        spending: Spending | None = None,
+        *,
+        pause_s: float = 1.0,
+        lives: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.server, self.spending, self._pause_s = server, spending, pause_s
         self._urls, self._key = list(urls), key_of(server)
         self._pace = Pace(server, len(urls))
-        self._addresses = Addresses(urls, server.timeout_s, pause_s)
+        self._addresses = Addresses(urls, server.timeout_s, pause_s, lives)
         self._runs: list[_Run[Any, Any]] = []
         self._failed: Counter[str] = Counter()
         self._succeeded = False

@@ -110,7 +110,7 @@ class ServerProcess:
             pause_s = min(1.3 * pause_s, 2.0)
         self.raise_if_dead()  # another program may answer at that port
 
-    def raise_if_dead(self, wait_s: float = 0.0, cause: Exception | None = None) -> None:
+    def raise_if_dead(self, wait_s: float = 0.0) -> None:
         """Looks whether it lives, also after a moment in which it may be dying.
 
         Raises:
@@ -123,7 +123,7 @@ class ServerProcess:
         if code is not None:
             how = f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             memory = " (the machine's memory may have been used up)" if code == -signal.SIGKILL else ""
-            raise ServerError(f"{self.name}: {how}{memory}. {self.last_words()}") from cause
+            raise ServerError(f"{self.name}: {how}{memory}. {self.last_words()}")
 
     def last_words(self) -> str:
         """The end of its log for an error: what looks like the cause, if that stands further up, and the last lines."""

@@ -177,7 +177,7 @@ class ServedThoughts(Thoughts):
         assert server is not None
         part, parts = _piece(self._part)
         self._spending = Spending(self._place, "teacher", shared(server, parts), part)
-        client = self._stack.enter_context(Client(server, served.urls, self._spending))
+        client = self._stack.enter_context(Client(server, served.urls, self._spending, lives=served.lives))
         protocol = protocol_of(server, served.model)
         return ServerScorer(client, protocol, self.settings.target, self.vocabulary, len(served.urls))
 
@@ -230,7 +230,7 @@ def open_reader(recipe: Recipe, place: Path, run: Path, vocabulary: VocabularyMa
     needs = replace(needs, logprobs=max(needs.logprobs, k))
     with (
         serving(spec, "teacher", place, run, needs=needs) as served,
-        Client(spec.server, served.urls, Spending(place, "teacher", spec.server)) as client,
+        Client(spec.server, served.urls, Spending(place, "teacher", spec.server), lives=served.lives) as client,
     ):
         protocol = protocol_of(spec.server, served.model)
 

@@ -8,14 +8,14 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from distill import embedded
-from distill.errors import IntegrityError, MissingStageError, ServerError, shown, visible
+from distill.errors import IntegrityError, MissingStageError, ServerDiedError, ServerError, shown, visible
 from distill.recipe.models import Adapter, ModelSpec
 from distill.recipe.servers import Server
 from distill.run.files import digest_json, read_json, write_json
@@ -46,6 +46,8 @@ class Served:
     """`given` by the recipe, `found` (of `distill serve`), or `started` by this process."""
     record: dict[str, Any] = field(default_factory=dict)
     """For the manifest: what was started, without anything secret."""
+    lives: Callable[[], bool] = lambda: True
+    """Whether its process lives, of one that was started here."""
 
 
 @contextmanager
@@ -73,7 +75,8 @@ def serving(
         part: Of the stage, where several processes share its folder.
 
     Raises:
-        ServerError: it can't be started or found; or it died meanwhile, with its last lines.
+        ServerError: it can't be started or found.
+        ServerDiedError: it died meanwhile, with its last lines.
     """
     server, needs = spec.server, needs or ServerNeeds()
     assert server is not None, "only for models that stand behind a server"
@@ -90,7 +93,10 @@ def serving(
         try:
             yield served
         except Exception as error:
-            process.raise_if_dead(wait_s=1.0, cause=error)  # which says more than a request that it didn't answer
+            try:
+                process.raise_if_dead(wait_s=1.0)  # which says more than a request that it didn't answer
+            except ServerError as died:
+                raise ServerDiedError(str(died)) from error
             raise
 
 
@@ -126,7 +132,7 @@ def started(
             process.wait_until(lambda: answers(command.url), server.start_timeout_s)
             record: dict[str, Any] = {"kind": server.kind, "command": shown_words, "started_in_s": round(time.monotonic() - begun_s, 1)}
             record |= {"merged": weights.merged} if weights.merged else {}
-            yield process, command, Served([command.url], command.model, "started", record)
+            yield process, command, Served([command.url], command.model, "started", record, lambda: process.exit_code is None)
 
 
 def answers(url: str) -> bool:
