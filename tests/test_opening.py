@@ -109,3 +109,14 @@ def test_a_server_that_dies_at_work_is_started_again_a_few_times(deaths: int, tm
     else:
         assert ended.returncode == 1 and lives == 3 and "CUDA out of memory, say" in ended.stderr and "Traceback" not in ended.stderr
         assert sum(1 for _ in (tmp_path / "run/traces/journal.jsonl").open()) >= 3
+
+
+def test_more_samples_are_added_to_those_that_a_server_wrote(tmp_path: Path, tiny_model_dir: Path) -> None:
+    with Faulty() as server:
+        asked = recipe(tmp_path, tiny_model_dir, server.url)
+        prompts.run(asked)
+        generate.run(asked)
+        assert asked.generate is not None
+        more = asked.model_copy(update={"generate": asked.generate.model_copy(update={"samples_per_prompt": 3})})
+        grown = generate.run(more)
+    assert grown.rows_kept == 63 and len(server.asked) == 63 and set(server.asked.values()) == {1}
