@@ -22,6 +22,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 LAYERS = [
     {"__main__"},
     {"cli", "train", "library"},
+    {"cluster"},
     {"before"},
     {"pipeline"},
     {"stages"},
@@ -38,6 +39,7 @@ LAYERS = [
 ]
 TORCH_FREE = {
     "cli",
+    "cluster",
     "library",
     "pipeline",
     "reporting",
