@@ -55,6 +55,12 @@ def last_submission(jobs: Iterable[JobStatus], step: Step) -> list[JobStatus]:
     return [job for job in of_step if job.submission == of_step[-1].submission]
 
 
+def left_alone(jobs: Iterable[JobStatus], step: Step) -> bool:
+    """Whether a task of a step that is not done has ended early, and none is left to go on from it."""
+    ends = [[task.state for task in tasks] for tasks in _tasks(last_submission(jobs, step))]
+    return any(states[-1] == "early" and not {"done", "runs"} & set(states) for states in ends)
+
+
 def last_lines(log: Path) -> list[str]:
     """The last lines of a log, safe to be shown, without those that a batch script frames a task with."""
     lines = (line.rsplit("\r", 1)[-1].rstrip() for line in tail(log))

@@ -18,7 +18,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from distill.cluster.failed import Failure, failures_of, last_submission
+from distill.cluster.failed import Failure, failures_of, last_submission, left_alone
 from distill.cluster.jobs import JobStatus, jobs_of
 from distill.cluster.progress import StepProgress, progress_of
 from distill.cluster.underway import UnderWay
@@ -62,15 +62,9 @@ def status_of(run: Path) -> Status:
     steps = [each._replace(state="at work") if each.step in runs and not each.is_finished else each for each in found.steps]
     notes = [f"the rounds have ended: {found.ended_because}"] if found.ended_because else []
     notes += [f"jobs as they said it themselves: {no_queue}"] if no_queue else []
-    notes += [
-        f"{each.step}: there is more to do, and no job is left to do it; submit it again" for each in steps if _left_alone(each, jobs)
-    ]
+    alone = [each.step for each in steps if not each.is_finished and left_alone(jobs, each.step)]
+    notes += [f"{step}: there is more to do, and no job is left to do it; submit it again" for step in alone]
     return Status(run, at, steps, jobs, failures_of(run, steps, jobs), notes)
-
-
-def _left_alone(each: StepProgress, jobs: Sequence[JobStatus]) -> bool:
-    states = {job.state for job in last_submission(jobs, each.step)}
-    return not each.is_finished and "early" in states and not states & {"runs", "waits", "unknown", "failed", "gone", "cancelled"}
 
 
 def show(run: Path, *, as_json: bool = False, watch: bool = False) -> bool:
@@ -143,8 +137,8 @@ def _row(found: Status, each: StepProgress) -> list[Text]:
     rate = "" if each.left_s is None or not work.rate else _rate(work.rate, work.unit)
     jobs = _jobs(last_submission(found.jobs, each.step)) if not each.is_finished else ""
     besides = ", ".join(_besides(found, each))
-    cells = (str(each.step), state, _done(each), parts, rate, left, jobs, visible(besides, 200))
-    return [Text(cell, _STYLES.get(state, "") if place == 1 else "") for place, cell in enumerate(cells)]
+    cells = (str(each.step), state, _done(each), parts, rate, left, jobs, besides)
+    return [Text(visible(cell, 300), _STYLES.get(state, "") if place == 1 else "") for place, cell in enumerate(cells)]
 
 
 def _done(each: StepProgress) -> str:

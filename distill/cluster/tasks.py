@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,14 +87,24 @@ def submitted_in(run: Path) -> list[Submitted]:
     file = run / JOBS / SUBMITTED
     found = []
     for line in _lines(file) if file.is_file() else ():
-        after = [int(job) for word in line.get("sbatch") or () for job in _needed(str(word))]
-        steps = [(str(stage), int(number)) for stage, number in line.get("steps") or ()]
-        if isinstance(line.get("name"), str) and isinstance(line.get("job"), int):
-            numbers = ids_in(str(line.get("tasks") or ""))
-            follow_up = int(line.get("follow_up") or 0)
-            others = line.get("serves"), line.get("ends"), str(line.get("recipe") or f"job {line['job']}")
-            found.append(Submitted(line["name"], line["job"], steps, numbers, follow_up, after, *others))
+        with suppress(KeyError, TypeError, ValueError):
+            found.append(_submitted(line))
     return found
+
+
+def _submitted(line: dict[str, Any]) -> Submitted:
+    job = int(line["job"])
+    return Submitted(
+        name=str(line["name"]),
+        job=job,
+        steps=[(str(stage), int(number)) for stage, number in line.get("steps") or ()],
+        tasks=ids_in(line.get("tasks") or ""),
+        follow_up=int(line.get("follow_up") or 0),
+        after=[int(needed) for word in line.get("sbatch") or () for needed in _needed(word)],
+        serves=line.get("serves"),
+        ends=line.get("ends"),
+        submission=str(line.get("recipe") or f"job {job}"),
+    )
 
 
 def _needed(word: str) -> list[str]:
