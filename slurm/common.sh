@@ -107,6 +107,7 @@ run_task() {
   printf ' %q' "$@"
   printf '\n\n'
   local code=$early
+  rm -f "$record.early"
   note started
   if [ -z "$received" ]; then # else there is no time to begin
     "$@" &
@@ -118,7 +119,8 @@ run_task() {
       if [ -z "$interrupted" ]; then break; fi # else it was the signal that ended the waiting
     done
   fi
-  if [ -n "$received" ] && [ -e "$record.early" ]; then code=$early; fi
+  if [ -e "$record.early" ]; then code=$early; fi
+  if [ -n "$received" ] && [ "$code" = $((128 + $(kill -l "${as:-$received}"))) ]; then code=$early; fi # it had not begun to listen
   rm -f "$record.early"
   note ended ", \"code\": $code, \"signal\": ${received:+\"}${received:-null}${received:+\"}"
   printf '\n--- %s  ended with exit code %d%s\n' "$(now)" "$code" "${received:+ after SIG$received}"
