@@ -127,20 +127,10 @@ class ServerProcess:
 
     def last_words(self) -> str:
         """The end of its log for an error: what looks like the cause, if that stands further up, and the last lines."""
-        lines = self._tail()
-        last = lines[-_LINES:]
-        cause = next((line for line in lines[:-_LINES] if _CAUSE.search(line)), None)
-        shown = [*([cause, "..."] if cause else []), *last]
-        return f"Its last lines ({self.log}):\n" + "\n".join(f"    {line}" for line in shown) if shown else f"It said nothing ({self.log})."
+        return last_words(self.log, self._log_begins)
 
     def _tail(self) -> list[str]:
-        """The last lines that it wrote since it was started, harmless to show."""
-        with self.log.open("rb") as log:
-            size = log.seek(0, os.SEEK_END)
-            log.seek(max(self._log_begins, size - _TAIL_BYTES))
-            text = log.read().decode("utf-8", "replace")
-        lines = (line.rsplit("\r", 1)[-1].rstrip() for line in _COLOURS.sub("", text).replace("\r\n", "\n").split("\n"))
-        return [visible(line, _LONGEST) for line in lines if line]
+        return tail(self.log, self._log_begins)
 
     def end(self) -> None:
         """Ends it with all its children: asks first, and kills what lives on."""
@@ -153,6 +143,30 @@ class ServerProcess:
                 self._process.kill()
             self._process.wait()
         self.record.unlink(missing_ok=True)
+
+
+def last_words(log: Path, begins: int = 0) -> str:
+    """The end of a log for an error: what looks like the cause, if that stands further up, and the last lines.
+
+    Args:
+        log: The file.
+        begins: Bytes before what counts.
+    """
+    lines = tail(log, begins)
+    last = lines[-_LINES:]
+    cause = next((line for line in lines[:-_LINES] if _CAUSE.search(line)), None)
+    shown = [*([cause, "..."] if cause else []), *last]
+    return f"Its last lines ({log}):\n" + "\n".join(f"    {line}" for line in shown) if shown else f"It said nothing ({log})."
+
+
+def tail(path: Path, begins: int = 0) -> list[str]:
+    """The last lines of a log, harmless to show."""
+    with path.open("rb") as log:
+        size = log.seek(0, os.SEEK_END)
+        log.seek(max(begins, size - _TAIL_BYTES))
+        text = log.read().decode("utf-8", "replace")
+    lines = (line.rsplit("\r", 1)[-1].rstrip() for line in _COLOURS.sub("", text).replace("\r\n", "\n").split("\n"))
+    return [visible(line, _LONGEST) for line in lines if line]
 
 
 def end_leftover(record: Path) -> None:
@@ -244,26 +258,34 @@ def _belongs(process: psutil.Process, found: dict[str, Any], has_session: bool) 
 
 
 @contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP end this process as an exception does, so that what it has started is ended first."""
-    numbers = (signal.SIGTERM, signal.SIGHUP)
+def ended_by_signals(*numbers: signal.Signals, code: int | None = None) -> Iterator[None]:
+    """Inside, signals end this process as an exception does, so that what it has started is ended first; once that began, more are ignored.
+
+    Args:
+        numbers: Of those that nothing else handles yet; SIGTERM and SIGHUP if none is given.
+        code: It then ends with; null: 128 and the signal's number.
+    """
+    free = [number for number in numbers or (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        for mine in free:  # a scheduler tells a job's script and all its processes, and the script tells them once more
+            signal.signal(mine, signal.SIG_IGN)
+        raise SystemExit(128 + number if code is None else code)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, stop) for number in numbers if signal.getsignal(number) is signal.SIG_DFL}
+    for number in free:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in free:
+            signal.signal(number, signal.SIG_DFL)
 
 
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on at this moment."""
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port of an address that nobody listens on at this moment."""
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.bind((host, 0))
         return int(listener.getsockname()[1])
