@@ -323,7 +323,8 @@ def main() -> None:
     folder = asked.hold.resolve()
     if (folder / "slurm.conf").exists():
         shutil.rmtree(folder)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    for number in signals:
         signal.signal(number, lambda *_: sys.exit(0))
     keeper = _Keeper(folder, asked.kill_wait_s, asked.grace_s)
     try:
@@ -331,6 +332,8 @@ def main() -> None:
         print(f"export SLURM_CONF={keeper.conf}", flush=True)
         keeper.obey(while_stdin=asked.while_stdin)
     finally:
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)  # one more would leave some behind
         keeper.end()
 
 
