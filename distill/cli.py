@@ -144,12 +144,14 @@ def _run_one(name: str, recipe: Recipe, *, number: int = 0, redo: bool = False, 
     """Runs a stage alone, unless what was made from it would be lost by that."""
     from distill.before.outlook import refuse_what_follows
     from distill.errors import RecipeError
-    from distill.pipeline import run_shard, run_stage
+    from distill.pipeline import rounds_are_over, run_shard, run_stage
     from distill.run.clock import is_main_process
     from distill.stages import Step
 
     if shard and redo:
         raise RecipeError(f"--redo with --shard would delete the other parts too. Run `distill {name}` with --redo, or delete the folder.")
+    if not redo and rounds_are_over(recipe, Step(name, number)):
+        return
     if is_main_process() and not redo:
         refuse_what_follows(recipe, Step(name, number))
     if shard:
@@ -182,14 +184,15 @@ def score(context: typer.Context, recipe: RecipePath, redo: Redo = False, number
     """Let the teacher read finished traces, and store its distributions; in several processes: accelerate launch -m distill score."""
     from distill.errors import RecipeError
     from distill.models.processes import leave
-    from distill.pipeline import run_score_shard
+    from distill.pipeline import rounds_are_over, run_score_shard
+    from distill.stages import Step
 
     loaded = _load(recipe, context)
     if shard and redo:
         raise RecipeError("--redo with --shard would delete the other parts too. Run `distill score` with --redo, or delete the folder.")
-    if shard:
+    if shard and not rounds_are_over(loaded, Step("score", number)):
         run_score_shard(loaded, shard, number=number)
-    else:
+    elif not shard:
         _run_one("score", loaded, number=number, redo=redo)
         leave()
 
@@ -229,6 +232,29 @@ def check(
 
     loaded = _load(recipe, context)
     if not (short.run(loaded) if quick else whole.run(loaded, processes)):
+        raise typer.Exit(1)
+
+
+@app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
+def submit(
+    context: typer.Context,
+    recipe: RecipePath,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes that train.")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="Of each; left out: the site's.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="That train on a node; left out: one a GPU.")] = None,
+    launch: Annotated[Path | None, typer.Option(help="What is dealt out among them, e.g. slurm/launch/fsdp2.yaml; left out: DDP.")] = None,
+    shards: Annotated[int | None, typer.Option(min=1, max=9999, help="Parts of what is written and scored; left out: one a GPU.")] = None,
+    gpus_per_task: Annotated[int, typer.Option(min=1, help="Of such a part.")] = 1,
+    serve_nodes: Annotated[int, typer.Option(min=1, help="Of a job that serves a model.")] = 1,
+    follow_ups: Annotated[int | None, typer.Option(min=0, help="Jobs that go on where one ended early; left out: the site's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and print every job, command and file; submit nothing.")] = False,
+    beside: Annotated[bool, typer.Option("--beside", help="Although jobs of this run are queued or running.")] = False,
+) -> None:
+    """Give what is not done of a run to Slurm, as a chain of jobs; needs ~/.config/distill/site.env (slurm/README.md)."""
+    asked = {"nodes": nodes, "gpus": gpus_per_node, "processes": processes, "launch": launch, "shards": shards}
+    asked |= {"gpus_per_task": gpus_per_task, "serve_nodes": serve_nodes, "follow_ups": follow_ups}
+    done = importlib.import_module("distill.cluster.submit").run(_load(recipe, context), dry_run=dry_run, beside=beside, **asked)
+    if not done:
         raise typer.Exit(1)
 
 

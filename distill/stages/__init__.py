@@ -196,6 +196,17 @@ def last_round(recipe: Recipe) -> int:
     return recipe.rounds
 
 
+def stop_before(recipe: Recipe, step: Step) -> str | None:
+    """Why the rounds were ended before a step of theirs, by what an earlier one found; null where they were not, or are not so far."""
+    for number in range(1, step.number + 1):
+        for stage in ("rollouts", "train"):
+            place = folder(recipe, stage, number)
+            is_earlier = number < step.number or (stage == "rollouts" and step.stage != stage)
+            if is_earlier and (place / MANIFEST).exists() and "stop" in read_manifest(place).facts:
+                return str(read_manifest(place).facts["stop"])
+    return None
+
+
 def student_folder(recipe: Recipe) -> Path:
     """The folder of the student that is measured and exported: the last one trained.
 
