@@ -51,7 +51,8 @@ def environment_of(job: Job, run: Path, site: Site, more: Mapping[str, str]) -> 
     own = {"DISTILL_SLURM": str(scripts()), "DISTILL_RUN": str(run), "DISTILL_NAME": job.name, **job.environment, **more}
     own |= {} if site.setup else {"DISTILL_PYTHON": sys.executable}
     # Of the job that this command may itself run in: they would be taken for options of the new one.
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "DISTILL_SHARD", "DISTILL_FORERUNNER"))}
+    of_a_job = ("SLURM_", "DISTILL_SHARD", "DISTILL_FORERUNNER")
+    kept = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith(of_a_job)}
     found = {**site.slurm, **kept, **own}
     if found.get("SBATCH_EXPORT", "ALL") not in ("", "ALL"):  # then only what is named is handed on
         named = [] if found["SBATCH_EXPORT"] == "NONE" else [found["SBATCH_EXPORT"]]
