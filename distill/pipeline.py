@@ -19,7 +19,21 @@ from distill.run.manifest import MANIFEST, Manifest, check_files, read_manifest
 from distill.run.owned import EARLIER
 from distill.run.parts import part_of
 from distill.run.verify import Layout, refuse_damaged_inputs, verify
-from distill.stages import CACHE, MARKS, RECIPE, ROUND_STAGES, SERVERS, WRITES, Step, folder, run_dir, steps_of, stop_before, student_folder
+from distill.stages import (
+    CACHE,
+    MARKS,
+    RECIPE,
+    ROUND_STAGES,
+    SERVERS,
+    SWEEP,
+    WRITES,
+    Step,
+    folder,
+    run_dir,
+    steps_of,
+    stop_before,
+    student_folder,
+)
 
 _RESTARTS = 2  # of a server that dies while a stage is at work
 _UNITS = {
@@ -200,7 +214,7 @@ def verify_run(run: Path) -> bool:
     Raises:
         MissingStageError: it holds no stage.
     """
-    found = verify(run, Layout(RECIPE, CACHE, ("failed-*.log", f"{SERVERS}/*"), MARKS, WRITES))
+    found = verify(run, Layout(RECIPE, CACHE, ("failed-*.log", f"{SERVERS}/*", f"{SWEEP}/*"), MARKS, WRITES))
     for kind, path, why in found.faults:
         say(f"{kind:<8}  {visible(str(path))}" + (f"  ({why})" if why else ""), result=True)
     under_way = f"; {found.unknown:,} of stages under way have no digest yet" if found.unknown else ""

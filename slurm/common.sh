@@ -28,6 +28,8 @@ fail() {
   exit 1
 }
 
+node=${SLURMD_NODENAME:-$(hostname)}
+
 now() { date -u +%Y-%m-%dT%H:%M:%SZ; }
 
 # Reads the site's file and sets the environment up; then `python` is the Python that has the kit.
@@ -76,13 +78,21 @@ open_log() {
     exec >> "$run/logs/$id.log" 2>&1
   fi
   printf '%s\n' "" "--- $(now)  $id, attempt $attempt"
-  printf 'host      %s%s\n' "$(hostname)" "${SLURM_JOB_NODELIST:+ of $SLURM_JOB_NODELIST}"
+  printf 'host      %s%s\n' "$node" "${SLURM_JOB_NODELIST:+ of $SLURM_JOB_NODELIST}"
   printf 'folder    %s\n' "$PWD"
   printf 'revision  %s\n' "$(git -C "$DISTILL_SLURM" describe --always --dirty --abbrev=12 '--exclude=*' 2> /dev/null || echo "no checkout")"
 }
 
+# Sets `recipe` to what is meant by a recipe, or by @FILE: the recipe in the line of FILE that has the number of the array's task.
+name_recipe() {
+  recipe=$1
+  if [ "${recipe#@}" = "$recipe" ]; then return; fi
+  recipe=$(sed -n "${SLURM_ARRAY_TASK_ID:-1}p" "${1#@}")
+  if [ -z "$recipe" ]; then fail "${1#@} has no line ${SLURM_ARRAY_TASK_ID:-1}"; fi
+}
+
 note() {
-  printf '{"event": "%s", "at": "%s", "attempt": %d, "host": "%s"%s}\n' "$1" "$(now)" "$attempt" "$(hostname)" "$2" >> "$record"
+  printf '{"event": "%s", "at": "%s", "attempt": %d, "host": "%s"%s}\n' "$1" "$(now)" "$attempt" "$node" "$2" >> "$record"
 }
 
 # Ends the task where going on has no sense: what it goes on from has failed for good, or comes no further.
@@ -93,7 +103,9 @@ end_if_hopeless() {
 
 # Runs a command, with signals passed on to it, and ends this script as the command ended, or has the task queued again.
 run_task() {
-  printf 'command   %s\n\n' "${*@Q}"
+  printf 'command  '
+  printf ' %q' "$@"
+  printf '\n\n'
   local code=$early
   note started
   if [ -z "$received" ]; then # else there is no time to begin

@@ -15,10 +15,10 @@ import pytest
 from fabricated import recipe_for
 
 from distill.cluster.chain import Job, Wanted, as_ranges, jobs_of
+from distill.cluster.handed import dependency
 from distill.cluster.parts import parts_of
 from distill.cluster.sbatch import environment_of, words_of
 from distill.cluster.site import Site, read_site
-from distill.cluster.submit import dependency
 from distill.cluster.tasks import tasks_of
 from distill.errors import ClusterError, StageConflictError
 from distill.recipe.experiment import Recipe
@@ -255,7 +255,7 @@ def test_a_stage_by_hand_leaves_a_log_and_a_record(tmp_path: Path) -> None:
     said = process.communicate()[0]
     assert process.returncode == 0 and said == f"log: {run}/logs/prompts-17.log\n", said
     log = (run / "logs" / "prompts-17.log").read_text()
-    for part in ("prompts-17, attempt 0", "host      ", "revision  ", "'-m' 'distill' 'prompts' 'recipes/quickstart.yaml'", "2,400 in"):
+    for part in ("prompts-17, attempt 0", "host      ", "revision  ", "-m distill prompts recipes/quickstart.yaml", "2,400 in"):
         assert part in log
     assert "\r" not in log
     (task,) = tasks_of(run)
@@ -272,7 +272,7 @@ def test_a_task_of_an_array_does_its_part_and_says_how_it_failed(tmp_path: Path)
     named = {"DISTILL_SHARDS": "30", "DISTILL_SHARD_OFFSET": "10", "DISTILL_RUN": str(run), "DISTILL_NAME": "generate-2"}
     process = bash(*words, tmp_path=tmp_path, SLURM_ARRAY_TASK_COUNT="1", **array, **named)
     said = process.communicate()[0]
-    assert process.returncode == 1 and "'--shard' '12/30'" in said and "prompts" in said  # which are not there yet
+    assert process.returncode == 1 and "--shard 12/30" in said and "prompts" in said  # which are not there yet
     (task,) = tasks_of(run)
     assert (task.name, task.job, task.task) == ("generate-2", 20, 2) and task.attempts[0].code == 1
 

@@ -37,8 +37,10 @@ class Wanted(NamedTuple):
     """That train on a node; null: one a GPU."""
     launch: Path | None = None
     """The file for accelerate; null: DDP."""
+    servers: int = 1
+    """That share the work of a served model."""
     serve_nodes: int = 1
-    """Of a job that serves a model."""
+    """Of each."""
 
     @property
     def parts(self) -> int:
@@ -71,6 +73,8 @@ class Job:
     """Jobs that must have ended well."""
     beside: str | None = None
     """The job whose server it uses: it begins once that has begun."""
+    task_by_task: tuple[str, ...] = ()
+    """Arrays of the same tasks: each task waits for that of its number to end well."""
     behind: tuple[str, ...] = ()
     """Jobs that must have ended, however that was."""
     ends: str | None = None
@@ -119,14 +123,31 @@ def jobs_of(recipe: Recipe, file: Path, steps: Sequence[Step], wanted: Wanted, s
 def _jobs(recipe: Recipe, file: Path, step: Step, wanted: Wanted, site: Site, before: tuple[str, ...], role: str | None) -> Iterator[Job]:
     server = f"{label(step)}-serve" if role else None
     if role and server:
-        words, commands = (str(file), role), (shlex.join(["distill", "serve", str(file), "--role", role]),)
-        yield Job(
-            server, "serve.sbatch", words, (step,), wanted.serve_nodes, wanted.gpus, after=before, serves=role,
-            follow_ups=wanted.follow_ups, commands=commands, writes=("servers/",),
-        )  # fmt: skip
+        yield _serving(server, file, step, role, wanted, before)
     for job in _work(recipe, file, step, wanted, site, is_served=role is not None):
         wait = {"DISTILL_WAIT_FOR_SERVER_S": str(_WAIT_S)} if server else {}
         yield _with(job, before, server, wait, wanted.follow_ups)
+
+
+def _serving(name: str, file: Path, step: Step, role: str, wanted: Wanted, before: tuple[str, ...]) -> Job:
+    """The job, or the array of as many as share the work, that holds the model of a step."""
+    words = (str(file), role, *(("--round", str(step.number)) if role == "student" and step.number else ()))
+    tasks = tuple(range(1, wanted.servers + 1)) if wanted.servers > 1 else ()
+    command = shlex.join(["distill", "serve", words[0], "--role", *words[1:]])
+    return Job(
+        name,
+        "serve.sbatch",
+        words,
+        (step,),
+        wanted.serve_nodes,
+        wanted.gpus,
+        tasks=tasks,
+        after=before,
+        serves=role,
+        follow_ups=wanted.follow_ups,
+        commands=(command,) * max(1, len(tasks)),
+        writes=("servers/",) * max(1, len(tasks)),
+    )
 
 
 _WAIT_S = 7200  # for a server of another job, which may have to load hundreds of gigabytes

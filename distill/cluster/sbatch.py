@@ -15,6 +15,9 @@ from distill.cluster.site import Site
 from distill.cluster.tasks import LOGS
 from distill.errors import ClusterError, visible
 
+# Of the job that this command may itself run in: what it leaves behind would be taken for the new one's.
+_OF_A_JOB = ("SLURM_", "DISTILL_SHARD", "DISTILL_FORERUNNER", "DISTILL_EARLY")
+_OF_SLURM = frozenset({"SLURM_CONF", "SLURM_CLUSTERS"})
 _LONGEST_S = 120  # that a scheduler under load may take to answer
 
 
@@ -50,9 +53,7 @@ def environment_of(job: Job, run: Path, site: Site, more: Mapping[str, str]) -> 
     """
     own = {"DISTILL_SLURM": str(scripts()), "DISTILL_RUN": str(run), "DISTILL_NAME": job.name, **job.environment, **more}
     own |= {} if site.setup else {"DISTILL_PYTHON": sys.executable}
-    # Of the job that this command may itself run in: they would be taken for options of the new one.
-    of_a_job = ("SLURM_", "DISTILL_SHARD", "DISTILL_FORERUNNER")
-    kept = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith(of_a_job)}
+    kept = {name: value for name, value in os.environ.items() if name in _OF_SLURM or not name.startswith(_OF_A_JOB)}
     found = {**site.slurm, **kept, **own}
     if found.get("SBATCH_EXPORT", "ALL") not in ("", "ALL"):  # then only what is named is handed on
         named = [] if found["SBATCH_EXPORT"] == "NONE" else [found["SBATCH_EXPORT"]]

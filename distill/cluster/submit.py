@@ -2,52 +2,41 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from distill.before import quick
 from distill.before.findings import Findings
 from distill.before.outlook import refuse_what_cannot_end
 from distill.cluster import sbatch
-from distill.cluster.chain import Job, Wanted, as_ranges, jobs_of, processes_of
+from distill.cluster.chain import Wanted, jobs_of, processes_of
+from distill.cluster.handed import Submission, dependency, hand_over
 from distill.cluster.parts import most_parts
 from distill.cluster.place import scripts
 from distill.cluster.served import serving_jobs
 from distill.cluster.site import Site, read_site, site_file
-from distill.cluster.tasks import JOBS, LOGS
+from distill.cluster.sweep import before_training, jobs_of_sweep, links_of, variants_of
+from distill.cluster.tasks import JOBS
 from distill.errors import ClusterError
 from distill.recipe.experiment import Recipe
 from distill.recipe.reading import recipe_text
 from distill.recipe.steps import step_size
-from distill.run.files import write_text
 from distill.run.log import say
 from distill.stages import Step, run_dir, stop_before
 
-SUBMITTED = "submitted.jsonl"
+Load = Callable[[Sequence[str]], Recipe]
+"""Reads a recipe with further overrides."""
 
 
-class Submission(NamedTuple):
-    """What is to be given to the scheduler."""
-
-    run: Path
-    """The run's folder, absolute."""
-    file: Path
-    """The recipe as the jobs read it, whatever becomes of the one that was named."""
-    recipe: Recipe
-    """What stands in it."""
-    jobs: list[Job]
-
-
-def submit(recipe: Recipe, wanted: Wanted, site: Site, *, dry_run: bool = False, beside: bool = False) -> bool:
+def submit(recipe: Recipe, asked: Submission, wanted: Wanted, site: Site, *, dry_run: bool = False, beside: bool = False) -> bool:
     """Submits what is not done of a run; true if nothing spoke against it.
 
     Args:
         recipe: The recipe.
+        asked: Its jobs.
         wanted: On which nodes, in how many parts.
         site: The cluster.
         dry_run: Only check, and say what would be submitted.
@@ -57,10 +46,7 @@ def submit(recipe: Recipe, wanted: Wanted, site: Site, *, dry_run: bool = False,
         ClusterError: the scheduler refuses, or jobs of the run are under way.
         StageConflictError: what is there was made with other settings, or in another number of parts.
     """
-    if dry_run and not quick.run(recipe):
-        return False
-    asked = prepare(recipe, wanted, site)
-    if dry_run and not check(asked, wanted, site):
+    if dry_run and not check(recipe, asked, wanted, site):
         return False
     if not asked.jobs:
         say(f"submit    nothing to do: all of {asked.run} is done", result=True)
@@ -79,20 +65,50 @@ def prepare(recipe: Recipe, wanted: Wanted, site: Site) -> Submission:
     """
     run = run_dir(recipe).absolute()
     recipe = recipe.model_copy(update={"run_dir": str(run)})
-    file = run / JOBS / f"recipe-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.yaml"
+    file = run / JOBS / f"recipe-{_stamp()}.yaml"
     steps = [step for step in refuse_what_cannot_end(recipe) if not step.number or stop_before(recipe, step) is None]
-    return Submission(run, file, recipe, jobs_of(recipe, file, steps, wanted, site, serving_jobs(recipe, steps)))
+    return Submission(run, jobs_of(recipe, file, steps, wanted, site, serving_jobs(recipe, steps)), {file: recipe_text(recipe)})
 
 
-def check(asked: Submission, wanted: Wanted, site: Site) -> bool:
+def prepare_sweep(recipe: Recipe, sweep: Sequence[str], load: Load, wanted: Wanted, site: Site) -> Submission:
+    """The jobs of a sweep: what all its trainings share, as far as it is to do, the trainings, their evaluations, the comparison.
+
+    Args:
+        recipe: The recipe without what is swept.
+        sweep: `KEY=VALUE,VALUE,...`, a text a key.
+        load: Reads the recipe with further overrides.
+        wanted: As in `submit`.
+        site: The cluster.
+
+    Raises:
+        RecipeError: as `variants_of`.
+        StageConflictError: as `prepare`.
+    """
+    run, stamp = run_dir(recipe).absolute(), _stamp()
+    recipe = recipe.model_copy(update={"run_dir": str(run)})
+    variants = variants_of(sweep, recipe, load)
+    file, listing = run / JOBS / f"recipe-{stamp}.yaml", run / JOBS / f"sweep-{stamp}.txt"
+    files = {variant.name: run_dir(variant.recipe) / JOBS / file.name for variant in variants}
+    steps = refuse_what_cannot_end(recipe, last=before_training(recipe)[-1].stage)
+    shared = jobs_of(recipe, file, steps, wanted, site, serving_jobs(recipe, steps))
+    jobs = [*shared, *jobs_of_sweep(recipe, variants, files, listing, shared, wanted, site)]
+    texts = {file: recipe_text(recipe), **{files[variant.name]: recipe_text(variant.recipe) for variant in variants}}
+    texts[listing] = "".join(f"{path}\n" for path in files.values())
+    return Submission(run, jobs, texts, dict(link for variant in variants for link in links_of(variant, recipe)))
+
+
+def _stamp() -> str:
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+
+
+def check(recipe: Recipe, asked: Submission, wanted: Wanted, site: Site) -> bool:
     """Says whether processes, rows of a step, parts and arrays go together; true if they do."""
-    found, recipe = Findings(), asked.recipe
-    file = site_file()
+    found, file = Findings(), site_file()
     found.good("site", str(file) if file.is_file() else f"no file {file}: Slurm's defaults")
-    if any(step.stage == "train" for job in asked.jobs for step in job.steps):
+    if any(job.script == "train.sbatch" for job in asked.jobs):
         found.prove("processes that train", lambda: _step(recipe, wanted, site))
     if wanted.shards is not None:
-        found.prove("parts", lambda: _parts(asked, wanted.shards or 1))
+        found.prove("parts", lambda: _parts(recipe, asked, wanted.shards or 1))
     arrays = [job for job in asked.jobs if job.tasks]
     if arrays:
         limit = f"at most {site.max_at_once:,} of a step at once" if site.max_at_once else "as many at once as there is room for"
@@ -114,12 +130,12 @@ def _step(recipe: Recipe, wanted: Wanted, site: Site) -> str:
     return told
 
 
-def _parts(asked: Submission, shards: int) -> str:
-    most = most_parts(asked.recipe, Step("generate"))
+def _parts(recipe: Recipe, asked: Submission, shards: int) -> str:
+    most = most_parts(recipe, Step("generate"))
     to_do = {step for job in asked.jobs for step in job.steps}
     if Step("generate") in to_do and most is not None and shards > most:
         raise ClusterError(f"--shards: {shards:,} parts of {most:,} prompts would leave some without any. Give at most {most:,}.")
-    fewer = [f"{step} {most:,}" for step in sorted(to_do) if (most := most_parts(asked.recipe, step)) is not None and most < shards]
+    fewer = [f"{step} {most:,}" for step in sorted(to_do) if (most := most_parts(recipe, step)) is not None and most < shards]
     return f"{shards:,}" + (f"; of fewer prompts fewer: {', '.join(fewer)}" if fewer else "")
 
 
@@ -137,120 +153,32 @@ def show(asked: Submission, site: Site) -> None:
     say(f"\n{len(asked.jobs):,} jobs; nothing was submitted", result=True)
 
 
-def hand_over(asked: Submission, site: Site, *, beside: bool = False) -> list[int]:
-    """Submits the jobs, and returns their numbers; if one of them is refused, none stays.
-
-    Raises:
-        ClusterError: the scheduler refuses, or jobs of the run are under way.
-    """
-    refuse_beside(asked.run, beside)
-    for name in (JOBS, LOGS):
-        (asked.run / name).mkdir(parents=True, exist_ok=True)
-    write_text(asked.file, recipe_text(asked.recipe))
-    given: dict[str, list[str]] = {}
-    numbers: list[int] = []
-    try:
-        for job in asked.jobs:
-            given[job.name] = []
-            for follow_up in range(1 + (0 if site.requeue else job.follow_ups)):
-                number = _give(asked, job, site, given, follow_up)
-                given[job.name].append(str(number))
-                numbers.append(number)
-            array = f"[{as_ranges(job.tasks)}]" if job.tasks else ""
-            behind = f", and to go on {', '.join(given[job.name][1:])}" if given[job.name][1:] else ""
-            say(f"submit    {given[job.name][0]}  {job.name}{array}{behind}", result=True)
-    except BaseException:
-        sbatch.cancel(numbers)
-        raise
-    say(f"submit    {len(numbers)} jobs for {asked.run}; to end all of them: scancel {' '.join(map(str, reversed(numbers)))}", result=True)
-    return numbers
-
-
-def _give(asked: Submission, job: Job, site: Site, given: Mapping[str, Sequence[str]], follow_up: int) -> int:
-    """Submits a job, or one that goes on from it, and writes it down."""
-    waits = dependency(job, given) if not follow_up else f"afterany:{given[job.name][-1]}"
-    words = sbatch.words_of(job, asked.run, site, waits)
-    if job.ends:
-        words += ["--wrap", f"scancel {' '.join(reversed(given[job.ends]))}"]
-    more = {"DISTILL_FORERUNNER": given[job.name][-1]} if follow_up else {}
-    number = sbatch.submit(words, sbatch.environment_of(job, asked.run, site, more))
-    line = {
-        "at": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
-        "job": number,
-        "name": job.name,
-        "steps": [[step.stage, step.number] for step in job.steps],
-        "follow_up": follow_up,
-        "tasks": as_ranges(job.tasks) if job.tasks else None,
-        "shards": int(job.environment["DISTILL_SHARDS"]) if job.tasks and "DISTILL_SHARDS" in job.environment else None,
-        "offset": int(job.environment.get("DISTILL_SHARD_OFFSET", "0")),
-        "serves": job.serves,
-        "ends": job.ends,
-        "recipe": str(asked.file),
-        "sbatch": words,
-    }
-    with (asked.run / JOBS / SUBMITTED).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    return number
-
-
-def dependency(job: Job, given: Mapping[str, Sequence[str]]) -> str:
-    """What a job waits for, as Slurm writes it: of those it needs the last that goes on, of a server the first.
-
-    Args:
-        job: Which.
-        given: The numbers of each job before it, its follow-ups last.
-    """
-    kinds = {
-        "afterok": [given[name][-1] for name in job.after],
-        "after": [given[job.beside][0]] if job.beside else [],
-        "afterany": [given[name][-1] for name in job.behind],
-    }
-    return ",".join(f"{kind}:{':'.join(numbers)}" for kind, numbers in kinds.items() if numbers)
-
-
-def refuse_beside(run: Path, beside: bool) -> None:
-    """Refuses to submit a run of which jobs are queued or running.
-
-    Raises:
-        ClusterError: naming them.
-    """
-    there = [] if beside else sbatch.under_way([line["job"] for line in submitted(run)])
-    if there:
-        named = ", ".join(map(str, there[:8])) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
-        raise ClusterError(
-            f"{run}: jobs of this run are queued or running ({named}). Wait for them (`distill status {os.path.relpath(run)}`), end them "
-            f"(scancel {' '.join(map(str, there))}), or add --beside if these jobs have nothing to do with them."
-        )
-
-
-def submitted(run: Path) -> list[dict[str, Any]]:
-    """What was given to the scheduler of a run, a mapping a job.
-
-    Raises:
-        ClusterError: a line can't be read.
-    """
-    file = run / JOBS / SUBMITTED
-    try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-    except ValueError:
-        raise ClusterError(f"{file}: holds a line that is no JSON. Delete that line.") from None
-
-
 def wanted_from(site: Site, **asked: Any) -> Wanted:
     """What the command line asks for, and where it says nothing what the site has."""
     given = {name: value for name, value in asked.items() if value is not None}
     return Wanted(**{"gpus": site.gpus_per_node, "follow_ups": site.follow_ups} | given)
 
 
-def run(recipe: Recipe, *, dry_run: bool, beside: bool, **asked: Any) -> bool:
+def run(load: Load, sweep: Sequence[str], *, dry_run: bool, beside: bool, **asked: Any) -> bool:
     """What the command does; true if nothing spoke against it.
 
+    Args:
+        load: Reads the recipe, with further overrides if some are given.
+        sweep: `KEY=VALUE,VALUE,...`, a text a key; none submits the run itself.
+        dry_run: As in `submit`.
+        beside: As in `submit`.
+        asked: Fields of `Wanted`, null where nothing was asked for.
+
     Raises:
-        DistillError: as `submit`, and where the site's file can't be used.
+        DistillError: as `submit`, `prepare` and `prepare_sweep`, and where the site's file can't be used.
     """
-    site = read_site()
+    site, recipe = read_site(), load(())
     asked["launch"] = _launch_file(asked["launch"]) if asked["launch"] else None
-    return submit(recipe, wanted_from(site, **asked), site, dry_run=dry_run, beside=beside)
+    wanted = wanted_from(site, **asked)
+    if dry_run and not quick.run(recipe):
+        return False
+    jobs = prepare_sweep(recipe, sweep, load, wanted, site) if sweep else prepare(recipe, wanted, site)
+    return submit(recipe, jobs, wanted, site, dry_run=dry_run, beside=beside)
 
 
 def _launch_file(given: Path) -> Path:

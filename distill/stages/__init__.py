@@ -66,6 +66,9 @@ CACHE = "cache"
 SERVERS = "servers"
 """In a run's folder, where `distill serve` leaves the addresses of its servers, with their logs."""
 
+SWEEP = "sweep"
+"""In a run's folder, runs of their own that train on its traces and targets: its stages are links in them."""
+
 MARKS = ("rows-*.json", "checkpoints/*/whole")
 """Files with the digests of others beside them, in the cache and in a folder under way."""
 
