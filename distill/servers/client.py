@@ -11,6 +11,7 @@ import contextlib
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -116,16 +117,13 @@ class Client:
         source, more = iter(calls), True
         try:
             while True:
-                while more and run.out < self._pace.limit + max(_AHEAD, self._pace.limit):
-                    if self.spending is not None and self.spending.is_exhausted:
-                        more = False
-                        break
-                    pair = next(source, None)
-                    if pair is None:
-                        more = False
-                        break
-                    run.out += 1
-                    run.todo.append(pair)
+                more = more and not (self.spending is not None and self.spending.is_exhausted)
+                room = self._pace.limit + max(_AHEAD, self._pace.limit) - run.out
+                if more and room > 0:
+                    pairs = list(islice(source, room))
+                    more = len(pairs) == room
+                    run.out += len(pairs)
+                    run.todo.extend(pairs)
                 if run.todo:
                     self._loop.call_soon_threadsafe(run.pump)
                 if run.out <= run.held:
@@ -239,8 +237,10 @@ class Client:
 
     def _used(self, usage: Usage) -> None:
         self._succeeded = True
-        self._failed.clear()
-        self._pace.answered(usage.output_tokens or 1, waiting=any(run.todo for run in self._runs) or not self._runs)
+        if self._failed:
+            self._failed.clear()
+        if not self._pace.is_fixed:
+            self._pace.answered(usage.output_tokens or 1, waiting=any(run.todo for run in self._runs) or not self._runs)
         if self.spending is not None:
             self.spending.add(usage)
 
@@ -309,7 +309,8 @@ class _Run(Generic[K, T]):
                 key, call = self.todo.popleft()
                 found = await client.answer(call, self._read, self._usage_of)
                 self._done.append((key, found))
-                self._tell()
+                if not self._told:
+                    self._tell()
         except asyncio.CancelledError:
             raise
         except BaseException as error:

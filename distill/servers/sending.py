@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+from aiohttp import hdrs
 
 from distill.errors import ServerError, visible
 from distill.recipe.servers import Server
@@ -24,6 +25,7 @@ _CONNECT_S = 20.0
 _STREAM_FACTOR = 24  # a stream may take so many times `timeout_s` in all: a server that never ends must not hold a place for ever
 _END_S = 1.0  # that a server may take to end a stream behind `[DONE]`
 _LONGEST_REST_S = 600.0
+_encoded = json.JSONEncoder(check_circular=False).encode
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -67,7 +69,7 @@ class Sender:
     """
 
     def __init__(self, server: Server, key: str | None) -> None:
-        self._server, self._key = server, key
+        self._server, self._key, self._key_bytes = server, key, (key or "").encode()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         headers |= {"Content-Type": "application/json", "User-Agent": "distill"}
         # The environment's proxies lead to addresses that the recipe gives: of its own servers' and a cluster's they know nothing.
@@ -96,18 +98,19 @@ class Sender:
         Raises:
             UnansweredError: neither came whole.
         """
-        method = "GET" if call.body is None else "POST"
-        data = None if call.body is None else json.dumps(call.body).encode()
+        timeout = self._stream if call.streams else self._whole
         try:
-            async with self._session.request(
-                method, url + call.path, data=data, timeout=self._stream if call.streams else self._whole, allow_redirects=False
-            ) as response:
+            if call.body is None:
+                response = await self._session.request("GET", url + call.path, timeout=timeout, allow_redirects=False)
+            else:
+                data = _encoded(call.body).encode()
+                response = await self._session.request("POST", url + call.path, data=data, timeout=timeout, allow_redirects=False)
+            try:
                 if response.status >= 300:
                     raise self._refusal(response.status, response.headers, await _bytes_of(response, 2**20))
                 content = await _bytes_of(response, _MOST_BYTES)
-                if self._key and self._key.encode() in content:  # it goes into no file, whatever a server says
-                    content = content.replace(self._key.encode(), b"***")
-                return _events(content) if response.content_type == "text/event-stream" else _parsed(content)
+            finally:
+                response.release()
         except aiohttp.ClientConnectorError as error:
             raise UnansweredError(self._fault("unreachable", error), "address") from None
         except aiohttp.ConnectionTimeoutError as error:
@@ -119,6 +122,9 @@ class Sender:
             raise UnansweredError(self._fault("address", error, "stage"), None) from None
         except (aiohttp.ClientError, OSError) as error:
             raise UnansweredError(self._fault("connection", error), "server") from None
+        if self._key_bytes and self._key_bytes in content:  # it goes into no file, whatever a server says
+            content = content.replace(self._key_bytes, b"***")
+        return _events(content) if _is_stream(response) else _parsed(content)
 
     def _fault(self, reason: str, error: BaseException, verdict: Any = "retry") -> Fault:
         words = visible(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, 300)
@@ -132,11 +138,15 @@ class Sender:
         return UnansweredError(fault, at, _rest_s(headers.get("Retry-After")))
 
 
+def _is_stream(response: aiohttp.ClientResponse) -> bool:
+    return response.headers.get(hdrs.CONTENT_TYPE, "").lower().startswith("text/event-stream")
+
+
 async def _bytes_of(response: aiohttp.ClientResponse, most: int) -> bytes:
     """The body, of no more than so many bytes; of a stream up to `[DONE]`."""
     if response.content_length is not None and response.content_length <= most:
         return await response.read()
-    streams, found = response.content_type == "text/event-stream", bytearray()
+    streams, found = _is_stream(response), bytearray()
     async for chunk in response.content.iter_any():
         found += chunk
         if len(found) > most:
@@ -151,7 +161,7 @@ async def _bytes_of(response: aiohttp.ClientResponse, most: int) -> bytes:
 
 def _parsed(content: bytes) -> Any:
     try:
-        return json.loads(content)
+        return json.loads(content.decode())  # UTF-8, as RFC 8259 has it: to find another out costs time at every answer
     except (ValueError, RecursionError):
         words = visible(content[:200].decode("utf-8", "replace"))
         raise UnansweredError(Fault("retry", "broken_answer", f"no whole JSON came: {words}"), "server") from None
