@@ -23,7 +23,6 @@ from pathlib import Path
 from distill import __version__
 from distill.errors import EARLY, DistillError, RecipeError, ServerError, of_system, visible
 from distill.run import early
-from distill.run.clock import is_main_process
 
 _LONGEST = 4000  # characters of a message
 _LONGEST_REASON = 300  # of what a library says
@@ -67,7 +66,7 @@ def _early_ends() -> Iterator[None]:
     else:
         return
     early.ignore_signals()
-    if is_main_process():
+    if os.environ.get("RANK", "0") == "0":
         print(visible(f"{what}. {_going_on()}", _LONGEST), file=sys.stderr, flush=True)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # Others may have gone, and at an ordinary exit the threads of their group would abort this process.
