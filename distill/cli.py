@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -144,12 +145,14 @@ def _run_one(name: str, recipe: Recipe, *, number: int = 0, redo: bool = False, 
     """Runs a stage alone, unless what was made from it would be lost by that."""
     from distill.before.outlook import refuse_what_follows
     from distill.errors import RecipeError
-    from distill.pipeline import run_shard, run_stage
+    from distill.pipeline import rounds_are_over, run_shard, run_stage
     from distill.run.clock import is_main_process
     from distill.stages import Step
 
     if shard and redo:
         raise RecipeError(f"--redo with --shard would delete the other parts too. Run `distill {name}` with --redo, or delete the folder.")
+    if not redo and rounds_are_over(recipe, Step(name, number)):
+        return
     if is_main_process() and not redo:
         refuse_what_follows(recipe, Step(name, number))
     if shard:
@@ -182,14 +185,15 @@ def score(context: typer.Context, recipe: RecipePath, redo: Redo = False, number
     """Let the teacher read finished traces, and store its distributions; in several processes: accelerate launch -m distill score."""
     from distill.errors import RecipeError
     from distill.models.processes import leave
-    from distill.pipeline import run_score_shard
+    from distill.pipeline import rounds_are_over, run_score_shard
+    from distill.stages import Step
 
     loaded = _load(recipe, context)
     if shard and redo:
         raise RecipeError("--redo with --shard would delete the other parts too. Run `distill score` with --redo, or delete the folder.")
-    if shard:
+    if shard and not rounds_are_over(loaded, Step("score", number)):
         run_score_shard(loaded, shard, number=number)
-    else:
+    elif not shard:
         _run_one("score", loaded, number=number, redo=redo)
         leave()
 
@@ -230,6 +234,45 @@ def check(
     loaded = _load(recipe, context)
     if not (short.run(loaded) if quick else whole.run(loaded, processes)):
         raise typer.Exit(1)
+
+
+@app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
+def submit(
+    context: typer.Context,
+    recipe: RecipePath,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes that train.")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="Of each; left out: the site's.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="That train on a node; left out: one a GPU.")] = None,
+    launch: Annotated[Path | None, typer.Option(help="What is dealt out among them, e.g. slurm/launch/fsdp2.yaml; left out: DDP.")] = None,
+    shards: Annotated[int | None, typer.Option(min=1, max=9999, help="Parts of what is written and scored; left out: one a GPU.")] = None,
+    gpus_per_task: Annotated[int, typer.Option(min=1, help="Of such a part.")] = 1,
+    servers: Annotated[int, typer.Option(min=1, help="Jobs that serve a model and share its work.")] = 1,
+    serve_nodes: Annotated[int, typer.Option(min=1, help="Of each of them.")] = 1,
+    follow_ups: Annotated[int | None, typer.Option(min=0, help="Jobs that go on where one ended early; left out: the site's.")] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=V,V", help="Train with each value, on the same traces; may be repeated."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and print every job, command and file; submit nothing.")] = False,
+    beside: Annotated[bool, typer.Option("--beside", help="Although jobs of this run are queued or running.")] = False,
+) -> None:
+    """Give what is not done of a run to Slurm, as a chain of jobs; needs ~/.config/distill/site.env (slurm/README.md)."""
+    asked = {"nodes": nodes, "gpus": gpus_per_node, "processes": processes, "launch": launch, "shards": shards}
+    asked |= {"gpus_per_task": gpus_per_task, "servers": servers, "serve_nodes": serve_nodes, "follow_ups": follow_ups}
+    from distill.cluster.submit import run
+
+    if not run(lambda more: _load(recipe, context, more), sweep or [], dry_run=dry_run, beside=beside, **asked):
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or one of a sweep, runs/x/sweep.")],
+) -> None:
+    """Compare the students of finished runs: where their recipes differ, and what was measured of them."""
+    from distill.cluster.compare import compare_folders
+
+    compare_folders(runs)
 
 
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
@@ -309,14 +352,14 @@ def recipes_cp(
     typer.echo(visible(f"{copy_recipe(name, target, force=force)}: a copy of {name}"))
 
 
-def _load(path: Path, context: typer.Context) -> Recipe:
+def _load(path: Path, context: typer.Context, more: Sequence[str] = ()) -> Recipe:
     from distill.recipe.reading import load_recipe
     from distill.run.failures import works_on
     from distill.run.log import calm_libraries
     from distill.stages import run_dir
 
     calm_libraries()
-    recipe = load_recipe(path, context.args)
+    recipe = load_recipe(path, [*context.args, *more])
     works_on(run_dir(recipe))
     return recipe
 

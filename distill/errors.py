@@ -63,6 +63,10 @@ class BudgetError(DistillError, RuntimeError):
     """A stage has spent what the recipe allows it of a server; it goes on when that is raised."""
 
 
+class ClusterError(DistillError, RuntimeError):
+    """The scheduler of a cluster, or the file that describes the cluster, can't be used as asked."""
+
+
 class StorageError(DistillError, OSError):
     """The operating system refused a file or folder: the disk is full, it is read-only, something else is in the place."""
 

@@ -20,7 +20,21 @@ from distill.run.manifest import MANIFEST, Manifest, check_files, read_manifest
 from distill.run.owned import EARLIER
 from distill.run.parts import part_of
 from distill.run.verify import Layout, refuse_damaged_inputs, verify
-from distill.stages import CACHE, MARKS, RECIPE, ROUND_STAGES, SERVERS, WRITES, Step, folder, run_dir, steps_of, student_folder
+from distill.stages import (
+    CACHE,
+    MARKS,
+    RECIPE,
+    ROUND_STAGES,
+    SERVERS,
+    SWEEP,
+    WRITES,
+    Step,
+    folder,
+    run_dir,
+    steps_of,
+    stop_before,
+    student_folder,
+)
 
 _RESTARTS = 2  # of a server that dies while a stage is at work
 _UNITS = {
@@ -105,6 +119,14 @@ def run_shard(name: str, recipe: Recipe, shard: str, *, number: int = 0) -> None
     if manifest is not None:
         nothing_done = manifest.digest == done_before
         say(nothing_to_do(manifest, target) if nothing_done else ledger(manifest, unit=_UNITS[name]), result=True)
+
+
+def rounds_are_over(recipe: Recipe, step: Step) -> bool:
+    """Whether an earlier step of the rounds has ended them, so that this one has nothing to do; then it says so."""
+    why = stop_before(recipe, step)
+    if why is not None:
+        say(f"{step.stage:<9} nothing to do in round {step.number}: {why}", result=True)
+    return why is not None
 
 
 def run_rounds(recipe: Recipe) -> None:
@@ -195,7 +217,7 @@ def verify_run(run: Path) -> bool:
     Raises:
         MissingStageError: it holds no stage.
     """
-    found = verify(run, Layout(RECIPE, CACHE, ("failed-*.log", f"{SERVERS}/*"), MARKS, WRITES))
+    found = verify(run, Layout(RECIPE, CACHE, ("failed-*.log", f"{SERVERS}/*", f"{SWEEP}/*"), MARKS, WRITES))
     for kind, path, why in found.faults:
         say(f"{kind:<8}  {visible(str(path))}" + (f"  ({why})" if why else ""), result=True)
     under_way = f"; {found.unknown:,} of stages under way have no digest yet" if found.unknown else ""

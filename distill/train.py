@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> None:
         # Imported here, so that a wrong command line is answered at once.
         from distill.before.outlook import refuse_what_follows
         from distill.models.processes import leave
-        from distill.pipeline import run_stage
+        from distill.pipeline import rounds_are_over, run_stage
         from distill.recipe.reading import load_recipe
         from distill.run.clock import is_main_process
         from distill.run.log import be_quiet, calm_libraries
@@ -87,6 +87,8 @@ def main(arguments: list[str]) -> None:
         calm_libraries()
         recipe = load_recipe(asked.recipe, asked.overrides)
         works_on(run_dir(recipe))
+        if not asked.redo and rounds_are_over(recipe, Step("train", asked.number)):
+            return
         if is_main_process() and not asked.redo:
             refuse_what_follows(recipe, Step("train", asked.number))
         run_stage("train", recipe, number=asked.number, redo=asked.redo)

@@ -17,16 +17,18 @@ from distill.recipe.shelf import copy_recipe, find_recipe, shipped, table
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "distill"
-PARTS = ("pyproject.toml", "README.md", "LICENSE", "distill", "recipes")
+PARTS = ("pyproject.toml", "README.md", "LICENSE", "distill", "recipes", "slurm")
 
 
 def test_every_folder_with_modules_is_packaged_and_every_file_beside_them() -> None:
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("*.py")}
-    assert set(setuptools["packages"]) == folders | {"distill.shelf"}
+    assert set(setuptools["packages"]) == folders | {"distill.shelf", "distill.slurm"}
     covered = {path for pattern in setuptools["package-data"]["distill"] for path in PACKAGE.glob(pattern)}
     files = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert files <= covered, files - covered
+    covered = {path for pattern in setuptools["package-data"]["distill.slurm"] for path in (ROOT / "slurm").glob(pattern)}
+    assert {path for path in (ROOT / "slurm").rglob("*") if path.is_file()} == covered
 
 
 def test_the_recipes_of_the_kit_say_what_they_are() -> None:
@@ -99,9 +101,9 @@ def test_a_wheel_works_outside_the_repository(tmp_path: Path) -> None:
     wheel = next(tmp_path.glob("*.whl"))
     assert subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(tmp_path / "site"), str(wheel)]).returncode == 0
 
-    def distill(*words: str) -> str:
+    def distill(*words: str, module: str = "distill") -> str:
         environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-        result = subprocess.run([sys.executable, "-m", "distill", *words], capture_output=True, text=True, cwd=home, env=environment)
+        result = subprocess.run([sys.executable, "-m", module, *words], capture_output=True, text=True, cwd=home, env=environment)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
@@ -113,6 +115,8 @@ def test_a_wheel_works_outside_the_repository(tmp_path: Path) -> None:
     facts = (home / "runs" / "quickstart" / "prompts" / "manifest.json").read_text()
     assert '"git_revision": null' in facts
     inside = tmp_path / "site" / "distill"
+    assert distill(module="distill.cluster.place").strip() == str(inside / "slurm")
+    assert {path.name for path in (inside / "slurm").iterdir()} >= {path.name for path in (ROOT / "slurm").iterdir()}
     packaged = {path.relative_to(inside) for path in inside.rglob("*") if path.is_file() and path.suffix != ".pyc"}
     expected = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"}
     assert expected <= packaged, expected - packaged

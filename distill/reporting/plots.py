@@ -13,10 +13,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from distill.measure.intervals import Estimate
 from distill.reporting.summary import ModelResult
 
 _INK = "#010203"  # replaced by currentColor
 _COLOURS = {"base": "#9aa3ad", "student": "#2f7ed8", "teacher": "#e08a1e"}
+_INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 _STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -47,6 +49,22 @@ def accuracy_bars(results: list[ModelResult]) -> str:
         axes.set(xticks=range(0, 101, 20), xlabel="held-out prompts answered correctly, %")
         axes.spines["bottom"].set_bounds(0, 100)
         return _svg(figure, "accuracy", "Bars: share of held-out prompts that each model answers correctly, with its interval")
+
+
+def runs_bars(runs: Sequence[tuple[str, Estimate]]) -> str:
+    """A bar a run, named, with its student's accuracy and its interval: a picture that stands alone."""
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": "runs", **dict.fromkeys(_INKED, "#444444")}):
+        figure, axes = _figure(0.75 + 0.36 * len(runs))
+        places = np.arange(len(runs))[::-1]
+        axes.barh(places, [100 * (accuracy.value or 0) for _, accuracy in runs], color=_COLOURS["student"], height=0.62)
+        for place, (_, accuracy) in zip(places, runs, strict=True):
+            if accuracy.low is not None and accuracy.high is not None:
+                axes.plot([100 * accuracy.low, 100 * accuracy.high], [place, place], color="#444444", marker="|", markersize=9)
+        axes.set(yticks=places, yticklabels=[name for name, _ in runs], xlim=(0, 100))
+        axes.set(xlabel="held-out prompts that the student answers correctly, %")
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        return text.getvalue()
 
 
 Series = Sequence[tuple[int, float]]

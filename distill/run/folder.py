@@ -359,6 +359,8 @@ def refuse_to_delete(folder: Path, writes: Sequence[str]) -> None:
     Raises:
         StageConflictError: naming it.
     """
+    if folder.is_symlink():
+        raise StageConflictError(f"{folder}: is not deleted, because it is a link to {folder.resolve()}, of another run. Delete it there.")
     others = strangers(folder, writes) if folder.exists() else []
     if others:
         raise StageConflictError(

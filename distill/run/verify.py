@@ -146,7 +146,7 @@ def _extra(run: Path, stages: Sequence[Path], layout: Layout) -> Iterator[Fault]
             or is_of_system(name)
             or any(fnmatchcase(name, pattern) for pattern in layout.notes)
         )
-        if ours or known.intersection(path.parents):
+        if ours or known.intersection((path, *path.parents)):
             continue
         yield Fault("extra", path, "" if path.parent == run else "its folder has no manifest")
 

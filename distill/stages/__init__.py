@@ -66,6 +66,9 @@ CACHE = "cache"
 SERVERS = "servers"
 """In a run's folder, where `distill serve` leaves the addresses of its servers, with their logs."""
 
+SWEEP = "sweep"
+"""In a run's folder, runs of their own that train on its traces and targets: its stages are links in them."""
+
 MARKS = ("rows-*.json", "checkpoints/*/whole")
 """Files with the digests of others beside them, in the cache and in a folder under way."""
 
@@ -194,6 +197,17 @@ def last_round(recipe: Recipe) -> int:
         if "stop" in read_manifest(folder(recipe, "train", number)).facts:
             return number
     return recipe.rounds
+
+
+def stop_before(recipe: Recipe, step: Step) -> str | None:
+    """Why the rounds were ended before a step of theirs, by what an earlier one found; null where they were not, or are not so far."""
+    for number in range(1, step.number + 1):
+        for stage in ("rollouts", "train"):
+            place = folder(recipe, stage, number)
+            is_earlier = number < step.number or (stage == "rollouts" and step.stage != stage)
+            if is_earlier and (place / MANIFEST).exists() and "stop" in read_manifest(place).facts:
+                return str(read_manifest(place).facts["stop"])
+    return None
 
 
 def student_folder(recipe: Recipe) -> Path:

@@ -43,7 +43,7 @@ def run(recipe: Recipe, number: int = 0) -> Manifest:
         clock, processes = Clock(out.path), Processes()
         processes.wait()
         if not (out.path / MANIFEST).exists():
-            with _work(recipe, number, _parts_of(out.path) or processes.count) as work:
+            with _work(recipe, number, parts_begun(out.path) or processes.count) as work:
                 for index in range(processes.rank, work.parts, processes.count):
                     if not work.is_whole(index):
                         with out.part(work.name(index)):
@@ -78,7 +78,7 @@ def run_shard(recipe: Recipe, shard: str, number: int = 0) -> None:
         if out.manifest:
             say(nothing_to_do(out.manifest, out.path), result=True)
             return
-        begun = _parts_of(out.path) or parts
+        begun = parts_begun(out.path) or parts
         if begun != parts:
             raise StageConflictError(
                 f"{out.path}: was begun in {begun} parts, asked for {parts}. Keep to {begun}, or finish it with `distill score` alone."
@@ -128,13 +128,31 @@ def plan(recipe: Recipe, number: int = 0) -> StagePlan:
     return plan_of(recipe, Step("score", number), settings, inputs, growth)
 
 
+def parts_missing(path: Path, count: int) -> list[int]:
+    """The parts, counted from 0, whose shards are not finished.
+
+    Args:
+        path: The folder; it need not be there.
+        count: Of all parts.
+    """
+    there = {file.name for file in path.glob("targets-*.targets")}
+    return [index for index in range(count) if f"targets-{index:05d}-of-{count:05d}.targets" not in there]
+
+
 def _place(recipe: Recipe, number: int) -> tuple[Path, str]:
     return (folder(recipe, "rollouts", number), "traces") if number else (folder(recipe, "curate"), "curated")
 
 
-def _parts_of(path: Path) -> int | None:
-    """The number of parts that a folder was begun in; null where nothing was begun."""
-    found = {int(match[1]) for file in path.iterdir() if (match := _PART.match(file.name))}
+def parts_begun(path: Path) -> int | None:
+    """The number of parts that a folder was begun in; null where nothing was begun.
+
+    Args:
+        path: The folder; it need not be there.
+
+    Raises:
+        StageConflictError: there are parts of several numbers.
+    """
+    found = {int(match[1]) for file in path.glob("*-of-*") if (match := _PART.match(file.name))}
     if len(found) > 1:
         raise StageConflictError(f"{path}: holds parts of {sorted(found)} at once. Delete those of one number, or add --redo.")
     return min(found, default=None)
