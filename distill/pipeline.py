@@ -17,7 +17,7 @@ from distill.run.clock import is_main_process
 from distill.run.folder import delete_stage, refuse_to_delete
 from distill.run.log import ledger, nothing_to_do, say
 from distill.run.manifest import MANIFEST, Manifest, check_files, read_manifest
-from distill.run.owned import EARLIER
+from distill.run.owned import EARLIER, JOBS, LOGS
 from distill.run.parts import part_of
 from distill.run.verify import Layout, refuse_damaged_inputs, verify
 from distill.stages import (
@@ -217,7 +217,8 @@ def verify_run(run: Path) -> bool:
     Raises:
         MissingStageError: it holds no stage.
     """
-    found = verify(run, Layout(RECIPE, CACHE, ("failed-*.log", f"{SERVERS}/*", f"{SWEEP}/*"), MARKS, WRITES))
+    known = ("failed-*.log", f"{SERVERS}/*", f"{SWEEP}/*", f"{JOBS}/*", f"{LOGS}/*")
+    found = verify(run, Layout(RECIPE, CACHE, known, MARKS, WRITES))
     for kind, path, why in found.faults:
         say(f"{kind:<8}  {visible(str(path))}" + (f"  ({why})" if why else ""), result=True)
     under_way = f"; {found.unknown:,} of stages under way have no digest yet" if found.unknown else ""

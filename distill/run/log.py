@@ -122,7 +122,16 @@ class Progress:
     def update(self, count: int = 1) -> None:
         """So much more is done, and on disk: here the work ends where a signal asked for that."""
         self.done += count
-        keep_running_clocks()
+        keep_running_clocks(
+            {
+                "what": self._description,
+                "done": self.done,
+                "of": self.total,
+                "unit": self._unit,
+                "begun_at": self._begun_at,
+                "seconds": round(self.elapsed_s, 2),
+            }
+        )
         if self._bar is not None:
             self._bar.update(count)
         elif self._says and self._is_due():
