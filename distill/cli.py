@@ -297,6 +297,19 @@ def verify(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder o
         raise typer.Exit(1)
 
 
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, e.g. runs/quickstart.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every few seconds, on a terminal, until all is done or Ctrl-C.")] = False,
+) -> None:
+    """How far a run is: steps, parts, jobs, rows, time left; of what failed the last lines. Exit code 1 where something failed for good."""
+    from distill.cluster.status import show
+
+    if not show(run, as_json=as_json, watch=watch):
+        raise typer.Exit(1)
+
+
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
 def pair(
     context: typer.Context,

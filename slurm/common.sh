@@ -1,5 +1,5 @@
-# What all batch scripts share; each sources it. It reads the site's file, finds the run, opens the log, passes signals on, and writes down
-# how a task began and ended: <run>/jobs/tasks/<name>-<job>[_<task>].jsonl, as distill/cluster/tasks.py reads it.
+# What all batch scripts share; each sources it. It reads the site's file, finds the run, opens the log, and becomes distill/cluster/task.py,
+# which passes signals on, and writes down how the task began and ended: <run>/jobs/tasks/<name>-<job>[_<task>].jsonl.
 #
 # Set by `distill submit`, and to be set by hand only where the defaults don't fit:
 #   DISTILL_SLURM       folder of these scripts; default: slurm/ in the folder that sbatch was called in
@@ -9,19 +9,10 @@
 #   DISTILL_NAME        of the task in records and logs; default: the stage
 #   DISTILL_FORERUNNER  the job that this one goes on from
 
-early=75      # exit code: ended on a signal, and there is more to do (EARLY in distill/errors.py)
-child=        # the command, while it runs
-interrupted=  # whether a signal came while the command was waited for
-received=     # the first signal that came
-as=           # the signal that the command gets in place of it; empty: the same
-
-pass_on() {
-  interrupted=1
-  received=${received:-$1}
-  if [ -n "$child" ]; then kill -s "${as:-$1}" "$child" 2> /dev/null; fi
-}
-trap 'pass_on USR1' USR1
-trap 'pass_on TERM' TERM
+received= # the first signal that came before the command began
+as=       # the signal that the command gets, whichever came; empty: the same
+trap 'received=${received:-USR1}' USR1
+trap 'received=${received:-TERM}' TERM
 
 fail() {
   printf 'error: %s\n' "$1" >&2
@@ -91,38 +82,20 @@ name_recipe() {
   if [ -z "$recipe" ]; then fail "${1#@} has no line ${SLURM_ARRAY_TASK_ID:-1}"; fi
 }
 
-note() {
-  printf '{"event": "%s", "at": "%s", "attempt": %d, "host": "%s"%s}\n' "$1" "$(now)" "$attempt" "$node" "$2" >> "$record"
-}
-
 # Ends the task where going on has no sense: what it goes on from has failed for good, or comes no further.
 end_if_hopeless() {
   if [ -z "$DISTILL_FORERUNNER" ] && [ "$attempt" = 0 ]; then return; fi
   "$python" -m distill.cluster.again "$run" "${DISTILL_NAME:-$1}" ${task:+--task "$task"} || exit 1
 }
 
-# Runs a command, with signals passed on to it, and ends this script as the command ended, or has the task queued again.
+# Becomes the command of the task: passes signals on to it, writes down how it began and ended, ends as it ended.
 run_task() {
   printf 'command  '
   printf ' %q' "$@"
   printf '\n\n'
-  local code=$early
-  note started
-  if [ -z "$received" ]; then # else there is no time to begin
-    "$@" &
-    child=$!
-    while :; do
-      interrupted=
-      wait "$child"
-      code=$?
-      if [ -z "$interrupted" ]; then break; fi # else it was the signal that ended the waiting
-    done
-  fi
-  if [ -n "$received" ] && [ -e "$record.early" ]; then code=$early; fi
-  rm -f "$record.early"
-  note ended ", \"code\": $code, \"signal\": ${received:+\"}${received:-null}${received:+\"}"
-  printf '\n--- %s  ended with exit code %d%s\n' "$(now)" "$code" "${received:+ after SIG$received}"
-  # Of an array's task by both numbers: of the task whose job has the array's number $SLURM_JOB_ID would queue all of them again.
-  if [ "$code" = "$early" ] && [ "$SITE_REQUEUE" = 1 ]; then scontrol requeue "$job${task:+_$task}"; fi
-  exit "$code"
+  local options=()
+  if [ -n "$as" ]; then options+=(--as "$as"); fi
+  if [ -n "$received" ]; then options+=(--received "$received"); fi
+  if [ "$SITE_REQUEUE" = 1 ]; then options+=(--requeue); fi
+  exec "$python" -m distill.cluster.task "$record" "${options[@]}" -- "$@"
 }

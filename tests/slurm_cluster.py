@@ -128,8 +128,8 @@ class Cluster:
             assert time.monotonic() < end_s, f"not within {LIMIT_S} s: {what}\n{self.run('scontrol', 'show', 'job')}\n{self.last_words()}"
             time.sleep(_PAUSE_S)
 
-    def until_ended(self) -> list[dict[str, str]]:
-        """Waits until no job is left to run, and returns all; requeued ones start now, and one that never can is an error."""
+    def until_ended(self, first: int = 0) -> list[dict[str, str]]:
+        """Waits until no job is left to run, and returns those from a number on; requeued ones start now."""
 
         def none_left() -> bool:
             left = [line.split("|") for line in self.run("squeue", "-h", "-r", "-t", "all", "-o", "%A|%T|%r").splitlines()]
@@ -141,7 +141,7 @@ class Cluster:
             return not left
 
         self.until(none_left, "all jobs end")
-        return self.jobs()
+        return [job for job in self.jobs() if int(job.get("ArrayJobId", job["JobId"])) >= first]
 
     def start_now(self, number: int | str) -> None:
         """A requeued job waits for a while otherwise; nothing where it has started meanwhile."""

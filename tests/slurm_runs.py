@@ -107,6 +107,7 @@ def states(jobs: list[dict[str, str]], numbers: list[int]) -> dict[str, str]:
 
 def complete(jobs: list[dict[str, str]], run: Path) -> None:
     """All have ended well; else the logs are shown."""
+    assert jobs
     bad = [(job["JobId"], job["JobName"], job["JobState"], job["ExitCode"]) for job in jobs if job["JobState"] != "COMPLETED"]
     assert not bad, f"{bad}\n{said(run)}"
 

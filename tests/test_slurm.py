@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def test_a_run_by_submit_is_that_of_one_process(slurm: Cluster, tmp_path: Path) 
     distill("run", path, "--run_dir", alone, "--no-check")
     given = submit(slurm, path, run, "--nodes", "2", "--shards", "3", SITE_FOLLOW_UPS=0)
     assert list(given) == ["prompts", "generate", "curate", "score", "train", "evaluate", "report", "export"]
-    jobs = slurm.until_ended()
+    jobs = slurm.until_ended(given["prompts"][0])
     complete(jobs, run)
     assert len(jobs) == 8 + 2 * 3  # three of them are arrays of three
     same_tables(alone, run, ["prompts", "traces", "curated"])
@@ -62,11 +63,10 @@ def test_the_scripts_work_by_hand(slurm: Cluster, tmp_path: Path) -> None:
     path = recipe(tmp_path / "small.yaml", whole=False, steps=2)
     place = ["--chdir", str(Path(__file__).resolve().parent.parent), "--output", f"{tmp_path}/%x-%j.log"]
     by_hand = Cluster(slurm.folder)
-    by_hand.environment |= site(tmp_path)
-    here = (str(path), "--run_dir", str(tmp_path / "run"))
     slurm_scripts = Path(__file__).resolve().parent.parent / "slurm"
-    by_hand.environment["DISTILL_SLURM"] = str(slurm_scripts)
-    last = by_hand.submit(*place, slurm_scripts / "stage.sbatch", "prompts", *here)
+    by_hand.environment |= site(tmp_path) | {"DISTILL_SLURM": str(slurm_scripts), "DISTILL_PYTHON": sys.executable}
+    here = (str(path), "--run_dir", str(tmp_path / "run"))
+    first = last = by_hand.submit(*place, slurm_scripts / "stage.sbatch", "prompts", *here)
     for words in (
         ("--array=1-3", slurm_scripts / "array.sbatch", "generate", *here),
         (slurm_scripts / "stage.sbatch", "curate", *here),
@@ -74,7 +74,7 @@ def test_the_scripts_work_by_hand(slurm: Cluster, tmp_path: Path) -> None:
         ("--nodes=2", slurm_scripts / "train.sbatch", *here),
     ):
         last = by_hand.submit(f"--dependency=afterok:{last}", "--kill-on-invalid-dep=yes", *place, *words)
-    complete(slurm.until_ended(), tmp_path / "run")
+    complete(slurm.until_ended(first), tmp_path / "run")
     assert read_manifest(tmp_path / "run" / "student").facts["world_size"] == 2
     log = next((tmp_path / "run" / "logs").glob("train-*.log")).read_text()
     assert "command " in log and json.dumps(str(path))[1:-1] in log

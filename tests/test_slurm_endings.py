@@ -65,7 +65,7 @@ def test_an_array_goes_on_through_a_signal_a_dead_node_and_preemption(slurm: Clu
     run = copied(alone, tmp_path / "run", "prompts")
     path = recipe(tmp_path / "small.yaml", whole=False, batch_size=1)
     by_hand = Cluster(slurm.folder)
-    by_hand.environment |= site(tmp_path, SITE_REQUEUE=1) | {"DISTILL_SLURM": str(ROOT / "slurm")}
+    by_hand.environment |= site(tmp_path, SITE_REQUEUE=1) | {"DISTILL_SLURM": str(ROOT / "slurm"), "DISTILL_PYTHON": sys.executable}
     words = (
         "--exclusive",
         "--requeue",
@@ -92,7 +92,7 @@ def test_an_array_goes_on_through_a_signal_a_dead_node_and_preemption(slurm: Clu
     slurm.until(reached(journal(3), 1), "the third has written")
     slurm.preempt()
     slurm.up(node)
-    complete(slurm.until_ended(), run)
+    complete(slurm.until_ended(job), run)
     same_tables(alone, run, ["prompts", "traces"])
     notes = attempts(run, "generate")
     assert [each.get("code") for each in notes[0] if each["event"] == "ended"] == [75, 0], said(run)
@@ -178,7 +178,8 @@ def test_what_fails_for_good_ends_its_dependents_and_is_gone_on_from(slurm: Clus
     assert set(states(jobs, given["curate"]).values()) == {"CANCELLED"}
     given = give()
     assert next(line["tasks"] for line in submitted(run) if line["job"] == given["generate"][0]) == "2"
-    complete([job for job in go_on() if int(job["JobId"]) >= given["generate"][0]], run)
+    go_on()
+    complete(slurm.until_ended(given["generate"][0]), run)
     assert (run / "student" / MANIFEST).exists()
     same_tables(alone, run, ["prompts"])
 

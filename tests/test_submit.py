@@ -20,7 +20,7 @@ from distill.cluster.parts import parts_of
 from distill.cluster.sbatch import environment_of, words_of
 from distill.cluster.site import Site, read_site
 from distill.cluster.tasks import tasks_of
-from distill.errors import ClusterError, StageConflictError
+from distill.errors import EARLY, ClusterError, StageConflictError
 from distill.recipe.experiment import Recipe
 from distill.recipe.reading import load_recipe
 from distill.run.manifest import MANIFEST
@@ -277,42 +277,65 @@ def test_a_task_of_an_array_does_its_part_and_says_how_it_failed(tmp_path: Path)
     assert (task.name, task.job, task.task) == ("generate-2", 20, 2) and task.attempts[0].code == 1
 
 
-def started(process: subprocess.Popen[str]) -> list[str]:
-    """Reads what a script says until its command has begun."""
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line == "ready\n":
-            break
-    return lines
+def test_a_signal_before_the_command_is_no_reason_to_begin(tmp_path: Path) -> None:
+    """In a site's setup, say, which can take long on a cold file system."""
+    (tmp_path / "site.env").write_text("SITE_SETUP='kill -USR1 $$'\n")
+    words = ("stage.sbatch", "prompts", "recipes/quickstart.yaml", "--run_dir", str(tmp_path / "run"))
+    process = bash(*words, tmp_path=tmp_path, DISTILL_SITE=str(tmp_path / "site.env"))
+    process.communicate()
+    assert process.returncode == EARLY and not (tmp_path / "run" / "prompts").exists()
+    (task,) = tasks_of(tmp_path / "run")
+    assert (task.attempts[0].code, task.attempts[0].signal) == (EARLY, "USR1")
 
 
-def test_signals_reach_the_command_and_are_written_down(tmp_path: Path) -> None:
-    """With a program in the place of Python, which ends early as a stage does."""
-    program = tmp_path / "python"
-    program.write_text("#!/bin/bash\ntrap 'echo told; exit 75' USR1\necho ready\nwhile :; do read -r -t 1 < /dev/zero; done\n")
-    program.chmod(0o755)
-    run = tmp_path / "run"
-    environment = {"DISTILL_PYTHON": str(program), "DISTILL_RUN": str(run), "DISTILL_NAME": "train"}
-    process = bash("stage.sbatch", "train", "r.yaml", tmp_path=tmp_path, **environment)
-    started(process)
-    process.send_signal(signal.SIGUSR1)
+# A command that ends early as a stage does, or before it could listen; and one that fails.
+LISTENS = "import os, signal; signal.signal(signal.SIGUSR1, lambda *_: os._exit(75)); print('ready', flush=True); signal.pause()"
+DEAF = "import signal; print('ready', flush=True); signal.pause()"
+
+
+def task(tmp_path: Path, program: str, *options: str, **environment: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "distill.cluster.task", str(tmp_path / "t-1.jsonl"), *options, "--", sys.executable, "-c", program]
+    return subprocess.Popen(words, cwd=ROOT, env={**os.environ, **environment}, text=True, stdout=subprocess.PIPE)
+
+
+def ended(tmp_path: Path) -> dict[str, object]:
+    begun, last = map(json.loads, (tmp_path / "t-1.jsonl").read_text().splitlines())
+    assert begun["event"] == "started" and last["event"] == "ended" and begun["host"] == last["host"]
+    return dict(last)
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "sent", "name"),
+    [(LISTENS, [], signal.SIGUSR1, "USR1"), (LISTENS, ["--as", "USR1"], signal.SIGTERM, "TERM"), (DEAF, [], signal.SIGTERM, "TERM")],
+)
+def test_signals_reach_the_command_and_are_written_down(
+    program: str, options: list[str], sent: signal.Signals, name: str, tmp_path: Path
+) -> None:
+    process = task(tmp_path, program, *options)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(sent)
     said = process.communicate()[0]
-    assert process.returncode == 75 and "told" in said and "ended with exit code 75 after SIGUSR1" in said
-    (record,) = (run / "jobs" / "tasks").iterdir()
-    begun, ended = map(json.loads, record.read_text().splitlines())
-    assert begun["event"] == "started" and ended["code"] == 75 and ended["signal"] == "USR1"
+    assert process.returncode == EARLY and f"ended with exit code 75 after SIG{name}" in said
+    assert (ended(tmp_path)["code"], ended(tmp_path)["signal"]) == (EARLY, name)
+
+
+def test_what_fails_or_is_killed_is_told_from_what_ended_early(tmp_path: Path) -> None:
+    for program, code in (("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137)):
+        process = task(tmp_path, program, SLURM_RESTART_COUNT="2", SLURMD_NODENAME="n7")
+        process.communicate()
+        assert process.returncode == code and ended(tmp_path) | {"code": code, "signal": None, "attempt": 2, "host": "n7"} == ended(
+            tmp_path
+        )
+        (tmp_path / "t-1.jsonl").unlink()
 
 
 def test_a_task_that_ended_early_is_queued_again_by_both_its_numbers(tmp_path: Path) -> None:
     """With a program in the place of scontrol that says what it was told."""
-    for name, text in {"python": "exit 75", "scontrol": 'echo "scontrol $*"'}.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "site.env").write_text("SITE_REQUEUE=1\n")
-    environment = {"DISTILL_PYTHON": str(tmp_path / "python"), "DISTILL_RUN": str(tmp_path / "run"), "DISTILL_SHARDS": "4"}
-    environment |= {"DISTILL_SITE": str(tmp_path / "site.env"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    array = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "4"}  # of the last task $SLURM_JOB_ID is the array's
-    process = bash("array.sbatch", "generate", "r.yaml", tmp_path=tmp_path, **environment, **array)
-    assert "scontrol requeue 17_4\n" in process.communicate()[0] and process.returncode == 75
+    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "scontrol $*"\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    array = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "4", "SLURM_JOB_ID": "17"}  # of the last task $SLURM_JOB_ID is the array's
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    process = task(tmp_path, "raise SystemExit(75)", "--requeue", PATH=path, **array)
+    assert "scontrol requeue 17_4\n" in process.communicate()[0] and process.returncode == EARLY
+    process = task(tmp_path, "", "--requeue", PATH=path, **array)
+    assert "scontrol" not in process.communicate()[0] and process.returncode == 0

@@ -18,8 +18,7 @@ from distill.measure.intervals import Estimate
 from distill.reporting.summary import RunSummary, percent_text, summarise
 from distill.run.files import write_text
 from distill.run.log import say
-from distill.run.manifest import MANIFEST
-from distill.stages import FOLDERS, RECIPE
+from distill.stages import FOLDERS, RECIPE, SWEEP
 
 _NOT_COMPARED = frozenset({"run_dir", "name"})
 NOT_THERE = "not there yet"
@@ -97,9 +96,10 @@ def _accuracy(run: Compared) -> Estimate:
 
 def _row(run: Compared, columns: Sequence[str]) -> list[str]:
     accuracy, gap, trained = _accuracy(run), run.found.gap, run.found.manifests.get("train")
+    loss = None if trained is None else trained.facts.get("train_loss")
     measured = {
         "run": run.name,
-        "training loss": NOT_THERE if trained is None else f"{trained.facts['train_loss']:.4f}",
+        "training loss": NOT_THERE if loss is None else f"{loss:.4f}",
         "accuracy": NOT_THERE if accuracy.value is None else percent_text(accuracy.value),
         "interval": "" if accuracy.low is None else f"[{percent_text(accuracy.low)}, {percent_text(accuracy.high)}]",
         "gap recovered": "" if gap is None or gap.value is None else f"{gap.value:.2f}",
@@ -133,5 +133,5 @@ def _plot(runs: Sequence[Compared], file: Path) -> Path | None:
 
 def compare_folders(places: Sequence[Path]) -> None:
     """What the command does: the table; of a sweep also `comparison.md` in its folder."""
-    is_sweep = len(places) == 1 and not (places[0] / RECIPE).is_file() and not (places[0] / MANIFEST).exists()
+    is_sweep = len(places) == 1 and places[0].name == SWEEP
     compare(places, file=places[0] / "comparison.md" if is_sweep else None)

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from distill.errors import visible
+from distill.run import early
 from distill.run.clock import is_main_process, keep_running_clocks
 from distill.run.manifest import Manifest
 
@@ -119,13 +120,23 @@ class Progress:
         return time.perf_counter() - self._start
 
     def update(self, count: int = 1) -> None:
-        """So much more is done."""
+        """So much more is done, and on disk: here the work ends where a signal asked for that."""
         self.done += count
-        keep_running_clocks()
+        keep_running_clocks(
+            {
+                "what": self._description,
+                "done": self.done,
+                "of": self.total,
+                "unit": self._unit,
+                "begun_at": self._begun_at,
+                "seconds": round(self.elapsed_s, 2),
+            }
+        )
         if self._bar is not None:
             self._bar.update(count)
         elif self._says and self._is_due():
             self._line(self._state())
+        early.check()
 
     def set_postfix_str(self, text: str) -> None:
         """What is shown behind the count, e.g. a loss, from the next line on."""

@@ -13,6 +13,10 @@ from distill.run.files import write_text
 from distill.run.manifest import CLOCK, JOURNAL, LOCK, MANIFEST, MERGED, PLAN, SHARDS, read_manifest
 
 EARLIER = "earlier"
+JOBS = "jobs"
+"""In a run's folder, what was given to a cluster, and how its tasks went: of no stage."""
+LOGS = "logs"
+"""In a run's folder, what its jobs said: of no stage."""
 _BOOKKEEPING = frozenset({PLAN, CLOCK, JOURNAL, SHARDS, MANIFEST})
 _LAST = (PLAN, MANIFEST, LOCK)  # deleted behind all else, so that what a kill leaves is still known for a stage
 _CACHE_TAG = "CACHEDIR.TAG"

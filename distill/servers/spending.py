@@ -122,6 +122,19 @@ class Spending:
         return self._before_s + time.monotonic() - self._start_s
 
 
+def spent_in(folder: Path, role: str, server: Server) -> dict[str, Any] | None:
+    """What a stage under way has used so far, as `Spending.facts` tells it; null where nothing was written down. Writes nothing.
+
+    Raises:
+        IntegrityError: a file was altered.
+    """
+    told = [_read(file) for file in folder.glob(SPENDING.format(role=f"{role}*"))]
+    if not told:
+        return None
+    usage = sum((used for used, _ in told), Usage())
+    return Spending(None, role, server)._facts(usage, sum(seconds for _, seconds in told))
+
+
 def shared(server: Server, parts: int) -> Server:
     """A server whose limits are the share of one of so many parts of a stage."""
     if parts == 1:
