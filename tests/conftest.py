@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slurm_cluster import Cluster
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -40,6 +44,17 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip("needs the real problems and tokenizers of ../shared, which are not part of the project")
     return path
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A real Slurm of two nodes on this host; skips where its programs are absent."""
+    from slurm_cluster import cluster, missing
+
+    if missing():
+        pytest.skip(missing())
+    with cluster(tmp_path_factory.mktemp("slurm") / "c") as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from launches import dealt_out, in_two_processes
 from safetensors.torch import load_file
 from scored import peaked_model, score_by_hand
 from test_train import ROOT, adapter, losses, same, traces
@@ -570,78 +571,9 @@ def test_settings_that_would_be_ignored_are_refused(
 
 # ---------------------------------------------------------------- two processes
 
-RANKS = """
-import os, sys
-from pathlib import Path
-import torch, torch.distributed, transformers
-from accelerate import PartialState
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
-from torch.distributed.tensor import DTensor
-
-kind, *recipes = sys.argv[1:]
-if kind == "FSDP":
-    # A gloo group that looks like one of GPUs: on CPUs accelerate would silently make DDP of FSDP.
-    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
-    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
-    torch.distributed.init_process_group("gloo")
-if kind == "DEEPSPEED":
-    import deepspeed
-    deepspeed.ops.__compatible_ops__.clear()  # what it would compile first, like a gloo that is faster within a machine
-    deepspeed.init_distributed("gloo")
-
-from distill.pipeline import run_stage
-from distill.recipe.reading import load_recipe
-from distill.trainers.checkpoints import CheckpointMark
-
-plain_train, plain_save, stops = transformers.Trainer.train, CheckpointMark.on_save, False
-
-def train(self, *args, **kwargs):
-    result = plain_train(self, *args, **kwargs)
-    weights = dict(self.model.named_parameters())
-    assert AcceleratorState().distributed_type.value == kind, AcceleratorState().distributed_type
-    # Behind an evaluation the outermost weights are left whole.
-    inner = [weight for name, weight in weights.items() if ".layers." in name or self.eval_dataset is None]
-    assert kind != "FSDP" or (inner and all(isinstance(weight, DTensor) for weight in inner))
-    weights = {name: (w.full_tensor() if isinstance(w, DTensor) else w).detach() for name, w in weights.items()}
-    torch.save(weights, Path(self.args.output_dir).parents[1] / f"rank{os.environ['RANK']}.pt")
-    return result
-
-def save(self, *args, **kwargs):
-    plain_save(self, *args, **kwargs)
-    if stops:
-        raise KeyboardInterrupt
-
-transformers.Trainer.train, CheckpointMark.on_save = train, save
-for recipe in recipes:
-    stops = recipe.endswith("!")
-    for _ in range(1 + stops):
-        try:
-            found = load_recipe(recipe.rstrip("!"))
-            run_stage("train", found, number=min(found.rounds, 1))
-        except KeyboardInterrupt:
-            stops = False
-        AcceleratorState._reset_state()
-"""
 HALVES = {"per_device_train_batch_size": 4}
 KILLED = HALVES | {"max_steps": 10, "save_strategy": "steps", "save_steps": 5}
 FULL = {"adapter": {"type": "full"}}
-
-
-def in_two_processes(kind: str, *recipes: str | Path, **environment: str) -> None:
-    """Trains one after another in two processes; a recipe that ends in ! is interrupted behind its first checkpoint and resumed."""
-    script = Path(str(recipes[0]).rstrip("!")).with_name("ranks.py")
-    script.write_text(RANKS)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*launch, str(script), kind, *map(str, recipes)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        timeout=900,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert all("going on from step 5" in result.stdout for recipe in recipes if str(recipe).endswith("!"))
 
 
 def weights(recipe: Path, rank: int = 0) -> dict[str, torch.Tensor]:
@@ -673,7 +605,7 @@ def same_students(left: Path, right: Path, tolerance: float) -> None:
 def ddp(make: Make) -> dict[str, Path]:
     """LoRA and full fine-tuning in two processes."""
     found = {"lora": make("ddp", trainer_args=HALVES), "full": make("ddpfull", trainer_args=HALVES, student=FULL)}
-    in_two_processes("MULTI_CPU", *found.values())
+    in_two_processes("ddp", *found.values())
     return found
 
 
@@ -693,11 +625,12 @@ def test_one_process_equals_two_and_all_ranks_hold_the_same(make: Make, plain: P
 def test_fsdp_equals_ddp_and_resumes(make: Make, teacher: Path, ddp: dict[str, Path]) -> None:
     found = {"lora": make("fsdp", trainer_args=HALVES), "full": make("fsdpfull", trainer_args=HALVES, student=FULL)}
     whole, resumed = (make(name, trainer_args=KILLED, student=FULL) for name in ("whole", "resumed"))
-    settings = {"VERSION": "2", "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
-    environment = {"ACCELERATE_USE_FSDP": "true"} | {f"FSDP_{name}": value for name, value in settings.items()}
     narrow = make("narrow", trainer_args=HALVES | {"bf16": True})
     part = in_rounds(make, teacher, "fsdppart", 2, trainer_args=HALVES | LINEAR)
-    in_two_processes("FSDP", *found.values(), whole, f"{resumed}!", narrow, part, **environment)
+    in_two_processes("fsdp2", *found.values(), whole, f"{resumed}!", narrow, part)
+    for recipe in (*found.values(), whole):
+        dealt_out(recipe.parent / "run")
+    dealt_out(round_of(part, 1))
     assert rates(part, 1) == pytest.approx(linear(12)[:6], rel=1e-9)
     for name, recipe in found.items():
         same_students(recipe, ddp[name], 1e-5)
@@ -708,15 +641,15 @@ def test_fsdp_equals_ddp_and_resumes(make: Make, teacher: Path, ddp: dict[str, P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_equals_ddp_and_resumes(stage: int, make: Make, teacher: Path, ddp: dict[str, Path]) -> None:
+@pytest.mark.parametrize("file", ["zero2", "zero3"])
+def test_deepspeed_equals_ddp_and_resumes(file: str, make: Make, teacher: Path, ddp: dict[str, Path]) -> None:
     pytest.importorskip("deepspeed", reason="needs DeepSpeed")
-    config = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
-    zero = HALVES | {"deepspeed": config}
-    found = {"lora": make("zero", trainer_args=zero), "full": make("zerofull", trainer_args=zero, student=FULL)}
-    whole, resumed = (make(name, trainer_args=KILLED | zero, student=FULL) for name in ("whole", "resumed"))
-    part = in_rounds(make, teacher, "zeropart", 2, trainer_args=zero | LINEAR)
-    in_two_processes("DEEPSPEED", *found.values(), whole, f"{resumed}!", part, DS_ACCELERATOR="cpu", ACCELERATE_USE_CPU="false")
+    found = {"lora": make("zero", trainer_args=HALVES), "full": make("zerofull", trainer_args=HALVES, student=FULL)}
+    whole, resumed = (make(name, trainer_args=KILLED, student=FULL) for name in ("whole", "resumed"))
+    part = in_rounds(make, teacher, "zeropart", 2, trainer_args=HALVES | LINEAR)
+    in_two_processes(file, *found.values(), whole, f"{resumed}!", part)
+    for run in (*(recipe.parent / "run" for recipe in found.values()), round_of(part, 1)):
+        dealt_out(run, weights=file == "zero3")
     assert rates(part, 1) == pytest.approx(linear(12)[:6], rel=1e-9)
     for name, recipe in found.items():
         same_students(recipe, ddp[name], 1e-5)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from launches import in_two_processes
 from peft import LoraConfig
 from test_kd import (  # noqa: F401 (fixtures)
     FULL,
@@ -19,7 +20,6 @@ from test_kd import (  # noqa: F401 (fixtures)
     Make,
     by_trace,
     command,
-    in_two_processes,
     log,
     make,
     mean,
@@ -262,7 +262,7 @@ def one(make: Make) -> Path:  # noqa: F811
 @pytest.mark.slow
 def test_one_process_equals_two(make: Make, one: Path) -> None:  # noqa: F811
     two = make("twosft", TopK(k=8), trainer_args=HALVES | EARLY, train=FOLLOWS)
-    in_two_processes("MULTI_CPU", two)
+    in_two_processes("ddp", two)
     same_students(one, two, 1e-5)
     same_metrics(one, two)
     for name, value in weights(two).items():
@@ -271,11 +271,9 @@ def test_one_process_equals_two(make: Make, one: Path) -> None:  # noqa: F811
 
 @pytest.mark.slow
 def test_fsdp_equals_one_process_and_resumes(make: Make, one: Path) -> None:  # noqa: F811
-    settings = {"VERSION": "2", "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
-    environment = {"ACCELERATE_USE_FSDP": "true"} | {f"FSDP_{name}": value for name, value in settings.items()}
     two = make("fsdpsft", TopK(k=8), trainer_args=HALVES | EARLY, train=FOLLOWS)
     whole, resumed = (make(name, trainer_args=KILLED | EARLY, train=FOLLOWS, student=FULL) for name in ("wholesft", "resumedsft"))
-    in_two_processes("FSDP", two, whole, f"{resumed}!", **environment)
+    in_two_processes("fsdp2", two, whole, f"{resumed}!")
     same_students(one, two, 1e-5)
     same_metrics(one, two)
     same_students(whole, resumed, 1e-6)
@@ -290,6 +288,6 @@ def test_deepspeed_equals_one_process(stage: int, make: Make, one: Path) -> None
     pytest.importorskip("deepspeed", reason="needs DeepSpeed")
     config = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
     two = make("zerosft", TopK(k=8), trainer_args=HALVES | EARLY | {"deepspeed": config}, train=FOLLOWS)
-    in_two_processes("DEEPSPEED", two, DS_ACCELERATOR="cpu", ACCELERATE_USE_CPU="false")
+    in_two_processes("ddp", two, kind="DEEPSPEED")  # the recipe asks for it, not the launch
     same_students(one, two, 1e-5)
     same_metrics(one, two)

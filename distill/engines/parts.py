@@ -76,10 +76,11 @@ def score_part(
         for scored in scorer.read(itertools.chain(first, dealt)):
             pending.result()
             tokens += sum(row.statistics.tokens for row in scored)
-            if bar is not None:
-                bar.update(sum(row.key not in writer for row in scored))
-                bar.set_postfix_str(f"{tokens / max(bar.elapsed_s, 1e-9):,.0f} tokens/s")
+            count = sum(row.key not in writer for row in scored)
             pending = disk.submit(_store, scored, journal, writer)  # while the next batch is read
+            if bar is not None:
+                bar.set_postfix_str(f"{tokens / max(bar.elapsed_s, 1e-9):,.0f} tokens/s")
+                bar.update(count)
         pending.result()
         writer.close()
 
@@ -152,7 +153,7 @@ class Gathered(NamedTuple):
     """(rows,) `key_hash` of the others, rising."""
 
 
-def is_whole(shard: Path, journal: Journal, keys: Iterable[str]) -> bool:
+def is_whole(shard: Path, journal: Journal, hashes: Hashes) -> bool:
     """Whether the journal of a finished shard says of every trace what it gave, or why it was left out.
 
     Else the shard is opened again: the traces of which that is lost are read once more. 8 bytes of a key are in memory.
@@ -160,10 +161,10 @@ def is_whole(shard: Path, journal: Journal, keys: Iterable[str]) -> bool:
     Args:
         shard: Under its own name.
         journal: Beside it.
-        keys: Of the part's traces.
+        hashes: `key_hash` of the part's traces.
     """
     noted = np.array(array("Q", (key_hash(entry["key"]) for entry in journal.rows())), np.uint64)
-    found = bool(np.isin(np.array(array("Q", map(key_hash, keys)), np.uint64), noted).all())
+    found = bool(np.isin(hashes, noted).all())
     if not found:
         reopen(shard)
     return found

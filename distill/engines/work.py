@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distill.engines.parts import first_twice, is_whole, journals_in, score_part, take_over
+from distill.engines.parts import Hashes, first_twice, is_whole, journals_in, score_part, take_over
 from distill.engines.reading import COLUMNS, lists_of
 from distill.engines.thoughts import Thoughts
 from distill.errors import DataError, IntegrityError
@@ -68,8 +67,7 @@ class Work:
 
     def is_whole(self, index: int) -> bool:
         """Whether a part is finished."""
-        keys = itertools.islice(self.keys(), index, None, self.parts)
-        return self.shard(index).exists() and is_whole(self.shard(index), self.journal(index), keys)
+        return self.shard(index).exists() and is_whole(self.shard(index), self.journal(index), self._hashes[index :: self.parts])
 
     @cached_property
     def header(self) -> TargetHeader:
@@ -96,6 +94,11 @@ class Work:
         """Of all traces."""
         return map(trace_key, iter_rows(self.source.folder, self.source.table, columns=["prompt_id", "sample_index"]))
 
+    @cached_property
+    def _hashes(self) -> Hashes:
+        """(traces,) of their keys, read once: the last of thousands of parts looks whether all the others are whole."""
+        return np.fromiter(map(key_hash, self.keys()), np.uint64)
+
     def write(self, index: int) -> None:
         """Writes a part, or what is missing of it, and gives it its name.
 
@@ -116,7 +119,7 @@ class Work:
         """Where the stage grows: the rows of a part that were scored before are not read again."""
         if self.earlier is None:
             return
-        wanted = np.sort(np.array([key_hash(key) for key in itertools.islice(self.keys(), index, None, self.parts)], np.uint64))
+        wanted = np.sort(self._hashes[index :: self.parts])
         taken = take_over(self.earlier, journals_in(self.path / EARLIER), self.header, wanted, journal, writer)
         if taken:
             say(f"score     {taken:,} traces were scored before, and are not read again")

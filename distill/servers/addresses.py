@@ -77,7 +77,9 @@ class Addresses:
         Raises:
             ServerError: all have been dead for too long, or the server that was started has ended.
         """
-        while self._watch is not None or not self._all_well:
+        if self._watch is not None:
+            await self._look()
+        while not self._all_well:
             await self._look()
             if any(address.is_dead for address in self._all) and not self._lives():
                 raise ServerError(f"{self._all[0].url}: the server that was started for this has ended ({self._last_words}).")
@@ -114,6 +116,7 @@ class Addresses:
             return
         known = {address.url: address for address in self._all}
         self._all = [known.get(url) or Address(url) for url in urls]
+        self._all_well = False  # which is looked into next
         for address in self._all:
             if address.is_dead:  # it has just answered
                 address.until_s = 0.0

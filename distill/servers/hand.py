@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from distill.errors import EARLY, ModelError, ServerError, StageConflictError
+from distill.errors import ModelError, ServerError, StageConflictError
 from distill.recipe.experiment import Recipe
 from distill.recipe.models import Adapter, ModelSpec
+from distill.run import early
 from distill.run.log import say
 from distill.servers.commands import takes_adapters
 from distill.servers.left import FOLDER, announced, name_of
 from distill.servers.needs import ServerNeeds, needs_of
 from distill.servers.nodes import Nodes, nodes, replica
-from distill.servers.process import ServerProcess, ended_by_signals
+from distill.servers.process import ServerProcess
 from distill.servers.serving import started
 from distill.servers.weights import why_merged
 
@@ -55,7 +55,7 @@ def serve(recipe: Recipe, role: str, run: Path, trained: Path | None) -> None:
         ServerError: it can't be started, or died, with its last lines.
         ModelError: several jobs would have to merge the same adapter.
         StageConflictError: another `distill serve` does the same.
-        SystemExit: with `EARLY`, on SIGUSR1 or SIGTERM: it is ended, and may be started again.
+        EndedEarly: on SIGUSR1 or SIGTERM: it is ended, and may be started again.
     """
     spec, needs, place, spread_over = spec_of(recipe, role), needs_of(recipe, role), run / FOLDER, nodes()
     adapter = recipe.student.adapter if trained is not None else None
@@ -64,7 +64,7 @@ def serve(recipe: Recipe, role: str, run: Path, trained: Path | None) -> None:
     place.mkdir(parents=True, exist_ok=True)
     node = f"-node-{spread_over.rank}" if spread_over.rank else ""
     try:
-        with FileLock(place / f".lock-{name_of(role)}{node}", timeout=0), ended_by_signals(signal.SIGUSR1, signal.SIGTERM, code=EARLY):
+        with FileLock(place / f".lock-{name_of(role)}{node}", timeout=0):
             _serve(spec, role, run, trained, adapter, needs, spread_over)
     except Timeout:
         raise StageConflictError(f"{place}: another `distill serve` runs for role {role}. End that one first.") from None
@@ -94,6 +94,7 @@ def _until_told_to_end(process: ServerProcess) -> None:
     try:
         while True:
             process.raise_if_dead()
+            early.check()
             time.sleep(_LOOK_S)
     except KeyboardInterrupt:
         pass

@@ -11,18 +11,18 @@ import re
 import signal
 import socket
 import subprocess
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import psutil
 
 from distill.errors import IntegrityError, ServerError, visible
+from distill.run import early
 from distill.run.files import read_json, write_json
 from distill.run.log import duration_text, say
 
@@ -97,6 +97,7 @@ class ServerProcess:
         """
         start_s, pause_s, note_s = time.monotonic(), 0.05, _FIRST_NOTE_S
         while not answers():
+            early.check()
             self.raise_if_dead()
             waited_s = time.monotonic() - start_s
             if waited_s > timeout_s:
@@ -255,33 +256,6 @@ def _belongs(process: psutil.Process, found: dict[str, Any], has_session: bool) 
             return False
         return bool((has_session and os.getsid(process.pid) == found["pid"]) or process.environ().get(_MARK) == found["mark"])
     return False  # another user's, or gone
-
-
-@contextmanager
-def ended_by_signals(*numbers: signal.Signals, code: int | None = None) -> Iterator[None]:
-    """Inside, signals end this process as an exception does, so that what it has started is ended first; once that began, more are ignored.
-
-    Args:
-        numbers: Of those that nothing else handles yet; SIGTERM and SIGHUP if none is given.
-        code: It then ends with; null: 128 and the signal's number.
-    """
-    free = [number for number in numbers or (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        for mine in free:  # a scheduler tells a job's script and all its processes, and the script tells them once more
-            signal.signal(mine, signal.SIG_IGN)
-        raise SystemExit(128 + number if code is None else code)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    for number in free:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number in free:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def free_port(host: str = "127.0.0.1") -> int:

@@ -21,7 +21,7 @@ from distill.servers.commands import Command, command_for, takes_adapters, witho
 from distill.servers.left import Watch
 from distill.servers.needs import ServerNeeds, within_model
 from distill.servers.nodes import ONE_NODE, Nodes
-from distill.servers.process import ServerProcess, end_leftover, ended_by_signals, free_port
+from distill.servers.process import ServerProcess, end_leftover, free_port
 from distill.servers.spread import spread
 from distill.servers.weights import Weights, weights_for
 
@@ -143,10 +143,7 @@ def started(
     name = _named(role, part)
     end_leftover(place / f"server-{name}.json")  # before anything else takes the device's memory
     merged = f"{MERGED}-{part}" if part else MERGED
-    with (
-        ended_by_signals(),
-        weights_for(spec, role, place, trained, adapter, takes_adapters=takes_adapters(server), folder=merged) as weights,
-    ):
+    with weights_for(spec, role, place, trained, adapter, takes_adapters=takes_adapters(server), folder=merged) as weights:
         command = command_for(spec, role, weights, within_model(needs or ServerNeeds(), spec), free_port(host), host)
         command = spread(command, server, role, nodes)
         log = place / f"server-{name}.log"
