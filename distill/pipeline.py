@@ -12,6 +12,7 @@ from distill.errors import RecipeError, ServerDiedError, visible
 from distill.models.processes import Processes
 from distill.recipe.experiment import Recipe
 from distill.recipe.results import ModelRole
+from distill.run import early
 from distill.run.clock import is_main_process
 from distill.run.folder import delete_stage, refuse_to_delete
 from distill.run.log import ledger, nothing_to_do, say
@@ -76,6 +77,7 @@ def _with_server(work: Callable[[], Any]) -> Any:
         try:
             return work()
         except ServerDiedError as error:
+            early.check()  # a signal to all processes of a job ended the server, too
             if not left:
                 raise
             say(f"{visible(str(error), 1000)}\nthe stage goes on with the server started again")
@@ -178,6 +180,7 @@ def select(steps: Sequence[Step], first: str | None, last: str | None, option: s
 def _run(steps: Sequence[Step], recipe: Recipe) -> None:
     stopped = False
     for place, step in enumerate(steps):
+        early.check()
         if step.number and stopped:
             continue
         if step.number and (place == 0 or steps[place - 1].number != step.number):

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from distill import embedded
-from distill.errors import ModelError, ServerError
+from distill.errors import EARLY, ModelError, ServerError
 from distill.recipe.models import LoraAdapter, ModelSpec
 from distill.recipe.reading import load_recipe
 from distill.recipe.servers import Server
@@ -323,11 +323,13 @@ import sys, time
 from pathlib import Path
 from distill.recipe.models import ModelSpec
 from distill.recipe.servers import Server
+from distill.run import early
+from distill.run.failures import one_message
 from distill.servers import process
 from distill.servers.serving import serving
-process.GRACE_S = 0.3
+process.GRACE_S, early.UNIT_S = 0.3, 0.1
 spec = ModelSpec(model="embedded:teacher", server=Server(kind="vllm", command=[sys.executable, sys.argv[1]], args=sys.argv[3:]))
-with serving(spec, "teacher", Path(sys.argv[2]), Path(sys.argv[2])):
+with one_message(), serving(spec, "teacher", Path(sys.argv[2]), Path(sys.argv[2])):
     print("up", flush=True)
     time.sleep(600)
 """
@@ -360,7 +362,7 @@ def test_one_that_a_killed_run_left_behind_is_ended_by_the_next(tiny: Path, tmp_
 def test_sigterm_ends_the_server_first(tiny: Path, tmp_path: Path) -> None:
     with another(tiny, tmp_path) as (starter, living):
         starter.terminate()
-        assert starter.wait(30) == 128 + signal.SIGTERM
+        assert starter.wait(30) == EARLY
         assert gone(living)
 
 

@@ -188,7 +188,8 @@ def _cores() -> int:
 
 def _work(pipe: Connection, alarm_s: float) -> None:
     """What a worker does: answers questions, one message each, until nobody is left to ask."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted stage stops its workers itself
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):  # of all in a job: the stage stops its workers itself
+        signal.signal(number, signal.SIG_IGN)
     prepare()
     try:
         pipe.send(None)

@@ -76,10 +76,11 @@ def score_part(
         for scored in scorer.read(itertools.chain(first, dealt)):
             pending.result()
             tokens += sum(row.statistics.tokens for row in scored)
-            if bar is not None:
-                bar.update(sum(row.key not in writer for row in scored))
-                bar.set_postfix_str(f"{tokens / max(bar.elapsed_s, 1e-9):,.0f} tokens/s")
+            count = sum(row.key not in writer for row in scored)
             pending = disk.submit(_store, scored, journal, writer)  # while the next batch is read
+            if bar is not None:
+                bar.set_postfix_str(f"{tokens / max(bar.elapsed_s, 1e-9):,.0f} tokens/s")
+                bar.update(count)
         pending.result()
         writer.close()
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
 from distill.errors import ModelError
+from distill.run import early
 
 
 def world_size() -> int:
@@ -21,7 +22,8 @@ class Processes:
 
     def __init__(self) -> None:
         self.rank, self.count = int(os.environ.get("RANK", "0")), world_size()
-        self._group: Any = None
+        self.group: Any = None
+        """In which they wait for each other; null for one process."""
         if self.count > 1:
             import torch
             from accelerate import PartialState
@@ -34,33 +36,80 @@ class Processes:
                     f"{self.count} processes were launched, but this one sees {found}, so each would do all the work. "
                     "On CPUs set ACCELERATE_USE_CPU=true; on GPUs check `accelerate env`."
                 )
-            self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+            self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
 
     def wait(self) -> None:
         """Returns when all have come here."""
-        if self._group is not None:
+        if self.group is not None:
             import torch
 
-            torch.distributed.barrier(group=self._group)
+            torch.distributed.barrier(group=self.group)
 
     def gather(self, value: Any) -> list[Any]:
         """What each process has, in their order; all have come here then."""
-        if self._group is None:
+        if self.group is None:
             return [value]
         import torch
 
         found: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(found, value, group=self._group)
+        torch.distributed.all_gather_object(found, value, group=self.group)
         return found
+
+    def agree(self) -> None:
+        """Returns when all have come here.
+
+        Raises:
+            EndedEarly: on all of them, where a signal asked any one to end.
+        """
+        name = next(filter(None, self.gather(early.asked())), None)
+        if name is not None:
+            early.end(name)
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """Lets the first do what is inside, then the others: they find what it has made."""
+        """Lets the first do what is inside, then the others: they find what it has made.
+
+        Raises:
+            EndedEarly: on all of them, where a signal asked any one to end; it cuts what the first does.
+        """
         if self.rank:
-            self.wait()
-        yield
-        if not self.rank:
-            self.wait()
+            self.agree()
+            yield
+            return
+        with suppress(early.EndedEarly), early.released():
+            yield
+        self.agree()
+
+
+class Poll:
+    """Questions to all processes of which the answer comes a round later, so that nobody waits for it."""
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self._asked: Any = None
+
+    def ask(self, *flags: bool) -> list[bool]:
+        """Of the flags of the call before, those that any process had raised; the same on all. All false at the first call.
+
+        One process alone is answered at once.
+        """
+        if self._processes.group is None:
+            return list(flags)
+        import torch
+
+        found = self.last(len(flags))
+        values = torch.tensor(flags, dtype=torch.int32)
+        work = torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=self._processes.group, async_op=True)
+        self._asked = (work, values)
+        return found
+
+    def last(self, count: int) -> list[bool]:
+        """The answer to the call before, and no new question."""
+        if self._asked is None:
+            return [False] * count
+        (work, values), self._asked = self._asked, None
+        work.wait()
+        return [bool(value) for value in values.tolist()]
 
 
 def leave() -> None:

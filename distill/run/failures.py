@@ -21,7 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from distill import __version__
-from distill.errors import DistillError, RecipeError, of_system, visible
+from distill.errors import EARLY, DistillError, RecipeError, ServerError, of_system, visible
+from distill.run import early
 
 _LONGEST = 4000  # characters of a message
 _LONGEST_REASON = 300  # of what a library says
@@ -41,8 +42,41 @@ def works_on(run: Path) -> None:
 
 @contextmanager
 def one_message() -> Iterator[None]:
-    """Inside, whatever goes wrong ends the program with one message on stderr; stdout takes any text, whatever its encoding."""
+    """Inside, whatever goes wrong ends the program with one message on stderr; stdout takes any text, whatever its encoding.
+
+    A signal that asks for an end is one, too (see `run.early`): exit code 75, where there is more to do.
+    """
     speak_any_text()
+    with early.ends_on_signals(), _errors_in_one_message(), _early_ends():
+        yield
+
+
+@contextmanager
+def _early_ends() -> Iterator[None]:
+    """What a signal ended, with exit code 75: also where it went to all of a job, and what this process needs has gone first."""
+    try:
+        yield
+    except early.EndedEarly as end:
+        what = str(end)
+    except Exception as error:
+        foreseen = isinstance(error, DistillError) and not isinstance(error, ServerError)
+        if not early.asked() or foreseen or (isinstance(error, OSError) and not isinstance(error, ConnectionError)):
+            raise
+        what = f"ended early by {early.asked()}, in whose course {_in_short(error)}"
+    else:
+        return
+    early.ignore_signals()
+    if os.environ.get("RANK", "0") == "0":
+        print(visible(f"{what}. {_going_on()}", _LONGEST), file=sys.stderr, flush=True)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # Others may have gone, and at an ordinary exit the threads of their group would abort this process.
+        sys.stdout.flush()
+        os._exit(EARLY)
+    sys.exit(EARLY)
+
+
+@contextmanager
+def _errors_in_one_message() -> Iterator[None]:
     try:
         yield
     except DistillError as error:
@@ -83,12 +117,16 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 
 def _unforeseen(error: Exception) -> str:
     """Of an error that nobody foresaw: what it is, how to go on, and what to send in a report."""
-    said = next(iter(str(error).strip().splitlines()), "")
-    what = visible(f"{type(error).__name__}{': ' * bool(said)}{said}", _LONGEST_REASON)
+    what = _in_short(error)
     record = _record(error)
     report = f"report it with {record} (look through it first, it may quote your data)" if record else "report it with this message"
     where = f"{_place_of(error)}: something that was not foreseen, {what.rstrip('.')}."
     return " ".join(filter(None, (where, _cause(error), _going_on(), f"If it comes again, {report}.")))
+
+
+def _in_short(error: Exception) -> str:
+    said = next(iter(str(error).strip().splitlines()), "")
+    return visible(f"{type(error).__name__}{': ' * bool(said)}{said}", _LONGEST_REASON)
 
 
 def _cause(error: Exception) -> str:

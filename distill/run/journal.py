@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import IntegrityError
+from distill.run.early import held
 
 
 class Journal:
@@ -37,7 +38,7 @@ class Journal:
         """Adds one batch and returns when it is on disk."""
         body = json.dumps(rows, ensure_ascii=False).encode()
         line = _digest(body, self._belongs_to) + b" " + body + b"\n"
-        with self.path.open("ab") as file:
+        with held(), self.path.open("ab") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from distill.errors import visible
+from distill.run import early
 from distill.run.clock import is_main_process, keep_running_clocks
 from distill.run.manifest import Manifest
 
@@ -119,7 +120,7 @@ class Progress:
         return time.perf_counter() - self._start
 
     def update(self, count: int = 1) -> None:
-        """So much more is done."""
+        """So much more is done, and on disk: here the work ends where a signal asked for that."""
         self.done += count
         keep_running_clocks(
             {
@@ -135,6 +136,7 @@ class Progress:
             self._bar.update(count)
         elif self._says and self._is_due():
             self._line(self._state())
+        early.check()
 
     def set_postfix_str(self, text: str) -> None:
         """What is shown behind the count, e.g. a loss, from the next line on."""

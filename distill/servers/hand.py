@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 from distill.errors import ServerError, StageConflictError
 from distill.recipe.experiment import Recipe
 from distill.recipe.models import ModelSpec
+from distill.run import early
 from distill.run.log import say
 from distill.servers.needs import ServerNeeds, needs_of
 from distill.servers.serving import FOLDER, announced, started
@@ -63,6 +64,7 @@ def _serve(recipe: Recipe, spec: ModelSpec, role: str, run: Path, trained: Path 
             try:
                 while True:
                     process.raise_if_dead()
+                    early.check()
                     time.sleep(0.5)
             except KeyboardInterrupt:
                 pass

@@ -11,18 +11,18 @@ import re
 import signal
 import socket
 import subprocess
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import psutil
 
 from distill.errors import IntegrityError, ServerError, visible
+from distill.run import early
 from distill.run.files import read_json, write_json
 from distill.run.log import duration_text, say
 
@@ -97,6 +97,7 @@ class ServerProcess:
         """
         start_s, pause_s, note_s = time.monotonic(), 0.05, _FIRST_NOTE_S
         while not answers():
+            early.check()
             self.raise_if_dead()
             waited_s = time.monotonic() - start_s
             if waited_s > timeout_s:
@@ -241,25 +242,6 @@ def _belongs(process: psutil.Process, found: dict[str, Any], has_session: bool) 
             return False
         return bool((has_session and os.getsid(process.pid) == found["pid"]) or process.environ().get(_MARK) == found["mark"])
     return False  # another user's, or gone
-
-
-@contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP end this process as an exception does, so that what it has started is ended first."""
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, stop) for number in numbers if signal.getsignal(number) is signal.SIG_DFL}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def free_port() -> int:

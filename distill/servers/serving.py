@@ -23,7 +23,7 @@ from distill.run.log import say
 from distill.run.manifest import read_manifest
 from distill.servers.commands import Command, command_for, takes_adapters, without_secrets
 from distill.servers.needs import ServerNeeds, within_model
-from distill.servers.process import ServerProcess, end_leftover, ended_by_signals, free_port, is_orphan
+from distill.servers.process import ServerProcess, end_leftover, free_port, is_orphan
 from distill.servers.weights import weights_for
 
 __all__ = ["Served", "ServerNeeds", "serving", "started"]
@@ -116,10 +116,7 @@ def started(
     assert server is not None
     name = _named(role, part)
     end_leftover(place / f"server-{name}.json")  # before anything else takes the device's memory
-    with (
-        ended_by_signals(),
-        weights_for(spec, role, place, trained, adapter, takes_adapters=takes_adapters(server)) as weights,
-    ):
+    with weights_for(spec, role, place, trained, adapter, takes_adapters=takes_adapters(server)) as weights:
         command = command_for(spec, role, weights, within_model(needs or ServerNeeds(), spec), free_port())
         log = place / f"server-{name}.log"
         shown_words = without_secrets(command.words)

@@ -22,6 +22,7 @@ from distill.errors import DataError
 from distill.recipe.experiment import Recipe
 from distill.recipe.traces import Curate
 from distill.run.clock import Clock
+from distill.run.early import EndedEarly
 from distill.run.folder import StageFolder
 from distill.run.journal import Journal
 from distill.run.log import Progress, progress
@@ -69,15 +70,18 @@ def _examine(traces: Path, evidence: Evidence, curate: Curate, journal: Journal)
     block: list[dict[str, Any]] = []
     bar = progress(len(evidence.prompts_R), "traces", "check traces", done=done)
     with bar, MathJudge(curate.check_timeout_s, curate.workers) as math:
-        for row, verdict in math.stream(_questions(traces, evidence, bar)):
-            evidence.note(row, verdict)
-            block.append({"row": row, "passed": verdict.passed, "reason": verdict.reason})
-            bar.update()
-            if len(block) == _BLOCK:
-                journal.append(block)
-                block = []
-        if block:
+        try:
+            for row, verdict in math.stream(_questions(traces, evidence, bar)):
+                evidence.note(row, verdict)
+                block.append({"row": row, "passed": verdict.passed, "reason": verdict.reason})
+                if len(block) == _BLOCK:
+                    journal.append(block)
+                    block = []
+                bar.update()
+        except EndedEarly:
             journal.append(block)
+            raise
+        journal.append(block)
 
 
 def _questions(traces: Path, evidence: Evidence, bar: Progress) -> Iterator[tuple[int, Pair]]:

@@ -18,6 +18,7 @@ from distill.models.processes import Processes
 from distill.recipe.experiment import Recipe
 from distill.recipe.learning import DEFAULT_EPOCHS, SchedulePart, Train
 from distill.run.clock import Clock, is_main_process
+from distill.run.early import held
 from distill.run.files import write_text
 from distill.run.folder import StageFolder
 from distill.run.log import say
@@ -93,7 +94,7 @@ def run(recipe: Recipe, number: int = 0, watchers: Sequence[TrainerCallback] = (
         watchers: Callbacks of the trainer besides the kit's own, called behind them.
     """
     # Only the main process takes the lock; the others wait until it has looked at the folder, and find the same files.
-    with open_stage(recipe, plan(recipe, number), hold=is_main_process()) as out:
+    with held(), open_stage(recipe, plan(recipe, number), hold=is_main_process()) as out:
         processes = Processes()
         processes.wait()
         if (out.path / MANIFEST).exists():
@@ -148,6 +149,7 @@ def _train(
     from distill.trainers.building import build_trainer, launch_of, trainer_arguments
     from distill.trainers.callbacks import MetricsFile, ProgressBar, StopOnNonFinite
     from distill.trainers.checkpoints import CheckpointMark
+    from distill.trainers.early import Endings, Interval, by_time
 
     clock, device = Clock(out.path), pick_device()
     arguments = trainer_arguments(recipe, material.train, out.path / "checkpoints", device)
@@ -159,12 +161,14 @@ def _train(
         rows = _rows(recipe, material, number, chat, stored)
     metrics, mark = out.path / "metrics.jsonl", CheckpointMark(processes, launch, checkpoint)
     bar = ProgressBar(len(rows.dataset), launch.rows_a_step)
-    callbacks = [MetricsFile(metrics), bar, StopOnNonFinite(), mark, *watchers]
+    endings = Endings(processes, Interval() if by_time(material.train.trainer_args) else None)
+    callbacks = [MetricsFile(metrics), bar, StopOnNonFinite(), mark, *watchers, endings]
     student = _student_to_train(recipe, material)
     trainer = build_trainer(recipe, material.train, student, arguments, rows, chat, stored, part=material.part, callbacks=callbacks)
     mark.trainer = trainer
     del student
     result = trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    endings.leave(trainer.state.max_steps)
     files = _save(recipe, out.path, trainer, processes)
     facts = clock.facts(
         method=material.train.method,
@@ -174,6 +178,7 @@ def _train(
         tokens=trainer.state.num_input_tokens_seen if material.train.is_live else trainer._total_train_tokens,
         tokenizer_digest=chat.tokenizer_digest,
         template_digest=chat.template_digest,
+        **endings.facts(),
         **_measured(trainer, device),
     )
     del trainer, mark, callbacks

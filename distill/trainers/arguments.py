@@ -6,7 +6,9 @@
 | lr_scheduler_type, warmup_steps | cosine, 0.03 of the steps | common to open-r1's and TRL's recipes |
 | rows of a step | 16, on a GPU one at once | below 32, where LoRA keeps up with full fine-tuning (same guide) |
 | num_train_epochs | 2 | a start; set it by the evaluation |
-| save_steps, save_total_limit | a tenth of the run, 2 | a killed job loses at most a tenth; two, so that a kill while saving leaves one |
+| save_steps | by time, see `trainers.early` | what a killed job loses, and what checkpoints cost, is time |
+| eval_steps | a tenth of the run | enough to see a curve; where the best checkpoint is kept, save_steps too |
+| save_total_limit | 2 | so that a kill while saving leaves one |
 | router_aux_loss_coef | 0 LoRA, the model's own full | an adapter leaves routers alone, so that none is to be balanced |
 | logging_nan_inf_filter | false | a hidden NaN looks like a good loss |
 """
@@ -30,10 +32,13 @@ from distill.recipe.experiment import Recipe
 from distill.recipe.learning import DEFAULT_EPOCHS, Train
 from distill.recipe.steps import AT_ONCE, DEFAULT_ROWS, PASSES, step_size
 from distill.run.log import say
+from distill.trainers.early import by_time
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
+_A_TENTH = 0.1  # of the run
+_ONLY_THE_LAST = 10**9  # steps; the trainer writes one at its end in any case
 _ON_GPUS_ALONE = {"fp16": "a CPU computes in fp32 here", "activation_offloading": "on a CPU activations are in its memory already"}
 
 
@@ -49,7 +54,7 @@ def training_arguments(recipe: Recipe, train: Train, output_dir: Path, device: t
     Raises:
         RecipeError: TRL or transformers refuses a value of `train.trainer_args`.
     """
-    given = {**default_arguments(recipe, device), **train.trainer_args, **step_arguments(train, device)}
+    given = {**default_arguments(recipe, device), **save_steps(train), **train.trainer_args, **step_arguments(train, device)}
     packing = bool(given.get("packing", False))
     if not {"bf16", "fp16"} & set(train.trainer_args):
         given |= precision_flags(device, recipe.student.dtype)
@@ -66,7 +71,8 @@ def training_arguments(recipe: Recipe, train: Train, output_dir: Path, device: t
     elif recipe.student.adapter.type == "lora":
         given.setdefault("router_aux_loss_coef", 0.0)  # the routers are left as they are
     if train.validation_prompts and "eval_strategy" not in train.trainer_args:
-        given |= {"eval_strategy": "steps", "eval_steps": train.trainer_args.get("eval_steps", given["save_steps"])}
+        steps = train.trainer_args.get("save_steps", _A_TENTH)
+        given |= {"eval_strategy": "steps", "eval_steps": train.trainer_args.get("eval_steps", steps)}
     section = "train.trainer_args" if train is recipe.train else "rollouts.trainer_args over train.trainer_args"
     return build_arguments(SFTConfig, given, section)
 
@@ -147,12 +153,16 @@ def default_arguments(recipe: Recipe, device: torch.device) -> dict[str, Any]:
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
-        "save_steps": 0.1,
         "save_total_limit": 2,
         "report_to": "none",
         "dataloader_pin_memory": not on_cpu,
         "ddp_find_unused_parameters": False,
     }
+
+
+def save_steps(train: Train) -> dict[str, float]:
+    """Steps from one checkpoint to the next, unless the recipe says it; where they come by time none is written by steps, but the last."""
+    return {"save_steps": _ONLY_THE_LAST if by_time(train.trainer_args) else _A_TENTH}
 
 
 def precision_flags(device: torch.device, setting: str) -> dict[str, bool]:

@@ -36,7 +36,14 @@ from distill.recipe.experiment import Recipe
 from distill.recipe.learning import OnPolicy, config_class
 from distill.run.schema import Message
 from distill.run.tables import read_rows
-from distill.trainers.arguments import build_arguments, default_arguments, precision_flags, step_arguments, training_dtype
+from distill.trainers.arguments import (
+    build_arguments,
+    default_arguments,
+    precision_flags,
+    save_steps,
+    step_arguments,
+    training_dtype,
+)
 from distill.trainers.rows import TrainingRows
 
 _WINDOW = 10  # logged steps over which the share of cut-off completions is taken
@@ -54,7 +61,8 @@ def live_arguments(recipe: Recipe, output_dir: Path, device: torch.device) -> Di
         RecipeError: TRL or transformers refuses a value of `train.trainer_args`.
     """
     train, settings = recipe.train, _settings(recipe)
-    given = {**default_arguments(recipe, device), **_method_arguments(recipe), **train.trainer_args, **step_arguments(train, device)}
+    defaults = {**default_arguments(recipe, device), **save_steps(train), **_method_arguments(recipe)}
+    given = {**defaults, **train.trainer_args, **step_arguments(train, device)}
     if not {"bf16", "fp16"} & set(train.trainer_args):
         given |= precision_flags(device, recipe.student.dtype)
     given |= {

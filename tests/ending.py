@@ -1,0 +1,70 @@
+"""Commands of the kit that send themselves signals at given places: the same at every run, whatever the machine does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import commands
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = ["-m", "distill.cluster.launch", "--multi_gpu", "--num_processes"]
+
+# Signals are words `rank:place:name`; a place is a step of training, a function's name, or rows that a bar of progress has counted.
+_SCRIPT = """
+import importlib, os, signal, sys
+rank, words = os.environ.get("RANK", "0"), [word.split(":") for word in sys.argv.pop(1).split()]
+
+def reach(place):
+    for found in [word for word in words if word[:2] == [rank, place]]:
+        words.remove(found)
+        os.kill(os.getpid(), getattr(signal, found[2]))
+
+def behind(module, name, place):
+    owner = importlib.import_module(module)
+    *path, name = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    plain = getattr(owner, name)
+    def called(*given, **more):
+        found = plain(*given, **more)
+        reach(place(given))
+        return found
+    setattr(owner, name, called)
+
+behind("distill.run.log", "Progress.update", lambda given: f"{given[0]._description}-{given[0].done}")
+if sys.argv[1] == "train":
+    for module, name in (
+        ("distill.trainers.encoded", "_batch"), ("distill.stages.train", "_student_to_train"), ("distill.stages.train", "_save"),
+        ("distill.trainers.checkpoints", "_sums"), ("distill.trainers.callbacks", "MetricsFile.on_train_begin"),
+    ):
+        behind(module, name, lambda given, name=name: name)
+    behind("distill.trainers.callbacks", "ProgressBar.on_step_end", lambda given: str(given[2].global_step))
+    from distill.train import main
+    main(sys.argv[2:])
+else:
+    from distill.cli import main
+    main()
+"""
+
+
+def told(signals: str, words: Sequence[str | Path], place: Path, *, processes: int = 0) -> subprocess.CompletedProcess[str]:
+    """What `distill WORDS` does when it is sent these signals; `train` stands for `distill.train`.
+
+    Args:
+        signals: Words `rank:place:name`, with blanks between.
+        words: Of the command line.
+        place: A folder for the script.
+        processes: That are launched; 0 for one without a launcher.
+    """
+    script = place / "told.py"
+    script.write_text(_SCRIPT)
+    line = [script, signals, *words]
+    if not processes:
+        return commands.run(line)
+    plain = [sys.executable, *LAUNCH, str(processes), *map(str, line)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(plain, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=900)
