@@ -218,13 +218,14 @@ def check(
     recipe: RecipePath,
     quick: Annotated[bool, typer.Option("--quick", help="A second, without torch: keys, folders, terms, the first rows.")] = False,
     processes: Annotated[int, typer.Option("--processes", min=1, help="That will train, where they are launched by accelerate.")] = 1,
+    launch: Annotated[Path | None, typer.Option("--launch", metavar="FILE", help="By which they are: accelerate's config file.")] = None,
 ) -> None:
     """Prove a recipe before anything is spent: keys, files, packages, tokens, lengths; and rehearse it with miniature models."""
     from distill.before import check as whole
     from distill.before import quick as short
 
     loaded = _load(recipe, context)
-    if not (short.run(loaded) if quick else whole.run(loaded, processes)):
+    if not (short.run(loaded, launch) if quick else whole.run(loaded, processes, launch)):
         raise typer.Exit(1)
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from distill.errors import ModelError, RecipeError
+from distill.errors import DistillError, ModelError, RecipeError
 
 WRITTEN = ("generate", "rollouts", "evaluate")
 """Stages whose traces several processes write, each a part."""
@@ -83,8 +83,10 @@ class Processes:
         """Inside, the process that first meets an error tells it and ends, upon which the launcher ends the others: they say nothing."""
         try:
             yield
-        except Exception:
+        except Exception as error:
             if self._group is None or self._is_first("failed"):
+                if isinstance(error, DistillError):
+                    error.tells_for_all = True
                 raise
             time.sleep(_ENDED_WITHIN_S)  # would it end at once, so might the first, before it has spoken
             sys.exit(1)
