@@ -96,7 +96,7 @@ class Processes:
         try:
             yield
         except Exception as error:
-            if self._group is None or self._is_first("failed"):
+            if self.group is None or self._is_first("failed"):
                 if isinstance(error, DistillError):
                     error.tells_for_all = True
                 raise
