@@ -21,7 +21,7 @@ from distill.data.files import Placed
 from distill.data.licences import check_terms
 from distill.data.mapping import PromptMapping
 from distill.data.sources import Source, brought_traces, heldout_problems, problems
-from distill.errors import DataError
+from distill.errors import DataError, visible
 from distill.recipe.experiment import Recipe
 from distill.recipe.launches import kind_here, kind_of, refuse_launch
 from distill.stages import run_dir, steps_of
@@ -51,6 +51,7 @@ def claims(recipe: Recipe, found: Findings, launch: Path | None = None) -> None:
     check_packages(recipe, found, importing=False)
     given = len(recipe.train.trainer_args)
     found.good("trainer arguments", f"{given} are given, of known names and types" if given else "the kit's own")
+    _check_templates(recipe, found)
     _check_sources(recipe, found)
 
 
@@ -94,6 +95,19 @@ def _terms(recipe: Recipe) -> str:
     sources = [*([brought] if brought else []), *([teacher] if not brought or recipe.score is not None else [])]
     notes = [note for author, licence in sources for note in check_terms(author, name, licence=licence, student=recipe.student.model)]
     return "; ".join(dict.fromkeys(notes)) or "nothing to note"
+
+
+def _check_templates(recipe: Recipe, found: Findings) -> None:
+    """Templates that are given as files, which the whole check reads."""
+    for role, spec in (("teacher", recipe.teacher), ("student", recipe.student)):
+        given = spec.chat_template if spec is not None else None
+        if given is None or given == "chatml":
+            continue
+        claim = f"{role}'s chat template"
+        if Path(given).is_file():
+            found.good(claim, given)
+        else:
+            found.bad(claim, f"{role}.chat_template: there is no file {visible(given, 200)}. Correct the path, or give chatml.")
 
 
 def _check_sources(recipe: Recipe, found: Findings) -> None:

@@ -19,7 +19,7 @@ from distill.errors import ServerError
 from distill.recipe.servers import Server
 from distill.servers import Call, Failure, Usage
 from distill.servers.addresses import Address, Addresses
-from distill.servers.answers import BrokenAnswerError
+from distill.servers.answers import BrokenAnswerError, spent_in_vain
 from distill.servers.faults import Fault
 from distill.servers.left import Watch
 from distill.servers.pace import Pace
@@ -191,9 +191,12 @@ class Client:
         while True:
             address = await self._addresses.pick(call)
             self._pace.over(self._addresses.count)
+            body: Any = None
             try:
-                answer = read(await self._sent(address, call), call)
+                body = await self._sent(address, call)
+                answer = read(body, call)
             except BrokenAnswerError as error:
+                self._spend(spent_in_vain(body))
                 detail = self._sender.redacted(error.detail)
                 fault, rest_s = Fault("row" if error.final else "retry", error.reason, detail), None
             except UnansweredError as error:
@@ -207,8 +210,7 @@ class Client:
                 raise ServerError(f"{address.url}{call.path}: {fault.reason.replace('_', ' ')}: {fault.detail}. {fault.advice}.")
             if fault.verdict == "row" or attempt >= self.server.max_retries:
                 return self._given_up(fault, address, attempt)
-            if self.spending is not None:
-                self.spending.add(Usage(retries=1))
+            self._spend(Usage(retries=1))
             await paused(attempt, self._pause_s, rest_s)
             attempt += 1
 
@@ -241,6 +243,9 @@ class Client:
             self._failed.clear()
         if not self._pace.is_fixed:
             self._pace.answered(usage.output_tokens or 1, waiting=any(run.todo for run in self._runs) or not self._runs)
+        self._spend(usage)
+
+    def _spend(self, usage: Usage) -> None:
         if self.spending is not None:
             self.spending.add(usage)
 
