@@ -18,6 +18,7 @@ from aiohttp import hdrs
 from distill.errors import ServerError, visible
 from distill.recipe.servers import Server
 from distill.servers import Call
+from distill.servers.deadlines import Deadline, Deadlines
 from distill.servers.faults import Fault, fault_of
 
 _MOST_BYTES = 512 * 2**20  # of an answer: 8,192 tokens of a prompt with 128 alternatives each take about 100 MiB
@@ -77,12 +78,11 @@ class Sender:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=300),  # as many as are in flight, which `Pace` bounds
             headers=headers,
+            timeout=aiohttp.ClientTimeout(sock_connect=min(_CONNECT_S, server.timeout_s)),  # the others are `Deadlines`
             trust_env=away,
             cookie_jar=aiohttp.DummyCookieJar(),
         )
-        silence, connect = server.timeout_s, min(_CONNECT_S, server.timeout_s)
-        self._whole = aiohttp.ClientTimeout(total=silence, sock_connect=connect)
-        self._stream = aiohttp.ClientTimeout(total=silence * _STREAM_FACTOR, sock_read=silence, sock_connect=connect)
+        self._deadlines = Deadlines(server.timeout_s)
 
     async def close(self) -> None:
         """Closes all connections."""
@@ -98,19 +98,17 @@ class Sender:
         Raises:
             UnansweredError: neither came whole.
         """
-        timeout = self._stream if call.streams else self._whole
+        method, data = ("GET", None) if call.body is None else ("POST", _encoded(call.body).encode())
         try:
-            if call.body is None:
-                response = await self._session.request("GET", url + call.path, timeout=timeout, allow_redirects=False)
-            else:
-                data = _encoded(call.body).encode()
-                response = await self._session.request("POST", url + call.path, data=data, timeout=timeout, allow_redirects=False)
-            try:
-                if response.status >= 300:
-                    raise self._refusal(response.status, response.headers, await _bytes_of(response, 2**20))
-                content = await _bytes_of(response, _MOST_BYTES)
-            finally:
-                response.release()
+            with Deadline(self._deadlines, _STREAM_FACTOR if call.streams else 1) as deadline:
+                response = await self._session.request(method, url + call.path, data=data, allow_redirects=False)
+                deadline.heard()
+                try:
+                    if response.status >= 300:
+                        raise self._refusal(response.status, response.headers, await _bytes_of(response, 2**20, deadline))
+                    content = await _bytes_of(response, _MOST_BYTES, deadline)
+                finally:
+                    response.release()
         except aiohttp.ClientConnectorError as error:
             raise UnansweredError(self._fault("unreachable", error), "address") from None
         except aiohttp.ConnectionTimeoutError as error:
@@ -142,12 +140,13 @@ def _is_stream(response: aiohttp.ClientResponse) -> bool:
     return response.headers.get(hdrs.CONTENT_TYPE, "").lower().startswith("text/event-stream")
 
 
-async def _bytes_of(response: aiohttp.ClientResponse, most: int) -> bytes:
+async def _bytes_of(response: aiohttp.ClientResponse, most: int, deadline: Deadline) -> bytes:
     """The body, of no more than so many bytes; of a stream up to `[DONE]`."""
     if response.content_length is not None and response.content_length <= most:
         return await response.read()
     streams, found = _is_stream(response), bytearray()
     async for chunk in response.content.iter_any():
+        deadline.heard()
         found += chunk
         if len(found) > most:
             raise UnansweredError(Fault("row", "too_large", f"the answer has over {most:,} bytes"))
