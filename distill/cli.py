@@ -280,11 +280,12 @@ def serve(
     context: typer.Context,
     recipe: RecipePath,
     role: Annotated[str, typer.Option("--role", metavar="ROLE", help="teacher, student (the last one trained) or base.")] = "teacher",
+    number: Annotated[int, typer.Option("--round", min=0, help="With role student: the one that writes in this on-policy round.")] = 0,
 ) -> None:
     """Start the server of a model by hand, as its stages would, until Ctrl-C; stages of the run find it and use it meanwhile."""
     from distill.pipeline import serve as serve_role
 
-    serve_role(_load(recipe, context), role)
+    serve_role(_load(recipe, context), role, number)
 
 
 @app.command()

@@ -30,6 +30,7 @@ from distill.stages import (
     WRITES,
     Step,
     folder,
+    previous_student,
     run_dir,
     steps_of,
     stop_before,
@@ -193,16 +194,25 @@ def _run(steps: Sequence[Step], recipe: Recipe) -> None:
                 say("the learning rate has not come to the end of its schedule; see rollouts.schedule_over")
 
 
-def serve(recipe: Recipe, role: str) -> None:
+def serve(recipe: Recipe, role: str, number: int = 0) -> None:
     """Starts the server of a role by hand, and ends it when it is interrupted.
 
+    Args:
+        recipe: The recipe.
+        role: `teacher`, `student` or `base`.
+        number: The student that writes in this round; 0: the last one trained.
+
     Raises:
-        RecipeError: there is no such role.
+        RecipeError: there is no such role, or round.
         MissingStageError: no student was trained yet.
     """
     if role not in get_args(ModelRole):
         raise RecipeError(f"--role: got {role!r}. Give one of {', '.join(get_args(ModelRole))}.")
-    trained = student_folder(recipe) if role == "student" else None
+    if number and (role != "student" or number > recipe.rounds):
+        raise RecipeError(f"--round {number}: is for role student, in a round from 1 to {recipe.rounds}. Leave it out, or correct it.")
+    trained = None
+    if role == "student":
+        trained = previous_student(recipe, number) if number else student_folder(recipe)
     if trained is not None:
         check_files(trained)
     importlib.import_module("distill.servers.hand").serve(recipe, role, run_dir(recipe), trained)

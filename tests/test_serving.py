@@ -51,7 +51,7 @@ if os.fork() == 0:
     os._exit(0)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        body = json.dumps({"data": [{"id": "tiny"}]}).encode()
+        body = json.dumps({"data": [{"id": args[args.index("--served-model-name") + 1]}]}).encode()
         self.send_response(200 if self.path != "/health" or "--sick" not in args else 503)
         self.end_headers()
         self.wfile.write(body)
@@ -59,7 +59,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         os._exit(7)
     def log_message(self, *_): pass
 print("listening", flush=True)
-http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+http.server.HTTPServer((args[args.index("--host") + 1], port), Handler).serve_forever()
 """
 
 
@@ -290,7 +290,7 @@ def test_a_server_is_started_and_ended_with_all_its_children(tiny: Path, tmp_pat
     for away in ((), ("--away",)):
         with serving(of_tiny(tiny, *away), "teacher", tmp_path, tmp_path) as served:
             assert served.how == "started" and served.model == "embedded:teacher"
-            assert json.load(urllib.request.urlopen(served.urls[0] + "/v1/models"))["data"][0]["id"] == "tiny"
+            assert json.load(urllib.request.urlopen(served.urls[0] + "/v1/models"))["data"][0]["id"] == served.model
             living = family(read_json(tmp_path / "server-teacher.json")["pid"])
             assert strangers(tmp_path, ()) == []  # a stage's folder may hold its log and its record
         assert gone(living) and not (tmp_path / "server-teacher.json").exists()
@@ -396,7 +396,7 @@ evaluate: {max_new_tokens: 64}
 
 
 @contextmanager
-def by_hand(tmp_path: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], Path, list[str]]]:
+def by_hand(tmp_path: Path, *words: str, until: str = "Ctrl-C ends it") -> Iterator[tuple[subprocess.Popen[str], Path, list[str]]]:
     """`distill serve`, once its server answers: the process, its run, and what it has said so far."""
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     command = [sys.executable, "-m", "distill", "serve", "recipe.yaml", "--run_dir", "run", *words]
@@ -407,7 +407,7 @@ def by_hand(tmp_path: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str]
             said: list[str] = []
             for line in process.stdout:
                 said.append(line)
-                if "Ctrl-C ends it" in line:
+                if until in line:
                     break
             else:
                 raise AssertionError("".join(said))

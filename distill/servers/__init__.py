@@ -11,6 +11,10 @@ process     a server's process: started, healthy, ended with its children
 commands    the command line that starts a server of each kind
 needs       what a server that is started must be able to do
 serving     the addresses of a role's model: given, found, or started for it
+left        addresses that `distill serve` leaves in a run: announced, read, awaited
+alive       whether a server answers, and which models it names
+nodes       where a job of a cluster runs, and how other nodes reach it
+spread      the commands of one server over several nodes
 opening     whoever writes or reads for a role of the recipe, here or behind a server
 """
 

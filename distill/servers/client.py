@@ -20,6 +20,7 @@ from distill.servers import Call, Failure, Usage
 from distill.servers.addresses import Address, Addresses
 from distill.servers.answers import BrokenAnswerError
 from distill.servers.faults import Fault
+from distill.servers.left import Watch
 from distill.servers.pace import Pace
 from distill.servers.sending import Sender, UnansweredError, key_of, paused
 from distill.servers.spending import Spending
@@ -41,6 +42,7 @@ class Client:
         spending: Counts what is used; none counts nothing.
         pause_s: First pause before a request is sent again, or a dead address is tried; each further one is twice as long.
         lives: Whether the server's process lives, of one that was started here.
+        watch: Where further addresses appear, of servers that `distill serve` starts.
 
     Raises:
         ServerError: the environment variable with the key is not set.
@@ -54,11 +56,12 @@ class Client:
         *,
         pause_s: float = 1.0,
         lives: Callable[[], bool] = lambda: True,
+        watch: Watch | None = None,
     ) -> None:
         self.server, self.spending, self._pause_s = server, spending, pause_s
         self._urls, self._key = list(urls), key_of(server)
         self._pace = Pace(server, len(urls))
-        self._addresses = Addresses(urls, server.timeout_s, pause_s, lives)
+        self._addresses = Addresses(urls, server.timeout_s, pause_s, lives, watch)
         self._runs: list[_Run[Any, Any]] = []
         self._failed: Counter[str] = Counter()
         self._succeeded = False
@@ -81,6 +84,11 @@ class Client:
             self._thread.join()
         if self.spending is not None:
             self.spending.keep()
+
+    @property
+    def addresses(self) -> int:
+        """How many share the work at this moment."""
+        return self._addresses.count
 
     def run(
         self, calls: Iterable[tuple[K, Call]], read: Callable[[Any, Call], T], usage_of: Callable[[T], Usage]
@@ -180,10 +188,11 @@ class Client:
             ServerError: the stage can't go on.
         """
         if self._sender is None:
-            self._sender = Sender(self.server, self._urls, self._key)
+            self._sender = Sender(self.server, self._key)
         attempt = 0
         while True:
             address = await self._addresses.pick(call)
+            self._pace.over(self._addresses.count)
             try:
                 answer = read(await self._sent(address, call), call)
             except BrokenAnswerError as error:

@@ -67,7 +67,7 @@ def takes_adapters(server: Server) -> bool:
     return server.kind == "vllm"
 
 
-def command_for(spec: ModelSpec, role: str, weights: Weights, needs: ServerNeeds, port: int) -> Command:
+def command_for(spec: ModelSpec, role: str, weights: Weights, needs: ServerNeeds, port: int, host: str = "127.0.0.1") -> Command:
     """The command that starts a model's server.
 
     Args:
@@ -76,6 +76,7 @@ def command_for(spec: ModelSpec, role: str, weights: Weights, needs: ServerNeeds
         weights: What it loads.
         needs: What it will be asked.
         port: That it listens on, unless the recipe's arguments name another.
+        host: Likewise; `0.0.0.0` listens on all of the machine's addresses.
 
     Raises:
         ServerError: it isn't there, or can't honour a key that was set.
@@ -84,12 +85,12 @@ def command_for(spec: ModelSpec, role: str, weights: Weights, needs: ServerNeeds
     assert server is not None
     refuse_what_it_cannot(spec, role)
     model, options = _OPTIONS[server.kind](spec, server, weights, needs)
-    words = [*program(server, role), *model, *merged({"--host": "127.0.0.1", "--port": str(port), **options}, server.args)]
+    words = [*program(server, role), *model, *merged({"--host": host, "--port": str(port), **options}, server.args)]
     given = value_of(words, "--port") or str(port)
     if not given.isdigit():
         raise ServerError(f"{role}.server.args: --port got {shown(given)}. Give a number, or leave it out.")
     name = ADAPTER_NAME if weights.adapter else value_of(words, "--served-model-name") or value_of(words, "--alias") or model[-1]
-    return Command(words, value_of(words, "--host") or "127.0.0.1", int(given), name, _environment(server, role))
+    return Command(words, value_of(words, "--host") or host, int(given), name, _environment(server, role))
 
 
 def program(server: Server, role: str) -> list[str]:

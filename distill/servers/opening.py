@@ -164,7 +164,7 @@ def _behind(
             batches = BatchEngine(server, protocol, sampling, place / f"batches-{role}.json", spent=spending.add, **how)
             yield Writer(batches, record, f"{device}, in batches", chat, server.max_failed, spending, warnings)
             return
-        with Client(server, served.urls, spending, lives=served.lives) as client:
+        with Client(server, served.urls, spending, lives=served.lives, watch=served.watch) as client:
             engine = ServerEngine(client, protocol, chat, sampling, context=_context(client, protocol, served.model), **how)
             yield Writer(engine, record, device, chat, server.max_failed, spending, warnings, engine.notes)
 

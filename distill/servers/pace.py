@@ -25,12 +25,24 @@ class Pace:
     """
 
     def __init__(self, server: Server, addresses: int) -> None:
-        at_once = FACTS[server.kind].at_once
+        self._at_once, self._addresses = FACTS[server.kind].at_once, addresses
         self._fixed = server.concurrency is not None
-        self._most = _MOST if at_once is None else at_once * addresses
+        self._most = _MOST if self._at_once is None else self._at_once * addresses
         self.limit = server.concurrency or min(_FIRST * addresses, self._most)
         self._climbs, self._best = True, 0.0
         self._lowered = False
+        self._begin()
+
+    def over(self, addresses: int) -> None:
+        """So many share the work from now on: one that is new gets as much as the first ones got."""
+        if addresses == self._addresses:
+            return
+        more, self._addresses = addresses - self._addresses, addresses
+        if self._fixed:
+            return
+        self._most = _MOST if self._at_once is None else self._at_once * addresses
+        self.limit = max(1, min(self.limit + max(more, 0) * _FIRST, self._most))
+        self._climbs, self._best = True, 0.0
         self._begin()
 
     def answered(self, work: int, *, waiting: bool) -> None:

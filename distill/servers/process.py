@@ -128,20 +128,10 @@ class ServerProcess:
 
     def last_words(self) -> str:
         """The end of its log for an error: what looks like the cause, if that stands further up, and the last lines."""
-        lines = self._tail()
-        last = lines[-_LINES:]
-        cause = next((line for line in lines[:-_LINES] if _CAUSE.search(line)), None)
-        shown = [*([cause, "..."] if cause else []), *last]
-        return f"Its last lines ({self.log}):\n" + "\n".join(f"    {line}" for line in shown) if shown else f"It said nothing ({self.log})."
+        return last_words(self.log, self._log_begins)
 
     def _tail(self) -> list[str]:
-        """The last lines that it wrote since it was started, harmless to show."""
-        with self.log.open("rb") as log:
-            size = log.seek(0, os.SEEK_END)
-            log.seek(max(self._log_begins, size - _TAIL_BYTES))
-            text = log.read().decode("utf-8", "replace")
-        lines = (line.rsplit("\r", 1)[-1].rstrip() for line in _COLOURS.sub("", text).replace("\r\n", "\n").split("\n"))
-        return [visible(line, _LONGEST) for line in lines if line]
+        return tail(self.log, self._log_begins)
 
     def end(self) -> None:
         """Ends it with all its children: asks first, and kills what lives on."""
@@ -154,6 +144,30 @@ class ServerProcess:
                 self._process.kill()
             self._process.wait()
         self.record.unlink(missing_ok=True)
+
+
+def last_words(log: Path, begins: int = 0) -> str:
+    """The end of a log for an error: what looks like the cause, if that stands further up, and the last lines.
+
+    Args:
+        log: The file.
+        begins: Bytes before what counts.
+    """
+    lines = tail(log, begins)
+    last = lines[-_LINES:]
+    cause = next((line for line in lines[:-_LINES] if _CAUSE.search(line)), None)
+    shown = [*([cause, "..."] if cause else []), *last]
+    return f"Its last lines ({log}):\n" + "\n".join(f"    {line}" for line in shown) if shown else f"It said nothing ({log})."
+
+
+def tail(path: Path, begins: int = 0) -> list[str]:
+    """The last lines of a log, harmless to show."""
+    with path.open("rb") as log:
+        size = log.seek(0, os.SEEK_END)
+        log.seek(max(begins, size - _TAIL_BYTES))
+        text = log.read().decode("utf-8", "replace")
+    lines = (line.rsplit("\r", 1)[-1].rstrip() for line in _COLOURS.sub("", text).replace("\r\n", "\n").split("\n"))
+    return [visible(line, _LONGEST) for line in lines if line]
 
 
 def end_leftover(record: Path) -> None:
@@ -244,8 +258,8 @@ def _belongs(process: psutil.Process, found: dict[str, Any], has_session: bool) 
     return False  # another user's, or gone
 
 
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on at this moment."""
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port of an address that nobody listens on at this moment."""
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.bind((host, 0))
         return int(listener.getsockname()[1])

@@ -22,6 +22,7 @@ from distill.recipe.experiment import Recipe
 from distill.servers import Call, Failure, Usage
 from distill.servers.answers import BrokenAnswerError
 from distill.servers.client import Client
+from distill.servers.left import patience_s
 from distill.servers.needs import needs_of
 from distill.servers.protocols import protocol_of
 from distill.servers.serving import Served, serving
@@ -54,14 +55,12 @@ class ServerScorer:
         protocol: Of the server.
         target: What is kept of a distribution.
         vocabulary: The teacher's tokens as the student's.
-        addresses: Among which requests are spread.
     """
 
     exact = False
 
-    def __init__(self, client: Client, protocol: Protocol, target: TargetSpec, vocabulary: VocabularyMap, addresses: int = 1) -> None:
+    def __init__(self, client: Client, protocol: Protocol, target: TargetSpec, vocabulary: VocabularyMap) -> None:
         self._client, self._protocol, self.target, self._vocabulary = client, protocol, target, vocabulary
-        self._in_flight = TOKENS_IN_FLIGHT * addresses
         self._all_shared = bool((vocabulary.student_ids != NONE).all())
         wanted = target.k if isinstance(target, TopK) else (1 if self._all_shared else _JUDGED)
         self._k = min(wanted, vocabulary.teacher_size)
@@ -76,7 +75,7 @@ class ServerScorer:
         group: list[AlignedRow] = []
         tokens = 0
         for row in (row for batch in batches for row in batch):
-            if group and tokens + len(row.teacher_ids) > self._in_flight:
+            if group and tokens + len(row.teacher_ids) > TOKENS_IN_FLIGHT * self._client.addresses:
                 yield self.score(group)
                 group, tokens = [], 0
             group.append(row)
@@ -177,15 +176,15 @@ class ServedThoughts(Thoughts):
         assert server is not None
         part, parts = _piece(self._part)
         self._spending = Spending(self._place, "teacher", shared(server, parts), part)
-        client = self._stack.enter_context(Client(server, served.urls, self._spending, lives=served.lives))
+        client = self._stack.enter_context(Client(server, served.urls, self._spending, lives=served.lives, watch=served.watch))
         protocol = protocol_of(server, served.model)
-        return ServerScorer(client, protocol, self.settings.target, self.vocabulary, len(served.urls))
+        return ServerScorer(client, protocol, self.settings.target, self.vocabulary)
 
     @cached_property
     def _served(self) -> Served:
         server = self.teacher.server
         assert server is not None
-        if server.is_started and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if server.is_started and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not patience_s():
             raise RecipeError(
                 "teacher.server: each of several processes would start a server of its own. Run `distill score` in one process, or start "
                 "the server by hand (`distill serve`) and give its url."
@@ -230,12 +229,12 @@ def open_reader(recipe: Recipe, place: Path, run: Path, vocabulary: VocabularyMa
     needs = replace(needs, logprobs=max(needs.logprobs, k))
     with (
         serving(spec, "teacher", place, run, needs=needs) as served,
-        Client(spec.server, served.urls, Spending(place, "teacher", spec.server), lives=served.lives) as client,
+        Client(spec.server, served.urls, Spending(place, "teacher", spec.server), lives=served.lives, watch=served.watch) as client,
     ):
         protocol = protocol_of(spec.server, served.model)
 
         def read(rows: Sequence[AlignedRow], target: TargetSpec) -> list[ScoredRow]:
-            scorer = ServerScorer(client, protocol, target, vocabulary, len(served.urls))
+            scorer = ServerScorer(client, protocol, target, vocabulary)
             return [row for scored in scorer.read([rows]) for row in scored]
 
         yield read

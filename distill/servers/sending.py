@@ -63,19 +63,19 @@ class Sender:
 
     Args:
         server: With time limits.
-        urls: That are sent to.
         key: Goes into a header, and nowhere else.
     """
 
-    def __init__(self, server: Server, urls: list[str], key: str | None) -> None:
+    def __init__(self, server: Server, key: str | None) -> None:
         self._server, self._key = server, key
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         headers |= {"Content-Type": "application/json", "User-Agent": "distill"}
-        away = any((urlsplit(url).hostname or "") not in _LOOPBACK for url in urls)
+        # The environment's proxies lead to addresses that the recipe gives: of its own servers' and a cluster's they know nothing.
+        away = any((urlsplit(url).hostname or "") not in _LOOPBACK for url in server.urls)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=300),  # as many as are in flight, which `Pace` bounds
             headers=headers,
-            trust_env=away,  # proxies
+            trust_env=away,
             cookie_jar=aiohttp.DummyCookieJar(),
         )
         silence, connect = server.timeout_s, min(_CONNECT_S, server.timeout_s)

@@ -39,7 +39,14 @@ class Weights:
 
 @contextmanager
 def weights_for(
-    spec: ModelSpec, role: str, place: Path, trained: Path | None, adapter: Adapter | None, *, takes_adapters: bool
+    spec: ModelSpec,
+    role: str,
+    place: Path,
+    trained: Path | None,
+    adapter: Adapter | None,
+    *,
+    takes_adapters: bool,
+    folder: str = MERGED,
 ) -> Iterator[Weights]:
     """What a server is to load, for as long as the context lasts.
 
@@ -50,6 +57,7 @@ def weights_for(
         trained: The folder of the train stage; null for a model as it is.
         adapter: What was trained.
         takes_adapters: Whether this kind of server loads one beside the model.
+        folder: Name of that for merged weights.
 
     Raises:
         ModelError: an adapter would have to be merged, and can't be.
@@ -61,18 +69,18 @@ def weights_for(
     if adapter.type == "full":
         yield Weights(str((trained / "model").absolute()))
         return
-    folder = (trained / "adapter").absolute()
-    reason = why_merged(folder) if takes_adapters else "this kind of server takes none"
+    saved = (trained / "adapter").absolute()
+    reason = why_merged(saved) if takes_adapters else "this kind of server takes none"
     if reason is None:
-        rank = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
-        yield replace(plain, adapter=folder, rank=next(allowed for allowed in _RANKS if allowed >= rank))
+        rank = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+        yield replace(plain, adapter=saved, rank=next(allowed for allowed in _RANKS if allowed >= rank))
         return
     if spec.quantization != "none":
         raise ModelError(
             f"{role}.server: the adapter would have to be merged ({reason}), and {role}.quantization {spec.quantization} allows no "
             "merging. Let this model run in this process (leave server out), or serve it with vllm."
         )
-    target = own_cache(place / MERGED)
+    target = own_cache(place / folder)
     try:
         yield replace(_merge(spec, trained, adapter, target, reason), merged=reason)
     finally:
