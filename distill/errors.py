@@ -15,10 +15,6 @@ _CONTROLS = frozenset({"Cc", "Cf", "Zl", "Zp", "Cs"})
 _JOINERS = "\u200c\u200d"  # of category Cf, but letters of Persian, Hindi and emoji hang on them
 
 
-EARLY = 75
-"""Exit code of a stage that was told by a signal to end: all that is finished is on disk, and there is more to do (EX_TEMPFAIL)."""
-
-
 class DistillError(Exception):
     """Root of all errors that are reported to the user without a traceback."""
 

@@ -22,7 +22,6 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 LAYERS = [
     {"__main__"},
     {"cli", "train", "library"},
-    {"cluster"},
     {"before"},
     {"pipeline"},
     {"stages"},
@@ -39,7 +38,6 @@ LAYERS = [
 ]
 TORCH_FREE = {
     "cli",
-    "cluster",
     "library",
     "pipeline",
     "reporting",
