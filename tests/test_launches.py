@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launches import FILES, dealt_out, in_two_processes, launch
+from launches import FILES, dealt_out, in_two_processes, launch, trained
 from test_kd import FULL, HALVES, Make, command, in_rounds, make, round_of, student_dir, teacher  # noqa: F401 (fixtures)
 from test_train import losses, traces
 
@@ -92,6 +92,38 @@ def test_every_launch_trains_every_method(kind: str, make: Make, teacher: Path) 
 def test_some_launches(file: str, kind: str, methods: tuple[str, ...], make: Make, teacher: Path) -> None:  # noqa: F811
     pytest.importorskip("bitsandbytes" if kind == "qlora" else "deepspeed", reason="needs the extra")
     same(works(file, kind, methods, make, teacher), works("ddp", kind, methods, make, teacher))
+
+
+@pytest.mark.slow
+def test_the_same_recipe_learns_the_same_on_1_2_and_4_processes(make: Make, teacher: Path) -> None:  # noqa: F811
+    """45 rows divide by none of these, nor by the rows of a step; kd, and a round of 48 rows in steps of 7."""
+    settings = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 2}
+
+    def both() -> dict[str, Path]:
+        kd = {"method": "kd", "global_batch_size": 8}
+        rounds = in_rounds(make, teacher, "sameround", 1, trainer_args=settings, train={"global_batch_size": 7})
+        return {"kd": make("samekd", trainer_args=settings, train=kd, count=45), "round": rounds}
+
+    made = {count: both() for count in (1, 2, 4)}
+    assert command("train", made[1]["kd"]) == command("train", made[1]["round"], "--round", "1") == 0
+    for count in (2, 4):
+        result = trained("ddp", list(made[count].values()), processes=count)
+        assert result.returncode == 0, result.stderr[-9000:]
+        for method, path in made[count].items():
+            student, alone = (folder_of(each, method) / "student" for each in (path, made[1][method]))
+            assert read_manifest(student).facts["world_size"] == count
+            assert losses(student) == pytest.approx(losses(alone), rel=1e-5) and len(losses(alone)) == {"kd": 6, "round": 7}[method]
+
+
+@pytest.mark.slow
+def test_what_trl_deals_out_itself_must_come_out_even(make: Make, teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    path = recipe(make, teacher, "on_policy", "lora")
+    steps = ("--train.global_batch_size", "8", "--train.trainer_args.per_device_train_batch_size", "null")
+    wrong = launch("ddp", ["-m", "distill.train", "--config", path, *steps], processes=3)
+    assert wrong.returncode == 1 and wrong.stderr.count("error: ") == 1
+    assert "8 can't be dealt out evenly to 3 processes. The nearest that can: 6 or 9" in wrong.stderr
+    command("check", path, *steps, "--processes", "3")
+    assert "8 can't be dealt out evenly to 3 processes" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow
