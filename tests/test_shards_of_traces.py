@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -97,12 +98,15 @@ def test_parts_on_the_command_line_survive_kills(tmp_path: Path, tiny_model_dir:
         prompts.run(asked)
         (tmp_path / "parts/recipe.yaml").write_text(recipe_text(asked))
         command = [sys.executable, "-m", "distill", "generate", str(tmp_path / "parts/recipe.yaml"), "--shard"]
+        journal = Part(0, 2).folder(tmp_path / "parts/run/traces") / "journal.jsonl"
         for kill in range(2):
             with subprocess.Popen([*command, "1/2"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
                 deadline = time.monotonic() + 120
-                while sum(server.asked.values()) < 6 * (kill + 1) and time.monotonic() < deadline:
+                # By what is on disk: when the server has answered, the answer may be on its way there.
+                while (not journal.exists() or journal.read_bytes().count(b"\n") < 4 * (kill + 1)) and time.monotonic() < deadline:
                     time.sleep(0.02)
                 process.kill()
+            assert process.returncode == -signal.SIGKILL and sum(server.asked.values()) < 21, "it was to be killed while it writes"
         server.delay_s = 0.0
         ended = [subprocess.run([*command, part], capture_output=True, text=True, timeout=300) for part in ("2/2", "1/2")]
         assert [each.returncode for each in ended] == [0, 0], ended[0].stderr + ended[1].stderr
