@@ -54,8 +54,14 @@ class Usage:
     """Times that one was sent again."""
 
     def __add__(self, other: Usage) -> Usage:
-        names = self.__dataclass_fields__
-        return Usage(**{name: getattr(self, name) + getattr(other, name) for name in names})
+        return Usage(
+            self.input_tokens + other.input_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.output_tokens + other.output_tokens,
+            self.reasoning_tokens + other.reasoning_tokens,
+            self.requests + other.requests,
+            self.retries + other.retries,
+        )
 
 
 @dataclass(frozen=True)
