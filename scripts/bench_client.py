@@ -1,10 +1,11 @@
 """What the client of servers costs beside a bare loop: the same requests by aiohttp alone, and by `distill.servers.client`.
 
 A stub in a process of its own answers at once, in raw asyncio. Both sides post the same JSON, keep as many in flight, and parse each
-answer. They take turns, because machines are shared; wall time and the processor time of this process (all its threads) are compared,
-and its resident memory is sampled through ours.
+answer; ours also counts what each used, as a stage has it. Because machines are shared they take short turns, each beginning every other
+one, and keep their connections over all turns; wall time and the processor time of this process (all its threads) are compared turn by
+turn, and resident memory is sampled through ours.
 
-    python scripts/bench_client.py [--requests 100000] [--in_flight 256] [--repeats 3]
+    python scripts/bench_client.py [--requests 100000] [--in_flight 256] [--turns 20]
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ import aiohttp
 from distill.recipe.servers import Server
 from distill.servers import Call, Failure, Usage
 from distill.servers.client import Client
+from distill.servers.spending import Spending
 
 ANSWER = {
     "id": "x",
@@ -70,42 +73,63 @@ def serve(told: Connection) -> None:
     asyncio.run(run())
 
 
-def bare(url: str, requests: int, in_flight: int) -> None:
+class Bare:
     """The bare loop: as many tasks as are in flight, each posting and parsing."""
 
-    async def run() -> None:
+    def __init__(self, url: str, in_flight: int) -> None:
+        self._url, self._in_flight, self._loop = url, in_flight, asyncio.new_event_loop()
+        self._session = self._loop.run_until_complete(self._opened())
+
+    async def _opened(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers={"Content-Type": "application/json"})
+
+    def take_turn(self, requests: int) -> None:
+        """Sends so many, and reads the answers."""
+        self._loop.run_until_complete(self._run(requests))
+
+    async def _run(self, requests: int) -> None:
         left = iter(range(requests))
-        connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(connector=connector, headers={"Content-Type": "application/json"}) as session:
 
-            async def work() -> None:
-                for _ in left:
-                    async with session.post(url + "/v1/completions", data=json.dumps(BODY).encode()) as response:
-                        assert json.loads(await response.read())["choices"]
+        async def work() -> None:
+            for _ in left:
+                async with self._session.post(self._url + "/v1/completions", data=json.dumps(BODY).encode()) as response:
+                    assert json.loads(await response.read())["choices"]
 
-            await asyncio.gather(*(work() for _ in range(in_flight)))
+        await asyncio.gather(*(work() for _ in range(self._in_flight)))
 
-    asyncio.run(run())
+    def close(self) -> None:
+        """Closes the connections."""
+        self._loop.run_until_complete(self._session.close())
+        self._loop.close()
 
 
-def ours(url: str, requests: int, in_flight: int, samples: list[float] | None = None) -> None:
-    """The client of the kit; resident MiB is sampled at each twentieth of the way."""
-    server = Server(kind="vllm", url=url, concurrency=in_flight)
-    calls: Iterator[tuple[int, Call]] = ((n, Call("/v1/completions", BODY)) for n in range(requests))
+class Ours:
+    """The client of the kit; resident MiB is noted after each turn."""
 
-    def read(body: Any, _: Call) -> Usage:
-        used = body["usage"]
-        return Usage(used["prompt_tokens"], 0, used["completion_tokens"], requests=1)
+    def __init__(self, url: str, in_flight: int) -> None:
+        server = Server(kind="vllm", url=url, concurrency=in_flight)
+        self._spending = Spending(None, "teacher", server)
+        self._client = Client(server, [url], self._spending)
+        self.resident_mib: list[float] = []
 
-    def usage_of(usage: Usage) -> Usage:
-        return usage
+    def take_turn(self, requests: int) -> None:
+        """Sends so many, and takes the answers."""
+        calls: Iterator[tuple[int, Call]] = ((n, Call("/v1/completions", BODY)) for n in range(requests))
 
-    with Client(server, [url]) as client:
-        answers = client.run(calls, read, usage_of)
-        for number, (_, answer) in enumerate(answers, start=1):
+        def read(body: Any, _: Call) -> Usage:
+            assert body["choices"]
+            used = body["usage"]
+            return Usage(used["prompt_tokens"], 0, used["completion_tokens"], requests=1)
+
+        answered = self._spending.usage.requests
+        for _, answer in self._client.run(calls, read, lambda usage: usage):
             assert not isinstance(answer, Failure)
-            if samples is not None and number % max(1, requests // 20) == 0:
-                samples.append(resident_mib())
+        assert self._spending.usage.requests == answered + requests
+        self.resident_mib.append(resident_mib())
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._client.close()
 
 
 def resident_mib() -> float:
@@ -125,26 +149,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--in_flight", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=20)
     asked = parser.parse_args()
     here, there = multiprocessing.Pipe()
     stub = multiprocessing.get_context("spawn").Process(target=serve, args=(there,), daemon=True)
     stub.start()
-    url, samples = f"http://127.0.0.1:{here.recv()}", list[float]()
-    both: list[tuple[tuple[float, float], tuple[float, float]]] = []
-    for _ in range(asked.repeats):
-        both.append(
-            (
-                timed(lambda: bare(url, asked.requests, asked.in_flight)),
-                timed(lambda: ours(url, asked.requests, asked.in_flight, samples)),
-            )
-        )
-    print(f"{asked.requests:,} requests, {asked.in_flight} in flight, medians of {asked.repeats}")
+    url, each = f"http://127.0.0.1:{here.recv()}", asked.requests // asked.turns
+    bare, ours = Bare(url, asked.in_flight), Ours(url, asked.in_flight)
+    for side in (bare, ours):
+        side.take_turn(4 * asked.in_flight)  # opens the connections
+    turns: list[dict[Bare | Ours, tuple[float, float]]] = []
+    for turn in range(asked.turns):
+        sides = (bare, ours) if turn % 2 else (ours, bare)
+        turns.append({side: timed(partial(side.take_turn, each)) for side in sides})
+    print(f"{each * asked.turns:,} requests of each, {asked.in_flight} in flight, in {asked.turns} turns")
     for index, name in enumerate(("wall", "processor")):
-        one, other = (statistics.median(pair[side][index] for pair in both) * 1e6 / asked.requests for side in (0, 1))
-        ratio = statistics.median(pair[1][index] / pair[0][index] for pair in both)
-        print(f"{name:<10} bare {one:7.1f} us a request   client {other:7.1f} us   ratio {ratio:.3f}")
-    print("resident MiB:", " ".join(f"{sample:.0f}" for sample in samples))
+        one, other = (statistics.median(turn[side][index] for turn in turns) * 1e6 / each for side in (bare, ours))
+        ratios = [turn[ours][index] / turn[bare][index] for turn in turns]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        whole = sum(turn[ours][index] for turn in turns) / sum(turn[bare][index] for turn in turns)
+        print(f"{name:<10} bare {one:.1f} us a request, client {other:.1f} us (medians); ratio of all turns {whole:.3f}, ", end="")
+        print(f"median of turns {middle:.3f}, quartiles {low:.3f} and {high:.3f}")
+    print("resident MiB after each turn:", " ".join(f"{sample:.0f}" for sample in ours.resident_mib))
+    for side in (bare, ours):
+        side.close()
     stub.terminate()
 
 

@@ -11,7 +11,7 @@ from distill.errors import ServerError
 from distill.recipe.base import Sampling
 from distill.recipe.models import ModelSpec
 from distill.run.schema import Message
-from distill.servers import Answer, Call, Failure, Usage
+from distill.servers import Answer, Call, Failure, Stream, Usage
 
 if TYPE_CHECKING:
     from distill.models.chat import ChatFormat
@@ -63,7 +63,8 @@ class Asking:
         found: dict[int, Seen] = {}
 
         def read(raw: Any, call: Call) -> Seen:
-            return Seen(self.protocol.answer(raw, call), raw)
+            whole = _whole(raw)
+            return Seen(self.protocol.answer(whole, call), whole)
 
         for place, seen in self._client.run(enumerate(calls), read, lambda seen: seen.answer.usage):
             if isinstance(seen, Failure):
@@ -81,7 +82,7 @@ class Asking:
     def samples(self, call: Call) -> int:
         """How many samples come where two are asked for in one request; of one that fails none."""
         asked = replace(call, body={**(call.body or {}), "n": 2})
-        counted = self._client.run([(0, asked)], lambda raw, _: _choices(raw), lambda _: Usage(requests=1))
+        counted = self._client.run([(0, asked)], lambda raw, _: _choices(_whole(raw)), lambda _: Usage(requests=1))
         return next((number for _, number in counted if isinstance(number, int)), 0)
 
     def raw(self, call: Call) -> Any:
@@ -117,6 +118,10 @@ def prompt_logprobs(raw: Any) -> int | None:
     places = choice.get("prompt_logprobs") or (raw.get("meta_info") or {} if isinstance(raw, dict) else {}).get("input_token_logprobs")
     tops = (raw.get("meta_info") or {} if isinstance(raw, dict) else {}).get("input_top_logprobs") or places
     return max((len(place) for place in tops or [] if place), default=None)
+
+
+def _whole(raw: Any) -> Any:
+    return raw.whole() if isinstance(raw, Stream) else raw
 
 
 def _choices(raw: Any) -> int:

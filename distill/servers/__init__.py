@@ -20,12 +20,28 @@ opening     whoever writes or reads for a role of the recipe, here or behind a s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from distill.engines.written import Alternatives, Failure
 
-__all__ = ["Alternatives", "Answer", "Call", "Failure", "Usage"]
+__all__ = ["Alternatives", "Answer", "Call", "Failure", "Stream", "Usage"]
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """An answer that comes in events, as far as it has come."""
+
+    def add(self, event: Any) -> None:
+        """One more event, as parsed JSON."""
+
+    def whole(self) -> dict[str, Any]:
+        """The one body that it would have been.
+
+        Raises:
+            BrokenAnswerError: it stopped before its end.
+        """
 
 
 @dataclass(frozen=True)
@@ -36,8 +52,8 @@ class Call:
     """Behind the server's address: `/v1/completions`."""
     body: dict[str, Any] | None = None
     """JSON that is posted; null is a GET."""
-    streams: bool = False
-    """Whether the answer comes as server-sent events."""
+    streams: Callable[[], Stream] | None = None
+    """What puts the events of a stream together; null where the answer comes whole."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +74,14 @@ class Usage:
     """Times that one was sent again."""
 
     def __add__(self, other: Usage) -> Usage:
-        names = self.__dataclass_fields__
-        return Usage(**{name: getattr(self, name) + getattr(other, name) for name in names})
+        return Usage(
+            self.input_tokens + other.input_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.output_tokens + other.output_tokens,
+            self.reasoning_tokens + other.reasoning_tokens,
+            self.requests + other.requests,
+            self.retries + other.retries,
+        )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from distill.servers.answers import (
     usage_of,
     whole_text,
 )
-from distill.servers.streams import folded
+from distill.servers.streams import ChoiceStream, folded
 from distill.servers.wire import Prompt, Protocol, merged, messages_of
 
 
@@ -55,11 +55,11 @@ class Chat(Protocol):
             together = self.server.kind == "together"
             body |= {"logprobs": max(logprobs, 1)} if together else {"logprobs": True, "top_logprobs": logprobs}
         body |= thinking(self.server.kind, kwargs or {})
-        return Call(self.path, self._with_further(self._seeded(body, "seed", seed)), streams=True)
+        return Call(self.path, self._with_further(self._seeded(body, "seed", seed)), streams=ChoiceStream)
 
     def answer(self, body: Any, call: Call) -> Answer:
         """An answer with its thought between think tags; see `Protocol`."""
-        told, asked = object_of(folded(body) if isinstance(body, list) else body), call.body or {}
+        told, asked = object_of(folded(body)), call.body or {}
         choice = first_choice(told)
         message = choice.get("message")
         if not isinstance(message, Mapping):

@@ -105,7 +105,7 @@ class Client:
 
         Args:
             calls: Consumed as room is made, in the caller's thread.
-            read: Of the JSON that came (of a stream the list of its events) what is wanted; in the client's thread. Where it raises
+            read: Of the JSON that came (of a stream `Call.streams`) what is wanted; in the client's thread. Where it raises
                 `BrokenAnswerError`, the request is sent again.
             usage_of: What an answer used.
 
@@ -138,7 +138,7 @@ class Client:
             self._cancel(run)
 
     def ask(self, call: Call) -> Any:
-        """The JSON (or events) that one request gets.
+        """The JSON (or stream) that one request gets.
 
         Raises:
             ServerError: it gets none.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from typing import Any
 
 from distill.recipe.base import Sampling
 from distill.servers import Answer, Call, Usage
 from distill.servers.alternatives import chat_entries, checked
 from distill.servers.answers import BrokenAnswerError, compared, counted, drawn, finish_of, object_of, refused, usage_of
+from distill.servers.streams import folded
 from distill.servers.wire import Prompt, Protocol, ids_of
 
 # Its own order draws the temperature last, so that top_p and min_p would look at other probabilities than everywhere else.
@@ -53,11 +55,11 @@ class LlamaServer(Protocol):
             "cache_prompt": True,
             "stream": True,
         }
-        return Call("/completion", self._with_further(self._seeded(_NEUTRAL | body, "seed", seed)), streams=True)
+        return Call("/completion", self._with_further(self._seeded(_NEUTRAL | body, "seed", seed)), streams=LlamaStream)
 
     def answer(self, body: Any, call: Call) -> Answer:
         """A completion with its ids; see `Protocol`."""
-        told, asked = object_of(_folded(body) if isinstance(body, list) else body), call.body or {}
+        told, asked = object_of(folded(body, LlamaStream)), call.body or {}
         refused(told)
         if "content" not in told:
             raise BrokenAnswerError("broken_answer", f"no content; the answer has {sorted(map(str, told))}")
@@ -114,15 +116,29 @@ def _usage(told: Mapping[str, Any]) -> tuple[Usage, dict[str, Any]]:
     return counted(usage_of({"usage": used}), None, None)
 
 
-def _folded(events: list[Any]) -> dict[str, Any]:
+class LlamaStream:
     """Its stream as one body: the last event tells everything but what was written."""
-    pieces = [event for event in events if isinstance(event, Mapping)]
-    for piece in pieces:
-        refused(piece)
-    if not pieces or not pieces[-1].get("stop"):
-        raise BrokenAnswerError("half_answer", "the stream stopped before it said why the answer ended")
-    return dict(pieces[-1]) | {
-        "content": "".join(str(piece.get("content") or "") for piece in pieces),
-        "tokens": [index for piece in pieces for index in piece.get("tokens") or []],
-        "completion_probabilities": [entry for piece in pieces for entry in piece.get("completion_probabilities") or []],
-    }
+
+    def __init__(self) -> None:
+        self._last: dict[str, Any] = {}
+        self._text, self._tokens, self._probabilities = StringIO(), list[Any](), list[Any]()
+
+    def add(self, event: Any) -> None:
+        """What an event says; one with an error is the last that counts."""
+        if isinstance(event, Mapping) and not self._last.get("error"):
+            self._last = dict(event)
+            self._text.write(str(event.get("content") or ""))
+            self._tokens += event.get("tokens") or []
+            self._probabilities += event.get("completion_probabilities") or []
+
+    def whole(self) -> dict[str, Any]:
+        """The one body.
+
+        Raises:
+            BrokenAnswerError: it stops before it says why it ended, or holds an error.
+        """
+        refused(self._last)
+        if not self._last.get("stop"):
+            raise BrokenAnswerError("half_answer", "the stream stopped before it said why the answer ended")
+        written = {"content": self._text.getvalue(), "tokens": self._tokens, "completion_probabilities": self._probabilities}
+        return self._last | written

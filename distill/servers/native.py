@@ -9,7 +9,7 @@ from distill.recipe.base import Sampling
 from distill.servers import Answer, Call
 from distill.servers.alternatives import checked, completion_entries, triple_entries
 from distill.servers.answers import BrokenAnswerError, compared, counted, drawn, finish_of, first_choice, object_of, refused, usage_of
-from distill.servers.streams import folded
+from distill.servers.streams import ChoiceStream, folded
 from distill.servers.wire import Prompt, Protocol, ids_of, merged
 
 _TOKENS_AT_ONCE = 16  # of a stream, which is there to show that a long answer is under way
@@ -50,11 +50,11 @@ class VLLM(Protocol):
         }
         if logprobs is not None:
             body |= {"logprobs": logprobs, "return_tokens_as_token_ids": True}
-        return Call("/v1/completions", self._with_further(self._seeded(_NO_PENALTIES | body, "seed", seed)), streams=True)
+        return Call("/v1/completions", self._with_further(self._seeded(_NO_PENALTIES | body, "seed", seed)), streams=ChoiceStream)
 
     def answer(self, body: Any, call: Call) -> Answer:
         """A completion with its ids; see `Protocol`."""
-        told, asked = object_of(folded(body) if isinstance(body, list) else body), call.body or {}
+        told, asked = object_of(folded(body)), call.body or {}
         choice = first_choice(told)
         if not isinstance(choice.get("text"), str):
             raise BrokenAnswerError("no_text", f"the choice has no text; it has {sorted(map(str, choice))}")

@@ -19,6 +19,7 @@ from distill.errors import ServerError, visible
 from distill.recipe.servers import Server
 from distill.servers import Call
 from distill.servers.deadlines import Deadline, Deadlines
+from distill.servers.events import Events
 from distill.servers.faults import Fault, fault_of
 
 _MOST_BYTES = 512 * 2**20  # of an answer: 8,192 tokens of a prompt with 128 alternatives each take about 100 MiB
@@ -93,7 +94,7 @@ class Sender:
         return visible(text.replace(self._key, "***") if self._key else text)
 
     async def send(self, url: str, call: Call) -> Any:
-        """Parsed JSON, or the list of the events of a stream.
+        """Parsed JSON; of a stream what `call.streams` made of its events, or their list where none was asked for.
 
         Raises:
             UnansweredError: neither came whole.
@@ -106,6 +107,8 @@ class Sender:
                 try:
                     if response.status >= 300:
                         raise self._refusal(response.status, response.headers, await _bytes_of(response, 2**20, deadline))
+                    if response.headers.get(hdrs.CONTENT_TYPE, "").lower().startswith("text/event-stream"):
+                        return await self._streamed(response, call, deadline)
                     content = await _bytes_of(response, _MOST_BYTES, deadline)
                 finally:
                     response.release()
@@ -120,9 +123,36 @@ class Sender:
             raise UnansweredError(self._fault("address", error, "stage"), None) from None
         except (aiohttp.ClientError, OSError) as error:
             raise UnansweredError(self._fault("connection", error), "server") from None
+        return self._parsed(content)
+
+    async def _streamed(self, response: aiohttp.ClientResponse, call: Call, deadline: Deadline) -> Any:
+        """A stream up to `[DONE]`; each event is read when it comes, so that no more is held than the answer."""
+        events, size = Events(), 0
+        listed: list[Any] = []
+        stream = call.streams() if call.streams is not None else None
+        add = stream.add if stream is not None else listed.append
+        async for chunk in response.content.iter_any():
+            deadline.heard()
+            size = _bounded(size + len(chunk), _MOST_BYTES)
+            for data in events.feed(chunk):
+                add(self._parsed(data))
+            if events.is_done:
+                with contextlib.suppress(TimeoutError):  # read to its end, a connection can be used again
+                    async with asyncio.timeout(_END_S):
+                        await response.content.readany()
+                break
+        for data in events.end():
+            add(self._parsed(data))
+        return listed if stream is None else stream
+
+    def _parsed(self, content: bytes) -> Any:
         if self._key_bytes and self._key_bytes in content:  # it goes into no file, whatever a server says
             content = content.replace(self._key_bytes, b"***")
-        return _events(content) if _is_stream(response) else _parsed(content)
+        try:
+            return json.loads(content.decode())  # UTF-8, as RFC 8259 has it: to find another out costs time at every answer
+        except (ValueError, RecursionError):
+            words = visible(content[:200].decode("utf-8", "replace"))
+            raise UnansweredError(Fault("retry", "broken_answer", f"no whole JSON came: {words}"), "server") from None
 
     def _fault(self, reason: str, error: BaseException, verdict: Any = "retry") -> Fault:
         words = visible(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, 300)
@@ -136,45 +166,22 @@ class Sender:
         return UnansweredError(fault, at, _rest_s(headers.get("Retry-After")))
 
 
-def _is_stream(response: aiohttp.ClientResponse) -> bool:
-    return response.headers.get(hdrs.CONTENT_TYPE, "").lower().startswith("text/event-stream")
-
-
 async def _bytes_of(response: aiohttp.ClientResponse, most: int, deadline: Deadline) -> bytes:
-    """The body, of no more than so many bytes; of a stream up to `[DONE]`."""
+    """The body, of no more than so many bytes."""
     if response.content_length is not None and response.content_length <= most:
         return await response.read()
-    streams, found = _is_stream(response), bytearray()
+    found = bytearray()
     async for chunk in response.content.iter_any():
         deadline.heard()
         found += chunk
-        if len(found) > most:
-            raise UnansweredError(Fault("row", "too_large", f"the answer has over {most:,} bytes"))
-        if streams and found[-32:].rstrip().endswith(b"data: [DONE]"):
-            with contextlib.suppress(TimeoutError):  # read to its end, a connection can be used again
-                async with asyncio.timeout(_END_S):
-                    await response.content.readany()
-            break
+        _bounded(len(found), most)
     return bytes(found)
 
 
-def _parsed(content: bytes) -> Any:
-    try:
-        return json.loads(content.decode())  # UTF-8, as RFC 8259 has it: to find another out costs time at every answer
-    except (ValueError, RecursionError):
-        words = visible(content[:200].decode("utf-8", "replace"))
-        raise UnansweredError(Fault("retry", "broken_answer", f"no whole JSON came: {words}"), "server") from None
-
-
-def _events(content: bytes) -> list[Any]:
-    """Events of a stream (WHATWG's server-sent events); comments, which keep a connection open, and `[DONE]` are left out."""
-    found = []
-    for block in content.replace(b"\r\n", b"\n").split(b"\n\n"):
-        lines = [line[5:].removeprefix(b" ") for line in block.split(b"\n") if line.startswith(b"data:")]
-        data = b"\n".join(lines).strip()
-        if data and data != b"[DONE]":
-            found.append(_parsed(data))
-    return found
+def _bounded(size: int, most: int) -> int:
+    if size > most:
+        raise UnansweredError(Fault("row", "too_large", f"the answer has over {most:,} bytes"))
+    return size
 
 
 def _rest_s(told: str | None) -> float | None:

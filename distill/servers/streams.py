@@ -3,51 +3,77 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
+from io import StringIO
 from typing import Any
 
+from distill.servers import Stream
 from distill.servers.answers import BrokenAnswerError, text_in
 
 _TEXTS = ("content", "reasoning_content", "reasoning", "thinking", "refusal")
 _LISTS = ("reasoning_details", "tool_calls")
 
 
-def folded(events: Iterable[Any]) -> dict[str, Any]:
+class ChoiceStream:
     """Events of a chat or completion stream as one body: texts joined, lists chained, of the rest what came last.
 
     A stream is whole if it told why it ended, whether or not `[DONE]` follows: some servers send none. One with an error in it
     becomes a body with that error.
-
-    Raises:
-        BrokenAnswerError: it stops before it says why it ended.
     """
-    body: dict[str, Any] = {}
-    choices: dict[int, _Choice] = {}
-    for event in events:
-        if not isinstance(event, Mapping):
-            continue  # `[DONE]`, or a comment that keeps a connection open
-        if event.get("error"):
-            return {"error": event["error"]}
+
+    def __init__(self) -> None:
+        self._body: dict[str, Any] = {}
+        self._choices: dict[int, _Choice] = {}
+        self._error: Any = None
+
+    def add(self, event: Any) -> None:
+        """What an event says."""
+        if self._error is not None or not isinstance(event, Mapping):
+            return
+        self._error = event.get("error") or None
         for name in ("model", "usage"):
             if event.get(name):
-                body[name] = event[name]
+                self._body[name] = event[name]
         for piece in event.get("choices") or []:
             if isinstance(piece, Mapping):
                 index = int(piece.get("index") or 0)
-                choices.setdefault(index, _Choice(index)).add(piece)
-    whole = [choices[index].whole() for index in sorted(choices)]
-    if not any(choice.get("finish_reason") for choice in whole):
-        raise BrokenAnswerError("half_answer", "the stream stopped before it said why the answer ended")
-    return body | {"choices": whole}
+                self._choices.setdefault(index, _Choice(index)).add(piece)
+
+    def whole(self) -> dict[str, Any]:
+        """The one body.
+
+        Raises:
+            BrokenAnswerError: it stops before it says why it ended.
+        """
+        if self._error is not None:
+            return {"error": self._error}
+        whole = [self._choices[index].whole() for index in sorted(self._choices)]
+        if not any(choice.get("finish_reason") for choice in whole):
+            raise BrokenAnswerError("half_answer", "the stream stopped before it said why the answer ended")
+        return self._body | {"choices": whole}
+
+
+def folded(body: Any, kind: Callable[[], Stream] = ChoiceStream) -> Any:
+    """A body whole: of a stream, or of the list of its events, the one that it would have been; any other as it is.
+
+    Raises:
+        BrokenAnswerError: the stream stopped before its end.
+    """
+    if not isinstance(body, list):
+        return body if isinstance(body, Mapping) or not isinstance(body, Stream) else body.whole()
+    stream = kind()
+    for event in body:
+        stream.add(event)
+    return stream.whole()
 
 
 class _Choice:
-    """A choice that grows; its texts are joined once, because a long thought comes in tens of thousands of pieces."""
+    """A choice that grows; its texts are joined as they come, because a long thought comes in tens of thousands of pieces."""
 
     def __init__(self, index: int) -> None:
         self._last: dict[str, Any] = {"index": index}
-        self._texts: defaultdict[str, list[str]] = defaultdict(list)
-        self._message: defaultdict[str, list[str]] | None = None
+        self._texts: defaultdict[str, StringIO] = defaultdict(StringIO)
+        self._message: defaultdict[str, StringIO] | None = None
         self._lists: defaultdict[tuple[str, str], list[Any]] = defaultdict(list)
 
     def add(self, piece: Mapping[str, Any]) -> None:
@@ -56,7 +82,7 @@ class _Choice:
             if name in ("delta", "message") and isinstance(value, Mapping):
                 self._add_message(value)
             elif name == "text" and isinstance(value, str):
-                self._texts[name].append(value)
+                self._texts[name].write(value)
             elif name == "token_ids" and isinstance(value, list):
                 self._lists["", name].extend(value)
             elif name == "logprobs" and isinstance(value, Mapping):
@@ -68,20 +94,20 @@ class _Choice:
 
     def _add_message(self, delta: Mapping[str, Any]) -> None:
         if self._message is None:
-            self._message = defaultdict(list)
+            self._message = defaultdict(StringIO)
         for name in _TEXTS:
             text = text_in(delta.get(name))
             if text is not None:
-                self._message[name].append(text)
+                self._message[name].write(text)
         for name in _LISTS:
             if delta.get(name):
                 self._lists["message", name].extend(delta[name])
 
     def whole(self) -> dict[str, Any]:
         """The choice as a body that is no stream has it."""
-        result = self._last | {name: "".join(parts) for name, parts in self._texts.items()}
+        result = self._last | {name: text.getvalue() for name, text in self._texts.items()}
         if self._message is not None:
-            result["message"] = {name: "".join(parts) for name, parts in self._message.items()}
+            result["message"] = {name: text.getvalue() for name, text in self._message.items()}
         for (place, name), entries in self._lists.items():
             (result.setdefault(place, {}) if place else result)[name] = entries
         return result

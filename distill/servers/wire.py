@@ -51,7 +51,7 @@ class Protocol(ABC):
         """What came back, as an answer; what differs from what was asked is in its `notes`.
 
         Args:
-            body: Parsed JSON, or the list of parsed events of a stream.
+            body: Parsed JSON, or the stream that the call asked for, or the list of the events of one that it did not.
             call: What was asked.
 
         Raises:
