@@ -83,7 +83,7 @@ def test_kd_goes_on_to_the_same_weights(recipe: Make, tmp_path: Path) -> None:  
 
 @pytest.mark.slow
 def test_two_processes_end_behind_the_same_step(recipe: Make) -> None:  # noqa: F811
-    """The other learns of it a step later; whether one is told, or both at different steps and once more while the checkpoint is written."""
+    """The other learns of it a step later; whether one is told, or both at different steps, and again while the checkpoint is written."""
     settings = SETTINGS | {"per_device_train_batch_size": 4}
     path, other = recipe("early", trainer_args=settings), recipe("undisturbed", trainer_args=settings)
     for signals, step in (("1:1:SIGUSR1", 2), ("0:3:SIGTERM 1:4:SIGTERM 1:_sums:SIGTERM", 4)):
