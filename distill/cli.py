@@ -59,11 +59,14 @@ Shard = Annotated[str, typer.Option("--shard", metavar="I/N", help="Only the I-t
 
 def main() -> None:
     """Entry point: whatever goes wrong becomes one message on stderr and exit code 1, without a traceback."""
+    from distill.models.processes import refuse_several
     from distill.run.failures import one_message
 
     with one_message():
         # An option of the program itself, which is found wherever it stands; behind a command it would be taken for a key.
         words = sorted(sys.argv[1:], key=lambda word: word != "--quiet")
+        if command := next((word for word in words if not word.startswith("-")), ""):
+            refuse_several(command)
         app(args=_with_stage_to_redo(words))
 
 
@@ -145,7 +148,8 @@ def _run_one(name: str, recipe: Recipe, *, number: int = 0, redo: bool = False, 
     """Runs a stage alone, unless what was made from it would be lost by that."""
     from distill.before.outlook import refuse_what_follows
     from distill.errors import RecipeError
-    from distill.pipeline import rounds_are_over, run_shard, run_stage
+    from distill.models.processes import leave
+    from distill.pipeline import rounds_are_over, run_score_shard, run_shard, run_stage
     from distill.run.clock import is_main_process
     from distill.stages import Step
 
@@ -155,10 +159,13 @@ def _run_one(name: str, recipe: Recipe, *, number: int = 0, redo: bool = False, 
         return
     if is_main_process() and not redo:
         refuse_what_follows(recipe, Step(name, number))
-    if shard:
+    if shard and name == "score":
+        run_score_shard(recipe, shard, number=number)
+    elif shard:
         run_shard(name, recipe, shard, number=number)
     else:
         run_stage(name, recipe, number=number, redo=redo)
+    leave()
 
 
 def _stage_command(name: str, help_text: str) -> None:
@@ -173,7 +180,7 @@ _stage_command("prompts", "Read the problems, and split held-out ones off.")
 
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
 def generate(context: typer.Context, recipe: RecipePath, redo: Redo = False, shard: Shard = "") -> None:
-    """Let the teacher write traces, or bring finished ones in."""
+    """Let the teacher write traces, or bring finished ones in; on several GPUs: accelerate launch -m distill generate."""
     _run_one("generate", _load(recipe, context), redo=redo, shard=shard)
 
 
@@ -182,20 +189,8 @@ _stage_command("curate", "Check the traces, and choose those to learn from.")
 
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
 def score(context: typer.Context, recipe: RecipePath, redo: Redo = False, number: Round = 0, shard: Shard = "") -> None:
-    """Let the teacher read finished traces, and store its distributions; in several processes: accelerate launch -m distill score."""
-    from distill.errors import RecipeError
-    from distill.models.processes import leave
-    from distill.pipeline import rounds_are_over, run_score_shard
-    from distill.stages import Step
-
-    loaded = _load(recipe, context)
-    if shard and redo:
-        raise RecipeError("--redo with --shard would delete the other parts too. Run `distill score` with --redo, or delete the folder.")
-    if shard and not rounds_are_over(loaded, Step("score", number)):
-        run_score_shard(loaded, shard, number=number)
-    elif not shard:
-        _run_one("score", loaded, number=number, redo=redo)
-        leave()
+    """Let the teacher read finished traces, and store its distributions; on several GPUs: accelerate launch -m distill score."""
+    _run_one("score", _load(recipe, context), number=number, redo=redo, shard=shard)
 
 
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
@@ -206,13 +201,13 @@ def train(context: typer.Context, recipe: RecipePath, redo: Redo = False, number
 
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
 def rollouts(context: typer.Context, recipe: RecipePath, redo: Redo = False, number: Round = 1, shard: Shard = "") -> None:
-    """Let the current student write the traces of an on-policy round."""
+    """Let the current student write the traces of a round; on several GPUs: accelerate launch -m distill rollouts."""
     _run_one("rollouts", _load(recipe, context), number=number, redo=redo, shard=shard)
 
 
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
 def evaluate(context: typer.Context, recipe: RecipePath, redo: Redo = False, shard: Shard = "") -> None:
-    """Measure base, student and teacher on the held-out prompts."""
+    """Measure base, student and teacher on the held-out prompts; on several GPUs: accelerate launch -m distill evaluate."""
     _run_one("evaluate", _load(recipe, context), redo=redo, shard=shard)
 
 
@@ -226,13 +221,14 @@ def check(
     recipe: RecipePath,
     quick: Annotated[bool, typer.Option("--quick", help="A second, without torch: keys, folders, terms, the first rows.")] = False,
     processes: Annotated[int, typer.Option("--processes", min=1, help="That will train, where they are launched by accelerate.")] = 1,
+    launch: Annotated[Path | None, typer.Option("--launch", metavar="FILE", help="By which they are: accelerate's config file.")] = None,
 ) -> None:
     """Prove a recipe before anything is spent: keys, files, packages, tokens, lengths; and rehearse it with miniature models."""
     from distill.before import check as whole
     from distill.before import quick as short
 
     loaded = _load(recipe, context)
-    if not (short.run(loaded) if quick else whole.run(loaded, processes)):
+    if not (short.run(loaded, launch) if quick else whole.run(loaded, processes, launch)):
         raise typer.Exit(1)
 
 

@@ -22,6 +22,9 @@ EARLY = 75
 class DistillError(Exception):
     """Root of all errors that are reported to the user without a traceback."""
 
+    tells_for_all = False
+    """Whether this process was the first of its launch to meet an error, and the others say nothing."""
+
 
 class RecipeError(DistillError, ValueError):
     """A recipe, or an override of it on the command line, can't be used."""

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from distill.errors import RecipeError, ServerDiedError, visible
-from distill.models.processes import Processes
+from distill.models.launched import refuse_own_servers, say_idle
+from distill.models.processes import SEVERAL, WRITTEN, Processes, refuse_several
 from distill.recipe.experiment import Recipe
 from distill.recipe.results import ModelRole
 from distill.run import early
@@ -18,7 +19,7 @@ from distill.run.folder import delete_stage, refuse_to_delete
 from distill.run.log import ledger, nothing_to_do, say
 from distill.run.manifest import MANIFEST, Manifest, check_files, read_manifest
 from distill.run.owned import EARLIER, JOBS, LOGS
-from distill.run.parts import part_of
+from distill.run.parts import Part, begun, part_of
 from distill.run.verify import Layout, refuse_damaged_inputs, verify
 from distill.stages import (
     CACHE,
@@ -66,7 +67,13 @@ def run_stage(name: str, recipe: Recipe, *, number: int = 0, redo: bool = False)
     # In `earlier` stands what comes back if it is asked for.
     there = [place for place in (target, target / EARLIER) if (place / MANIFEST).exists()] if is_main_process() else []
     done_before = read_manifest(there[0]).digest if there else None
-    manifest: Manifest = _with_server(lambda: call(Step(name, number), recipe, "run"))
+    refuse_several(name)
+    if name in SEVERAL and not (target / MANIFEST).exists():
+        refuse_own_servers(recipe, name)
+        say_idle(recipe, name)
+    processes = Processes()
+    with processes.ending_together():
+        manifest: Manifest = _with_server(lambda: _run_stage(Step(name, number), recipe, processes))
     nothing_done = manifest.digest == done_before
     say(nothing_to_do(manifest, target) if nothing_done else ledger(manifest, unit=_UNITS.get(name, "rows")), result=True)
     return manifest
@@ -85,6 +92,28 @@ def _with_server(work: Callable[[], Any]) -> Any:
     raise AssertionError("the last one raises")
 
 
+def _run_stage(step: Step, recipe: Recipe, processes: Processes) -> Manifest:
+    """A stage in this process, or its share of it; stages `score` and `train` deal out their work themselves."""
+    together = processes.count > 1 and step.stage in WRITTEN
+    place = folder(recipe, *step)
+    if together and (step.stage != "generate" or recipe.traces is None):
+        parts = processes.gather(None if processes.rank else begun(place))[0] or processes.count
+        for index in range(processes.rank, parts, processes.count):
+            _write_part(step, recipe, Part(index, parts))
+        processes.wait()
+    found: Manifest | None = None if together and processes.rank else call(step, recipe, "run")  # which puts the parts together
+    if together:
+        processes.wait()
+    return found or read_manifest(place)
+
+
+def _write_part(step: Step, recipe: Recipe, part: Part, *, completes: bool = False) -> Manifest | None:
+    module = importlib.import_module(f"distill.stages.{step.stage}")
+    rounds = [step.number] if step.stage in ROUND_STAGES else []
+    found: Manifest | None = module.run_shard(recipe, part, *rounds, completes=completes)
+    return found
+
+
 def call(step: Step, recipe: Recipe, what: str) -> Any:
     """Calls `run` or `plan` of a step's stage."""
     name = "import_traces" if step.stage == "generate" and recipe.traces is not None else step.stage
@@ -95,7 +124,8 @@ def call(step: Step, recipe: Recipe, what: str) -> Any:
 def run_score_shard(recipe: Recipe, shard: str, *, number: int = 0) -> None:
     """Scores one part of the traces, `i/n` counted from 1; whoever finds all parts there completes the stage."""
     module = importlib.import_module("distill.stages.score")
-    _with_server(lambda: module.run_shard(recipe, shard, number))
+    with Processes().ending_together():
+        _with_server(lambda: module.run_shard(recipe, shard, number))
 
 
 def run_shard(name: str, recipe: Recipe, shard: str, *, number: int = 0) -> None:
@@ -104,7 +134,7 @@ def run_shard(name: str, recipe: Recipe, shard: str, *, number: int = 0) -> None
     Args:
         name: `generate`, `rollouts` or `evaluate`.
         recipe: The recipe.
-        shard: `i/n`, counted from 1.
+        shard: `i/n`, counted from 1; every process of a launch takes a part of it.
         number: Of the on-policy round.
 
     Raises:
@@ -112,11 +142,19 @@ def run_shard(name: str, recipe: Recipe, shard: str, *, number: int = 0) -> None
     """
     if name == "generate" and recipe.traces is not None:
         raise RecipeError("--shard: the recipe brings its traces (section traces), and none are written. Leave it out.")
-    part, target = part_of(shard), folder(recipe, name, number)
+    asked, target, step = part_of(shard), folder(recipe, name, number), Step(name, number)
     done_before = (target / MANIFEST).exists() and read_manifest(target).digest
-    module = importlib.import_module(f"distill.stages.{name}")
-    rounds = [number] if name in ROUND_STAGES else []
-    manifest: Manifest | None = _with_server(lambda: module.run_shard(recipe, part, *rounds))
+    refuse_own_servers(recipe, name)
+    processes = Processes()
+    part = Part(asked.index * processes.count + processes.rank, asked.count * processes.count)
+    with processes.ending_together():
+        if processes.count > 1:
+            _write_part(step, recipe, part)
+            processes.wait()
+        manifest = None
+        if is_main_process():  # it looks whether all parts are there
+            manifest = _with_server(lambda: _write_part(step, recipe, part, completes=True))
+        processes.wait()
     if manifest is not None:
         nothing_done = manifest.digest == done_before
         say(nothing_to_do(manifest, target) if nothing_done else ledger(manifest, unit=_UNITS[name]), result=True)
@@ -227,8 +265,8 @@ def verify_run(run: Path) -> bool:
     Raises:
         MissingStageError: it holds no stage.
     """
-    known = ("failed-*.log", f"{SERVERS}/*", f"{SWEEP}/*", f"{JOBS}/*", f"{LOGS}/*")
-    found = verify(run, Layout(RECIPE, CACHE, known, MARKS, WRITES))
+    kept = ("failed-*.log", *(f"{place}/*" for place in (SERVERS, SWEEP, JOBS, LOGS)))
+    found = verify(run, Layout(RECIPE, CACHE, kept, MARKS, WRITES))
     for kind, path, why in found.faults:
         say(f"{kind:<8}  {visible(str(path))}" + (f"  ({why})" if why else ""), result=True)
     under_way = f"; {found.unknown:,} of stages under way have no digest yet" if found.unknown else ""

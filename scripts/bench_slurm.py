@@ -13,6 +13,7 @@ nodes share is in it: on one, an open costs about a millisecond more.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import subprocess
@@ -82,7 +83,7 @@ def recipe_for(run: Path, limit: int) -> Recipe:
             "prompts": {"source": "embedded:arithmetic"},
             "generate": {"max_new_tokens": limit},
             "curate": {"checks": []},
-            "score": {"target": {"kind": "top_k", "k": 16}, "verify_rows": 0},
+            "score": {"target": {"kind": "top_k", "k": 16}, "batch_size": 64, "verify_rows": 0},
             "train": {"method": "kd", "max_length": 2 * limit},
         }
     )
@@ -155,7 +156,8 @@ def measure(shape: Shape, tokens: int, limit: int, stages: list[str]) -> Iterato
         if "score" in stages:
             write_curated(recipe, prompts, tokens)
             for part in range(1, shape.parts):
-                score.run_shard(recipe, f"{part}/{shape.parts}")
+                with contextlib.redirect_stdout(sys.stderr):  # each says how many are missing
+                    score.run_shard(recipe, f"{part}/{shape.parts}")
             # The last one's own work is in its cost too: one part of so many.
             yield "score", last_task(recipe, "score", f"{shape.parts}/{shape.parts}")
 

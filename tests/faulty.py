@@ -108,7 +108,7 @@ class Faulty:
             request.transport.abort()
             return web.Response()
         if fault == "no_choices":
-            return web.json_response({"id": "x", "model": "tiny"})
+            return web.json_response({"id": "x", "model": "tiny", "usage": whole["usage"]})
         if fault == "half_json":
             return web.Response(text=json.dumps(whole)[:-9], content_type="application/json")
         streams = bool(body.get("stream"))

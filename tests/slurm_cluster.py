@@ -126,26 +126,28 @@ class Cluster:
         end_s = time.monotonic() + LIMIT_S
         while not holds():
             assert time.monotonic() < end_s, f"not within {LIMIT_S} s: {what}\n{self.run('scontrol', 'show', 'job')}\n{self.last_words()}"
+            self._start_requeued()
             time.sleep(_PAUSE_S)
 
     def until_ended(self, first: int = 0) -> list[dict[str, str]]:
-        """Waits until no job is left to run, and returns those from a number on; requeued ones start now."""
+        """Waits until no job is left to run, and returns those from a number on; one that never can is an error."""
 
         def none_left() -> bool:
             left = [line.split("|") for line in self.run("squeue", "-h", "-r", "-t", "all", "-o", "%A|%T|%r").splitlines()]
             left = [each for each in left if each[1] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")]
-            for number, state, reason in left:
+            for number, _, reason in left:
                 assert reason not in ("DependencyNeverSatisfied", "JobHeldUser", "JobHeldAdmin"), f"job {number} waits for ever: {reason}"
-                if (state, reason) == ("PENDING", "BeginTime"):
-                    self.start_now(number)
             return not left
 
         self.until(none_left, "all jobs end")
         return [job for job in self.jobs() if int(job.get("ArrayJobId", job["JobId"])) >= first]
 
-    def start_now(self, number: int | str) -> None:
-        """A requeued job waits for a while otherwise; nothing where it has started meanwhile."""
-        subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], env=self.environment, capture_output=True)
+    def _start_requeued(self) -> None:
+        """Jobs that were queued again would wait for a while."""
+        for line in self.run("squeue", "-h", "-r", "-t", "PENDING", "-o", "%A|%r").splitlines():
+            number, reason = line.split("|")
+            if reason == "BeginTime":
+                subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], env=self.environment, capture_output=True)
 
     def preempt(self) -> int:
         """Submits a job that is more urgent than all others, needs both nodes, and ends at once; returns its number."""
@@ -266,7 +268,9 @@ class _Keeper:
                 return
             for line in os.read(fifo, 4096).decode().splitlines() if fifo in ready else []:
                 verb, node = line.split()
+                self._say(f"begins {line}")
                 {"down": self.down, "up": self.up}[verb](node)
+                self._say(f"has done {line}")
             self._reap()
 
     def end(self) -> None:
@@ -277,6 +281,10 @@ class _Keeper:
                     child.kill()
             self._reap()
             time.sleep(0.01)
+
+    def _say(self, what: str) -> None:
+        with (self.folder / "keeper.log").open("a") as log:
+            log.write(f"{time.strftime('%FT%T')} {what}\n")
 
     def _reap(self) -> None:
         with suppress(ChildProcessError):

@@ -20,6 +20,8 @@ from distill.recipe.base import Sampling
 from distill.recipe.experiment import Recipe
 from distill.recipe.reading import load_recipe
 from distill.recipe.servers import Price
+from distill.run.files import write_json
+from distill.servers.left import identity
 from distill.stages.prompts import survey
 
 KEY = "KEY_OF_A_TEST"
@@ -174,3 +176,23 @@ def test_stages_that_ask_a_server(path: Path) -> None:
     recipe = recipe_of(path, "{kind: deepseek}")
     assert jobs_of(recipe, "teacher", 10, 4)[0].stage == "generate"
     assert {job.stage for job in jobs_of(recipe, "student", 10, 4)} <= {"evaluate"}
+
+
+def test_one_that_distill_serve_has_started_is_asked(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_of(path, f"{{kind: vllm, python: {sys.executable}}}")
+    assert recipe.teacher is not None
+    with Answering() as server:
+        told = {"url": server.url, "model": "tiny", "holds": identity(recipe.teacher, None), "context": 100_000, "logprobs": 20}
+        (tmp_path / "run" / "servers").mkdir(parents=True)
+        write_json(tmp_path / "run" / "servers" / "teacher-7.json", told)
+        holds, text = asked(recipe, capsys)
+        assert holds and f"teacher's server, by distill serve  at {server.url}" in text and "at 16 requests at once" in text, text
+        write_json(tmp_path / "run" / "servers" / "teacher-7.json", told | {"holds": "something else"})
+        holds, text = asked(recipe, capsys)
+        assert not holds and "it holds another model" in text
+
+
+def test_a_template_that_is_not_there_is_found_in_a_second(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = load_recipe(path, ["--student.chat_template", str(tmp_path / "absent.jinja")])
+    assert not quick.run(recipe, there=False)
+    assert "student.chat_template: there is no file" in capsys.readouterr().out

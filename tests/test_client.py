@@ -245,3 +245,18 @@ def test_a_question_between_answers_does_not_wait_for_room() -> None:
             next(answers)
             assert client.ask(protocol.models())["data"]
             assert len(list(answers)) == 49
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_tokens_of_answers_that_are_of_no_use_are_counted(streams: bool) -> None:
+    with faulty(share=0.5, faults=("no_choices",)) as server:
+        spending = Spending(None, "teacher", server_at(server.url))
+        found = written(server_at(server.url), 40, streams=streams, spending=spending)
+        asked = server.asked
+    used = {
+        json.dumps([call.body["prompt"], call.body["seed"]]): number for number, call in calls_of(server_at(server.url), 40) if call.body
+    }
+    answers = {name: found[number] for name, number in used.items()}
+    assert all(isinstance(answer, Answer) for answer in answers.values()) and asked.total() > 40
+    expected = sum(asked[name] * answer.usage.output_tokens for name, answer in answers.items() if isinstance(answer, Answer))
+    assert spending.usage.output_tokens == expected and spending.usage.requests == 40

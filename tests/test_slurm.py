@@ -42,10 +42,10 @@ def _measured_alike(alone: Path, run: Path) -> None:
     correct = {}
     for place in (alone, run):
         rows = read_rows(place / "eval", "answers")
-        correct[place] = {(row["author"], row["prompt_id"], row["sample_index"]): row for row in rows}
+        correct[place] = {(row["model_role"], row["prompt_id"], row["sample_index"]): row for row in rows}
     assert correct[alone].keys() == correct[run].keys() and len(correct[run]) == 3 * 24
     differ = [key for key, row in correct[alone].items() if row != correct[run][key]]
-    assert {author for author, *_ in differ} <= {"student"} and len(differ) <= 3, differ
+    assert {role for role, *_ in differ} <= {"student"} and len(differ) <= 3, differ
 
 
 def _logs_say_what_ran(run: Path) -> None:

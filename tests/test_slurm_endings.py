@@ -116,7 +116,6 @@ def test_training_goes_on_through_a_signal_preemption_and_a_dead_node(slurm: Clu
     slurm.until(reached(metrics, so_far + 4), "the second job trains")
     slurm.preempt()
     slurm.until(lambda: slurm.job(numbers[1])["Restarts"] == "1", "it is preempted")
-    slurm.start_now(numbers[1])
     so_far = lines(metrics)
     slurm.until(reached(metrics, so_far + 4), "it trains again")
     slurm.down("node2")

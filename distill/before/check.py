@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -36,15 +37,16 @@ _ARRAY = "SLURM_ARRAY_TASK_ID"
 _REFERENCES = 200  # that are looked at
 
 
-def run(recipe: Recipe, processes: int = 1) -> bool:
+def run(recipe: Recipe, processes: int = 1, launch: Path | None = None) -> bool:
     """Prints every finding; true if none refutes the recipe.
 
     Args:
         recipe: The recipe.
         processes: That train.
+        launch: The launch file by which they do; null for none.
     """
     found = Findings()
-    whole = _examine(recipe, steps_of(recipe), found, here=False, processes=processes)
+    whole = _examine(recipe, steps_of(recipe), found, here=False, processes=processes, launch=launch)
     proved = found.end("nothing speaks against running this recipe")
     if proved and whole and processes == 1:
         record.note(recipe)
@@ -91,9 +93,9 @@ def _refuse(recipe: Recipe, found: Findings) -> None:
         )
 
 
-def _examine(recipe: Recipe, steps: Sequence[Step], found: Findings, *, here: bool, processes: int) -> bool:
+def _examine(recipe: Recipe, steps: Sequence[Step], found: Findings, *, here: bool, processes: int, launch: Path | None = None) -> bool:
     """Every claim; returns whether none was left open that another device would decide."""
-    quick.common(recipe, found)
+    quick.common(recipe, found, launch)
     survey = _check_prompts(recipe, found)
     check_packages(recipe, found, importing=True)
     whole = machine.check_device(recipe, found, here=here, processes=processes)

@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
+from pathlib import Path
 
 from distill.before.findings import Findings
 from distill.before.outlook import outlook
@@ -20,40 +21,44 @@ from distill.data.files import Placed
 from distill.data.licences import check_terms
 from distill.data.mapping import PromptMapping
 from distill.data.sources import Source, brought_traces, heldout_problems, problems
-from distill.errors import DataError
+from distill.errors import DataError, visible
 from distill.recipe.experiment import Recipe
+from distill.recipe.launches import kind_here, kind_of, refuse_launch
 from distill.stages import run_dir, steps_of
 
 MIN_FREE_GIB = 1.0
 _FIRST_ROWS = 100  # of each source
 
 
-def run(recipe: Recipe, *, there: bool = True) -> bool:
+def run(recipe: Recipe, launch: Path | None = None, *, there: bool = True) -> bool:
     """Prints every finding; true if none refutes the recipe.
 
     Args:
         recipe: The recipe.
+        launch: The launch file that will train; null for none.
         there: Whether to look at what is in the run's folder, too.
     """
     found = Findings()
-    claims(recipe, found)
+    claims(recipe, found, launch)
     if there:
         _check_what_is_there(recipe, found)
     return found.end("nothing was found that speaks against this recipe; `distill check` also reads all rows, and tokenises some")
 
 
-def claims(recipe: Recipe, found: Findings) -> None:
+def claims(recipe: Recipe, found: Findings, launch: Path | None = None) -> None:
     """What can be said of the recipe alone, whatever is in its folder."""
-    common(recipe, found)
+    common(recipe, found, launch)
     check_packages(recipe, found, importing=False)
     given = len(recipe.train.trainer_args)
     found.good("trainer arguments", f"{given} are given, of known names and types" if given else "the kit's own")
+    _check_templates(recipe, found)
     _check_sources(recipe, found)
 
 
-def common(recipe: Recipe, found: Findings) -> None:
-    """What the whole check claims too: the recipe, its run folder, the terms, servers before they are asked."""
+def common(recipe: Recipe, found: Findings, launch: Path | None = None) -> None:
+    """What the whole check claims too: the recipe, its run folder, the launch, the terms, servers before they are asked."""
     found.good("recipe", f"{recipe.name}, run folder {run_dir(recipe)}")
+    found.prove("launch", lambda: _launch(recipe, launch))
     _check_folder(recipe, found)
     found.prove("terms of the traces", lambda: _terms(recipe))
     check_without_asking(recipe, found)
@@ -75,6 +80,13 @@ def _check_folder(recipe: Recipe, found: Findings) -> None:
         found.good("run folder", f"writable, {free_gib:,.0f} GiB free")
 
 
+def _launch(recipe: Recipe, file: Path | None) -> str:
+    """Whether the processes that will train can deal the student out so."""
+    kind = kind_of(file) if file is not None else kind_here({}, recipe.train.trainer_args)
+    refuse_launch(recipe, kind)
+    return f"{file.name if file is not None else 'of the recipe alone'}: {kind}"
+
+
 def _terms(recipe: Recipe) -> str:
     teacher = (recipe.teacher.model, recipe.teacher.licence) if recipe.teacher else (None, None)
     brought = (recipe.traces.author_model, recipe.traces.licence) if recipe.traces else None
@@ -83,6 +95,19 @@ def _terms(recipe: Recipe) -> str:
     sources = [*([brought] if brought else []), *([teacher] if not brought or recipe.score is not None else [])]
     notes = [note for author, licence in sources for note in check_terms(author, name, licence=licence, student=recipe.student.model)]
     return "; ".join(dict.fromkeys(notes)) or "nothing to note"
+
+
+def _check_templates(recipe: Recipe, found: Findings) -> None:
+    """Templates that are given as files, which the whole check reads."""
+    for role, spec in (("teacher", recipe.teacher), ("student", recipe.student)):
+        given = spec.chat_template if spec is not None else None
+        if given is None or given == "chatml":
+            continue
+        claim = f"{role}'s chat template"
+        if Path(given).is_file():
+            found.good(claim, given)
+        else:
+            found.bad(claim, f"{role}.chat_template: there is no file {visible(given, 200)}. Correct the path, or give chatml.")
 
 
 def _check_sources(recipe: Recipe, found: Findings) -> None:

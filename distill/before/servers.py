@@ -1,7 +1,7 @@
 """Models behind servers: what can be said of them without asking, and what one that can be reached shows in a few short answers.
 
 A server that is there is asked for about two dozen answers of at most 64 tokens, and for four that take up to a minute (`probing`).
-One that the stage starts is not asked; of it the command is looked for.
+One that the stage starts is not asked, unless `distill serve` has started it already; of it the command is looked for.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from urllib.parse import urlsplit
 from distill.before.expected import jobs_of
 from distill.before.findings import Findings
 from distill.before.probing import Probed
-from distill.errors import DistillError, RecipeError
+from distill.errors import DistillError, RecipeError, ServerError
 from distill.recipe.experiment import Recipe
 from distill.recipe.models import ModelSpec
 from distill.recipe.servers import Server
 from distill.servers.honouring import Unhonoured, unhonoured
+from distill.stages import run_dir
 
 if TYPE_CHECKING:
     from distill.models.chat import ChatFormat
@@ -135,6 +136,8 @@ def check_servers(recipe: Recipe, chats: Mapping[str, ChatFormat], survey: Surve
     for role, (spec, server) in served(recipe).items():
         jobs = [] if survey is None else jobs_of(recipe, role, survey.train, survey.heldout)
         claim = f"{role}'s server answers"
+        if server.is_started and (left := _left(recipe, role, spec, found)) is not None:
+            spec, server = left, left.server or server
         if server.is_started:
             found.unknown(claim, "the stage starts it")
         elif server.key_variable and server.is_hosted and not os.environ.get(server.key_variable):
@@ -152,6 +155,25 @@ def check_servers(recipe: Recipe, chats: Mapping[str, ChatFormat], survey: Surve
                 Probed(role, spec, chats.get(role), prompts, jobs, asked, target, found).check()
             except DistillError as error:
                 found.bad(claim, str(error))
+
+
+def _left(recipe: Recipe, role: str, spec: ModelSpec, found: Findings) -> ModelSpec | None:
+    """A model whose server `distill serve` has started in the run, with its addresses; null where there is none that answers."""
+    from distill.servers.left import Watch
+    from distill.servers.needs import needs_of
+
+    name = "teacher" if role == "teacher" else "base"  # a trained student is not there before a run
+    watch = Watch(spec, name, run_dir(recipe), None, needs_of(recipe, name))
+    urls, claim = watch.urls(), f"{role}'s server, by distill serve"
+    if not urls:
+        try:
+            watch.refuse_unfit()
+        except ServerError as error:
+            found.bad(claim, str(error))
+        return None
+    found.good(claim, f"at {', '.join(urls)}")
+    assert spec.server is not None
+    return spec.model_copy(update={"server": spec.server.model_copy(update={"url": urls, "model": watch.model})})
 
 
 def _all_are_silent(server: Server, claim: str, found: Findings) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +68,14 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         raise ModelError(f"{name}: the tokenizer can't be loaded: {_first_line(error)}. {_ADVICE}") from None
 
 
-def load_model(spec: ModelSpec, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_model(spec: ModelSpec, device: torch.device, dtype: torch.dtype | None = None, *, dealt_out: bool = False) -> PreTrainedModel:
     """A causal language model in evaluation mode.
 
     Args:
         spec: What to load.
         device: Where to put it.
         dtype: Overrides `spec.dtype`.
+        dealt_out: Whether FSDP will deal its weights out: that takes 4-bit ones only where they are packed in floating point numbers.
 
     Raises:
         ModelError: it can't be loaded.
@@ -83,7 +86,11 @@ def load_model(spec: ModelSpec, device: torch.device, dtype: torch.dtype | None 
     if spec.quantization == "nf4":
         compute = torch.float32 if device.type == "cpu" else pick_dtype(device)
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+            bnb_4bit_quant_storage=options["dtype"] if dealt_out else torch.uint8,
         )
         options["device_map"] = {"": str(device)}
     try:
@@ -107,6 +114,7 @@ def load_trained(
     merge: bool = True,
     dtype: torch.dtype | None = None,
     trainable: bool = False,
+    dealt_out: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """The student after training, from the folder of the train stage.
 
@@ -118,12 +126,13 @@ def load_trained(
         merge: Add the adapter into the weights, which makes inference faster; not done to 4-bit weights.
         dtype: Overrides `spec.dtype`.
         trainable: To be trained further.
+        dealt_out: As of `load_model`.
     """
     if adapter.type == "full":
         # The folder holds whole weights; the spec's revision and quantisation belong to what it started from.
         trained = spec.model_copy(update={"model": str(folder / "model"), "revision": None, "quantization": "none"})
         return load_model(trained, device, dtype)
-    base = load_model(spec, device, dtype)
+    base = load_model(spec, device, dtype, dealt_out=dealt_out)
     model = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=trainable)
     model = model.merge_and_unload() if merge and spec.quantization == "none" else model
     return model.eval()
@@ -139,8 +148,32 @@ def model_record(spec: ModelSpec, model: torch.nn.Module) -> dict[str, Any]:
 
 
 def num_parameters(model: torch.nn.Module) -> int:
-    """Number of weights, tied ones once; 4-bit weights count as what they stand for."""
-    return sum(2 * p.numel() if type(p).__name__ == "Params4bit" else p.numel() for p in model.parameters())
+    """Number of weights, tied ones once, on all processes together; 4-bit weights count as what they stand for."""
+    modules: list[Any] = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    packed = {id(module.weight): module.in_features * module.out_features for module in modules}
+    return sum(packed.get(id(weight)) or num_elements(weight) for weight in model.parameters())
+
+
+def num_elements(weight: torch.nn.Parameter) -> int:
+    """Of a weight, as it is on all processes together: DeepSpeed leaves it empty where it deals it out."""
+    if type(weight).__name__ == "Params4bit":
+        return 2 * weight.numel() * weight.element_size()
+    return int(getattr(weight, "ds_numel", weight.numel()))
+
+
+@contextmanager
+def loads_whole() -> Iterator[None]:
+    """Inside, this process loads models alone and whole, where DeepSpeed would deal them out and wait for the others."""
+    from transformers.integrations import deepspeed
+
+    there = getattr(deepspeed, "_hf_deepspeed_config_weak_ref", None)
+    config = None if there is None else there()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 def config_vocab_size(spec: ModelSpec) -> int | None:

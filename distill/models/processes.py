@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-from distill.errors import ModelError
+from distill.errors import DistillError, ModelError, RecipeError
 from distill.run import early
+
+WRITTEN = ("generate", "rollouts", "evaluate")
+"""Stages whose traces several processes write, each a part."""
+SEVERAL = (*WRITTEN, "score", "train")
+"""Stages, and their commands, that several processes share."""
+
+_ENDED_WITHIN_S = 60.0
 
 
 def world_size() -> int:
     """Processes of this launch."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def refuse_several(what: str) -> None:
+    """Refuses what one process does alone, where several were launched: each would do all of it.
+
+    Args:
+        what: A stage or command.
+
+    Raises:
+        RecipeError: they were.
+    """
+    if world_size() > 1 and what not in SEVERAL:
+        raise RecipeError(
+            f"{what}: one process does it, and {world_size()} were launched. Run `distill {what}` without accelerate; what several "
+            f"share is {', '.join(SEVERAL)}."
+        )
 
 
 class Processes:
@@ -64,6 +89,29 @@ class Processes:
         name = next(filter(None, self.gather(early.asked())), None)
         if name is not None:
             early.end(name)
+
+    @contextmanager
+    def ending_together(self) -> Iterator[None]:
+        """Inside, the process that first meets an error tells it and ends, upon which the launcher ends the others: they say nothing."""
+        try:
+            yield
+        except Exception as error:
+            if self.group is None or self._is_first("failed"):
+                if isinstance(error, DistillError):
+                    error.tells_for_all = True
+                raise
+            time.sleep(_ENDED_WITHIN_S)  # would it end at once, so might the first, before it has spoken
+            sys.exit(1)
+
+    def _is_first(self, event: str) -> bool:
+        """Whether no process of the launch has asked this before."""
+        import torch
+
+        try:
+            store: Any = torch.distributed.distributed_c10d._get_default_store()
+            return bool(store.add(f"distill/{event}", 1) == 1)
+        except RuntimeError:  # whoever keeps it has ended
+            return False
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:

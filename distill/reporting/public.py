@@ -1,14 +1,20 @@
-"""What is said to people who are not on this machine: models by a public name, files without their folders, nothing secret."""
+"""What is said to people who are not on this machine: models by a public name, files without their folders, servers without their hosts,
+nothing secret.
+"""
 
 from __future__ import annotations
 
 from pathlib import PurePath, PureWindowsPath
-from typing import Any
+from typing import Any, get_args
+from urllib.parse import urlsplit
 
 from distill.recipe.experiment import Recipe
 from distill.recipe.models import ModelSpec
 from distill.recipe.secrets import SECRET, is_secret
+from distill.recipe.servers import HostedKind
 
+_SERVERS = frozenset({"url", "teacher_server"})
+"""Keys with addresses."""
 _TEXTS = frozenset({"system_prompt", "template", "answer_pattern", "answer_separator"})  # `/no_think` is no path there
 
 
@@ -30,13 +36,29 @@ def published(value: Any, key: str = "") -> Any:
         value: As JSON has it.
         key: Under which it stands.
     """
+    if key in _SERVERS:
+        return _without_hosts(value)
     if isinstance(value, dict):
+        if key == "server" and value.get("kind") in get_args(HostedKind) and _are_public(value.get("url")):
+            return published(value | {"url": None}) | {"url": value["url"]}
         return {name: "***" if isinstance(item, str) and is_secret(name) else published(item, name) for name, item in value.items()}
     if isinstance(value, list):
         return [published(item, key) for item in value]
     if not isinstance(value, str):
         return value
     return hide_secrets(value if key in _TEXTS else file_or_name(value))
+
+
+def _are_public(urls: Any) -> bool:
+    """Whether addresses are those of a host: one's own machines are seldom reached by https."""
+    return all(urlsplit(url).scheme == "https" for url in ([urls] if isinstance(urls, str) else urls or []))
+
+
+def _without_hosts(urls: Any) -> Any:
+    """As many addresses, of which none is of a machine of one's own."""
+    if isinstance(urls, list):
+        return [f"http://server-{number}:8000" for number in range(1, len(urls) + 1)]
+    return urls if urls is None else "http://server:8000"
 
 
 def published_recipe(recipe: Recipe) -> Recipe:

@@ -80,7 +80,7 @@ def _errors_in_one_message() -> Iterator[None]:
     try:
         yield
     except DistillError as error:
-        if isinstance(error, RecipeError) and os.environ.get("LOCAL_RANK", "0") != "0":
+        if isinstance(error, RecipeError) and not error.tells_for_all and os.environ.get("LOCAL_RANK", "0") != "0":
             sys.exit(1)  # the first process of this machine has read the same recipe, and says so
         message, code = str(error), 1
     except KeyboardInterrupt:

@@ -83,7 +83,7 @@ def refuse_other_number(stage: Path, part: Part) -> None:
     """
     there = begun(stage)
     if there is None and (any(stage.glob("*-00000.parquet")) or any(stage.glob("batches*.json")) or _has_rows(stage / JOURNAL)):
-        raise StageConflictError(f"{stage}: was begun as a whole. Finish it without --shard, or add --redo.")
+        raise StageConflictError(f"{stage}: was begun as a whole. Finish it in one process and without --shard, or add --redo.")
     if there not in (None, part.count):
         raise StageConflictError(f"{stage}: was begun in {there} parts, asked for {part.count}. Keep to {there}, or finish it alone.")
 
@@ -114,7 +114,7 @@ def missing(stage: Path, count: int) -> list[Part]:
 
 
 def run_part(
-    out: StageFolder, plan: StagePlan, part: Part, write: Callable[[StageFolder], Manifest], complete: Callable[[], Manifest]
+    out: StageFolder, plan: StagePlan, part: Part, write: Callable[[StageFolder], Manifest], complete: Callable[[], Manifest] | None
 ) -> Manifest | None:
     """Writes a part of a stage that is open for it, and completes the stage if no other part is missing; null if one is.
 
@@ -123,10 +123,12 @@ def run_part(
         plan: Of the whole stage.
         part: Which.
         write: Fills the part's folder.
-        complete: Puts all parts together.
+        complete: Puts all parts together; null leaves that to another process.
     """
     refuse_other_number(out.path, part)
     write_part(plan, part, write)
+    if complete is None:
+        return None
     with out.whole():
         if out.manifest is not None:
             return out.manifest

@@ -63,6 +63,8 @@ class Addresses:
         self._lives, self._watch, self._looked_at_s = lives, watch, time.monotonic()
         self._all = [Address(url) for url in urls]
         self._pause_s, self._patience_s = pause_s, patience_s
+        self._all_well = True
+        """Whether none is dead or wants to be left alone, so that there is nothing to look at before a request."""
         self._dead_since_s: float | None = None
         self._ever_answered, self._last_words = False, ""
         self._said = False
@@ -75,12 +77,15 @@ class Addresses:
         Raises:
             ServerError: all have been dead for too long, or the server that was started has ended.
         """
-        while True:
+        if self._watch is not None:
+            await self._look()
+        while not self._all_well:
             await self._look()
             if any(address.is_dead for address in self._all) and not self._lives():
                 raise ServerError(f"{self._all[0].url}: the server that was started for this has ended ({self._last_words}).")
             now = time.monotonic()
             free = [address for address in self._all if not address.is_dead and address.until_s <= now]
+            self._all_well = len(free) == len(self._all)
             trial = next((address for address in self._all if address.is_dead and address.until_s <= now), None)
             if trial is not None:
                 trial.until_s = now + self._pause(trial)
@@ -90,6 +95,7 @@ class Addresses:
             self._check_patience(now)
             wait = min(address.until_s for address in self._all) - now
             await asyncio.sleep(min(max(wait, 0.001), self._pause_s))
+        return self._best(self._all, call)
 
     @property
     def count(self) -> int:
@@ -110,6 +116,7 @@ class Addresses:
             return
         known = {address.url: address for address in self._all}
         self._all = [known.get(url) or Address(url) for url in urls]
+        self._all_well = False  # which is looked into next
         for address in self._all:
             if address.is_dead:  # it has just answered
                 address.until_s = 0.0
@@ -126,6 +133,7 @@ class Addresses:
     def rests(self, address: Address, seconds: float) -> None:
         """It asked to be left alone for so long."""
         address.until_s = max(address.until_s, time.monotonic() + seconds)
+        self._all_well = False
 
     def stumbled(self, address: Address, words: str) -> None:
         """It cut a connection, or had an error of its own: often in a row, and with others alive, it is as good as dead."""
@@ -138,6 +146,7 @@ class Addresses:
         self._last_words = words
         if not address.is_dead:
             address.is_dead, address.until_s = True, time.monotonic() + self._pause(address)
+            self._all_well = False
         if self._dead_since_s is None and all(one.is_dead for one in self._all):
             self._dead_since_s = time.monotonic()
             if self._watch is not None and not self._said:
@@ -152,8 +161,10 @@ class Addresses:
 
     def _best(self, free: list[Address], call: Call) -> Address:
         """Samples of one prompt go to one address, which then has its prefix in its cache, unless another has less to do."""
+        if len(self._all) == 1:
+            return free[0]
         least = min(free, key=lambda address: address.in_flight)
-        if len(self._all) == 1 or call.body is None:
+        if call.body is None:
             return least
         mark = _mark(call.body)
         usual = max(free, key=lambda address: zlib.crc32(address.url.encode(), mark))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from distill.errors import visible
@@ -136,6 +137,18 @@ def usage_of(body: Mapping[str, Any]) -> Usage | None:
         wrote += reasoning
     cached = _number(read_details.get("cached_tokens"), used.get("prompt_cache_hit_tokens"), used.get("cached_tokens"))
     return Usage(input_tokens=read, cached_tokens=cached, output_tokens=wrote, reasoning_tokens=reasoning, requests=1)
+
+
+def spent_in_vain(body: Any) -> Usage:
+    """What an answer that is of no use says it used: its tokens are paid for, too.
+
+    Args:
+        body: JSON, or the events of a stream, of any kind.
+    """
+    told = [event for event in (body if isinstance(body, list) else [body]) if isinstance(event, Mapping)]
+    found = [usage_of({"usage": event.get("usage") or event.get("meta_info")}) for event in told]
+    last = next((usage for usage in reversed(found) if usage is not None), Usage())
+    return replace(last, requests=0)
 
 
 def counted(usage: Usage | None, prompt_ids: Sequence[int] | None, completion_ids: Sequence[int] | None) -> tuple[Usage, dict[str, Any]]:

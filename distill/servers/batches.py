@@ -21,7 +21,7 @@ from distill.recipe.servers import Server
 from distill.run.files import digest_json, read_json, write_json
 from distill.run.log import say
 from distill.servers import Call, Failure, Usage
-from distill.servers.answers import BrokenAnswerError
+from distill.servers.answers import BrokenAnswerError, spent_in_vain
 from distill.servers.faults import fault_of
 from distill.servers.hosts import BatchHost
 from distill.servers.protocols import Protocol
@@ -163,6 +163,7 @@ class BatchEngine:
             try:
                 answer = self._protocol.answer(body, call)
             except BrokenAnswerError as error:
+                self._spent(spent_in_vain(body))
                 return Failure(error.reason, error.detail) if getattr(error, "final", False) else None
             self._spent(answer.usage)
             return Completion(answer.text, answer.prompt_ids, answer.completion_ids, answer.finish_reason, answer.alternatives)

@@ -11,6 +11,7 @@ import contextlib
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -18,7 +19,7 @@ from distill.errors import ServerError
 from distill.recipe.servers import Server
 from distill.servers import Call, Failure, Usage
 from distill.servers.addresses import Address, Addresses
-from distill.servers.answers import BrokenAnswerError
+from distill.servers.answers import BrokenAnswerError, spent_in_vain
 from distill.servers.faults import Fault
 from distill.servers.left import Watch
 from distill.servers.pace import Pace
@@ -116,16 +117,13 @@ class Client:
         source, more = iter(calls), True
         try:
             while True:
-                while more and run.out < self._pace.limit + max(_AHEAD, self._pace.limit):
-                    if self.spending is not None and self.spending.is_exhausted:
-                        more = False
-                        break
-                    pair = next(source, None)
-                    if pair is None:
-                        more = False
-                        break
-                    run.out += 1
-                    run.todo.append(pair)
+                more = more and not (self.spending is not None and self.spending.is_exhausted)
+                room = self._pace.limit + max(_AHEAD, self._pace.limit) - run.out
+                if more and room > 0:
+                    pairs = list(islice(source, room))
+                    more = len(pairs) == room
+                    run.out += len(pairs)
+                    run.todo.extend(pairs)
                 if run.todo:
                     self._loop.call_soon_threadsafe(run.pump)
                 if run.out <= run.held:
@@ -193,9 +191,12 @@ class Client:
         while True:
             address = await self._addresses.pick(call)
             self._pace.over(self._addresses.count)
+            body: Any = None
             try:
-                answer = read(await self._sent(address, call), call)
+                body = await self._sent(address, call)
+                answer = read(body, call)
             except BrokenAnswerError as error:
+                self._spend(spent_in_vain(body))
                 detail = self._sender.redacted(error.detail)
                 fault, rest_s = Fault("row" if error.final else "retry", error.reason, detail), None
             except UnansweredError as error:
@@ -209,8 +210,7 @@ class Client:
                 raise ServerError(f"{address.url}{call.path}: {fault.reason.replace('_', ' ')}: {fault.detail}. {fault.advice}.")
             if fault.verdict == "row" or attempt >= self.server.max_retries:
                 return self._given_up(fault, address, attempt)
-            if self.spending is not None:
-                self.spending.add(Usage(retries=1))
+            self._spend(Usage(retries=1))
             await paused(attempt, self._pause_s, rest_s)
             attempt += 1
 
@@ -239,8 +239,13 @@ class Client:
 
     def _used(self, usage: Usage) -> None:
         self._succeeded = True
-        self._failed.clear()
-        self._pace.answered(usage.output_tokens or 1, waiting=any(run.todo for run in self._runs) or not self._runs)
+        if self._failed:
+            self._failed.clear()
+        if not self._pace.is_fixed:
+            self._pace.answered(usage.output_tokens or 1, waiting=any(run.todo for run in self._runs) or not self._runs)
+        self._spend(usage)
+
+    def _spend(self, usage: Usage) -> None:
         if self.spending is not None:
             self.spending.add(usage)
 
@@ -309,7 +314,8 @@ class _Run(Generic[K, T]):
                 key, call = self.todo.popleft()
                 found = await client.answer(call, self._read, self._usage_of)
                 self._done.append((key, found))
-                self._tell()
+                if not self._told:
+                    self._tell()
         except asyncio.CancelledError:
             raise
         except BaseException as error:

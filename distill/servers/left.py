@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from distill.errors import IntegrityError, MissingStageError, RecipeError, ServerError, shown
 from distill.recipe.models import ModelSpec
+from distill.run import early
 from distill.run.files import digest_json, read_json, write_json
 from distill.run.log import duration_text, say
 from distill.run.manifest import read_manifest
@@ -152,6 +153,7 @@ class Watch:
         """
         begun_s, note_s = time.monotonic(), _FIRST_NOTE_S
         while not (urls := self.urls()):
+            early.check()
             waited_s = time.monotonic() - begun_s
             if waited_s >= self.wait_s:
                 raise ServerError(f"{self.role}: no server of it has answered for {duration_text(waited_s)} ({WAIT}). {self.last_words()}")

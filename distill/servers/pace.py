@@ -26,7 +26,7 @@ class Pace:
 
     def __init__(self, server: Server, addresses: int) -> None:
         self._at_once, self._addresses = FACTS[server.kind].at_once, addresses
-        self._fixed = server.concurrency is not None
+        self.is_fixed = server.concurrency is not None
         self._most = _MOST if self._at_once is None else self._at_once * addresses
         self.limit = server.concurrency or min(_FIRST * addresses, self._most)
         self._climbs, self._best = True, 0.0
@@ -38,7 +38,7 @@ class Pace:
         if addresses == self._addresses:
             return
         more, self._addresses = addresses - self._addresses, addresses
-        if self._fixed:
+        if self.is_fixed:
             return
         self._most = _MOST if self._at_once is None else self._at_once * addresses
         self.limit = max(1, min(self.limit + max(more, 0) * _FIRST, self._most))
@@ -52,7 +52,7 @@ class Pace:
             work: Of it, in tokens, or 1 where they are not told.
             waiting: Whether further requests wait for room: else the limit is not what holds throughput down.
         """
-        if self._fixed:
+        if self.is_fixed:
             return
         self._work += work
         self._answers += 1
@@ -68,7 +68,7 @@ class Pace:
 
     def overloaded(self) -> None:
         """The server is: fewer from now on, once a window, because all that are in flight will say so."""
-        if not self._fixed and (self._answers or not self._lowered):
+        if not self.is_fixed and (self._answers or not self._lowered):
             self.limit = max(1, int(self.limit * _FEWER))
             self._climbs, self._best = False, 0.0
             self._begin()

@@ -13,10 +13,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+from aiohttp import hdrs
 
 from distill.errors import ServerError, visible
 from distill.recipe.servers import Server
 from distill.servers import Call
+from distill.servers.deadlines import Deadline, Deadlines
 from distill.servers.faults import Fault, fault_of
 
 _MOST_BYTES = 512 * 2**20  # of an answer: 8,192 tokens of a prompt with 128 alternatives each take about 100 MiB
@@ -24,6 +26,7 @@ _CONNECT_S = 20.0
 _STREAM_FACTOR = 24  # a stream may take so many times `timeout_s` in all: a server that never ends must not hold a place for ever
 _END_S = 1.0  # that a server may take to end a stream behind `[DONE]`
 _LONGEST_REST_S = 600.0
+_encoded = json.JSONEncoder(check_circular=False).encode
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -67,7 +70,7 @@ class Sender:
     """
 
     def __init__(self, server: Server, key: str | None) -> None:
-        self._server, self._key = server, key
+        self._server, self._key, self._key_bytes = server, key, (key or "").encode()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         headers |= {"Content-Type": "application/json", "User-Agent": "distill"}
         # The environment's proxies lead to addresses that the recipe gives: of its own servers' and a cluster's they know nothing.
@@ -75,12 +78,11 @@ class Sender:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=300),  # as many as are in flight, which `Pace` bounds
             headers=headers,
+            timeout=aiohttp.ClientTimeout(sock_connect=min(_CONNECT_S, server.timeout_s)),  # the others are `Deadlines`
             trust_env=away,
             cookie_jar=aiohttp.DummyCookieJar(),
         )
-        silence, connect = server.timeout_s, min(_CONNECT_S, server.timeout_s)
-        self._whole = aiohttp.ClientTimeout(total=silence, sock_connect=connect)
-        self._stream = aiohttp.ClientTimeout(total=silence * _STREAM_FACTOR, sock_read=silence, sock_connect=connect)
+        self._deadlines = Deadlines(server.timeout_s)
 
     async def close(self) -> None:
         """Closes all connections."""
@@ -96,18 +98,17 @@ class Sender:
         Raises:
             UnansweredError: neither came whole.
         """
-        method = "GET" if call.body is None else "POST"
-        data = None if call.body is None else json.dumps(call.body).encode()
+        method, data = ("GET", None) if call.body is None else ("POST", _encoded(call.body).encode())
         try:
-            async with self._session.request(
-                method, url + call.path, data=data, timeout=self._stream if call.streams else self._whole, allow_redirects=False
-            ) as response:
-                if response.status >= 300:
-                    raise self._refusal(response.status, response.headers, await _bytes_of(response, 2**20))
-                content = await _bytes_of(response, _MOST_BYTES)
-                if self._key and self._key.encode() in content:  # it goes into no file, whatever a server says
-                    content = content.replace(self._key.encode(), b"***")
-                return _events(content) if response.content_type == "text/event-stream" else _parsed(content)
+            with Deadline(self._deadlines, _STREAM_FACTOR if call.streams else 1) as deadline:
+                response = await self._session.request(method, url + call.path, data=data, allow_redirects=False)
+                deadline.heard()
+                try:
+                    if response.status >= 300:
+                        raise self._refusal(response.status, response.headers, await _bytes_of(response, 2**20, deadline))
+                    content = await _bytes_of(response, _MOST_BYTES, deadline)
+                finally:
+                    response.release()
         except aiohttp.ClientConnectorError as error:
             raise UnansweredError(self._fault("unreachable", error), "address") from None
         except aiohttp.ConnectionTimeoutError as error:
@@ -119,6 +120,9 @@ class Sender:
             raise UnansweredError(self._fault("address", error, "stage"), None) from None
         except (aiohttp.ClientError, OSError) as error:
             raise UnansweredError(self._fault("connection", error), "server") from None
+        if self._key_bytes and self._key_bytes in content:  # it goes into no file, whatever a server says
+            content = content.replace(self._key_bytes, b"***")
+        return _events(content) if _is_stream(response) else _parsed(content)
 
     def _fault(self, reason: str, error: BaseException, verdict: Any = "retry") -> Fault:
         words = visible(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, 300)
@@ -132,12 +136,17 @@ class Sender:
         return UnansweredError(fault, at, _rest_s(headers.get("Retry-After")))
 
 
-async def _bytes_of(response: aiohttp.ClientResponse, most: int) -> bytes:
+def _is_stream(response: aiohttp.ClientResponse) -> bool:
+    return response.headers.get(hdrs.CONTENT_TYPE, "").lower().startswith("text/event-stream")
+
+
+async def _bytes_of(response: aiohttp.ClientResponse, most: int, deadline: Deadline) -> bytes:
     """The body, of no more than so many bytes; of a stream up to `[DONE]`."""
     if response.content_length is not None and response.content_length <= most:
         return await response.read()
-    streams, found = response.content_type == "text/event-stream", bytearray()
+    streams, found = _is_stream(response), bytearray()
     async for chunk in response.content.iter_any():
+        deadline.heard()
         found += chunk
         if len(found) > most:
             raise UnansweredError(Fault("row", "too_large", f"the answer has over {most:,} bytes"))
@@ -151,7 +160,7 @@ async def _bytes_of(response: aiohttp.ClientResponse, most: int) -> bytes:
 
 def _parsed(content: bytes) -> Any:
     try:
-        return json.loads(content)
+        return json.loads(content.decode())  # UTF-8, as RFC 8259 has it: to find another out costs time at every answer
     except (ValueError, RecursionError):
         words = visible(content[:200].decode("utf-8", "replace"))
         raise UnansweredError(Fault("retry", "broken_answer", f"no whole JSON came: {words}"), "server") from None

@@ -76,12 +76,13 @@ def run(recipe: Recipe) -> Manifest:
         return _evaluate(recipe, out, in_parts=True)
 
 
-def run_shard(recipe: Recipe, part: Part) -> Manifest | None:
+def run_shard(recipe: Recipe, part: Part, *, completes: bool = True) -> Manifest | None:
     """Writes the answers of one part, and judges all of them if it was the last; else null.
 
     Args:
         recipe: The recipe.
         part: Which.
+        completes: Put all parts together, if it was the last; else another process does.
 
     Raises:
         StageConflictError: the stage was begun in another number of parts, or another process works on this one.
@@ -90,7 +91,9 @@ def run_shard(recipe: Recipe, part: Part) -> Manifest | None:
     with open_stage(recipe, asked, str(part)) as out:
         if out.manifest:
             return out.manifest
-        return run_part(out, asked, part, partial(_write_part, recipe, out, part), partial(_evaluate, recipe, out, in_parts=True))
+        return run_part(
+            out, asked, part, partial(_write_part, recipe, out, part), partial(_evaluate, recipe, out, in_parts=True) if completes else None
+        )
 
 
 def _evaluate_of(recipe: Recipe) -> Evaluate:

@@ -57,12 +57,13 @@ def run(recipe: Recipe) -> Manifest:
         return _complete(recipe, out)
 
 
-def run_shard(recipe: Recipe, part: Part) -> Manifest | None:
+def run_shard(recipe: Recipe, part: Part, *, completes: bool = True) -> Manifest | None:
     """Writes one part, and completes the stage if it was the last; else null.
 
     Args:
         recipe: The recipe.
         part: Which.
+        completes: Put all parts together, if it was the last; else another process does.
 
     Raises:
         StageConflictError: the stage was begun in another number of parts, or another process works on this one.
@@ -72,7 +73,7 @@ def run_shard(recipe: Recipe, part: Part) -> Manifest | None:
         if out.manifest:
             return out.manifest
         write = partial(_write, recipe, earlier=out.earlier, part=part)
-        return run_part(out, asked, part, write, partial(_complete, recipe, out))
+        return run_part(out, asked, part, write, partial(_complete, recipe, out) if completes else None)
 
 
 def _write(recipe: Recipe, out: StageFolder, earlier: Path | None, part: Part = WHOLE) -> Manifest:
@@ -128,7 +129,7 @@ def _table(out: StageFolder, recipe: Recipe, sampling: Generate, known: EarlierT
 
 
 def _finish(out: StageFolder, traces: TraceTable, num_prompts: int, facts: dict[str, Any]) -> Manifest:
-    if not traces.num_rows:
+    if num_prompts and not traces.num_rows:
         raise DataError(f"{out.path}: not one of {num_prompts:,} prompts was answered ({dict(traces.drops)}). See server.max_failed.")
     written = {"tokens": num_tokens(traces, facts), "finish_reasons": dict(traces.finish_reasons)}
     return out.finish(rows_in=num_prompts, rows_kept=traces.num_rows, drops=dict(traces.drops), facts=facts | written)

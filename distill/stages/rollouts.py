@@ -75,13 +75,14 @@ def run(recipe: Recipe, number: int) -> Manifest:
         return _complete(recipe, number, out)
 
 
-def run_shard(recipe: Recipe, part: Part, number: int) -> Manifest | None:
+def run_shard(recipe: Recipe, part: Part, number: int, *, completes: bool = True) -> Manifest | None:
     """Writes one part, and completes the stage if it was the last; else null.
 
     Args:
         recipe: The recipe.
         part: Which.
         number: Of the round, from 1.
+        completes: Put all parts together, if it was the last; else another process does.
 
     Raises:
         RecipeError: the recipe has no such round.
@@ -91,7 +92,9 @@ def run_shard(recipe: Recipe, part: Part, number: int) -> Manifest | None:
     with open_stage(recipe, asked, str(part)) as out:
         if out.manifest:
             return out.manifest
-        return run_part(out, asked, part, partial(_write, recipe, number, part=part), partial(_complete, recipe, number, out))
+        return run_part(
+            out, asked, part, partial(_write, recipe, number, part=part), partial(_complete, recipe, number, out) if completes else None
+        )
 
 
 def _rollouts_of(recipe: Recipe, number: int) -> Rollouts:
@@ -144,10 +147,11 @@ def _table(recipe: Recipe, number: int, out: StageFolder, known: EarlierTraces |
 
 
 def _finish(recipe: Recipe, number: int, out: StageFolder, traces: TraceTable, num_prompts: int, facts: dict[str, Any]) -> Manifest:
-    if not traces.num_rows:
+    if num_prompts and not traces.num_rows:
         raise DataError(f"{out.path}: not one of {num_prompts:,} prompts was answered ({dict(traces.drops)}). See server.max_failed.")
     horizon = _sampling(recipe, number).max_new_tokens
-    mean_tokens, cut_off = traces.tokens / traces.num_rows, traces.finish_reasons["length"] / traces.num_rows
+    rows = max(traces.num_rows, 1)  # a part may have no prompt
+    mean_tokens, cut_off = traces.tokens / rows, traces.finish_reasons["length"] / rows
     written = {
         "horizon": horizon,
         "tokens": traces.tokens,

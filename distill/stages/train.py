@@ -7,6 +7,7 @@ checkpoint, and ends with the weights of an undisturbed one.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from distill.errors import RecipeError
 from distill.models.processes import Processes
 from distill.recipe.experiment import Recipe
+from distill.recipe.launches import kind_here, refuse_launch
 from distill.recipe.learning import DEFAULT_EPOCHS, SchedulePart, Train
 from distill.run.clock import Clock, is_main_process
 from distill.run.early import held
@@ -146,11 +148,12 @@ def _train(
 ) -> Manifest:
     # Imported here, so that a finished stage answers without loading torch.
     from distill.models.loading import free_memory, load_chat_format, pick_device
-    from distill.trainers.building import build_trainer, launch_of, trainer_arguments
+    from distill.trainers.building import build_trainer, launch_of, refuse_undealt, trainer_arguments
     from distill.trainers.callbacks import MetricsFile, ProgressBar, StopOnNonFinite
     from distill.trainers.checkpoints import CheckpointMark
     from distill.trainers.early import Endings, Interval, by_time
 
+    refuse_launch(recipe, kind_here(os.environ, material.train.trainer_args))
     clock, device = Clock(out.path), pick_device()
     arguments = trainer_arguments(recipe, material.train, out.path / "checkpoints", device)
     launch = launch_of(material.train, arguments, processes)
@@ -165,6 +168,7 @@ def _train(
     callbacks = [MetricsFile(metrics), bar, StopOnNonFinite(), mark, *watchers, endings]
     student = _student_to_train(recipe, material)
     trainer = build_trainer(recipe, material.train, student, arguments, rows, chat, stored, part=material.part, callbacks=callbacks)
+    refuse_undealt(trainer, launch)
     mark.trainer = trainer
     del student
     result = trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
@@ -212,7 +216,7 @@ def _checkpoint(folder: Path, launch: Launch, processes: Processes) -> Checkpoin
 def _measured(trainer: Any, device: torch.device) -> dict[str, Any]:
     """What the trainer itself can tell."""
     from distill.models.adapters import coverage
-    from distill.models.loading import num_parameters
+    from distill.models.loading import num_elements, num_parameters
     from distill.trainers.arguments import precision_name
 
     adapter = {"adapter": asdict(coverage(trainer.model))} if hasattr(trainer.model, "peft_config") else {}
@@ -221,7 +225,7 @@ def _measured(trainer: Any, device: torch.device) -> dict[str, Any]:
         "precision": precision_name(trainer.args),
         "steps": trainer.state.global_step,
         "parameters": num_parameters(trainer.model),
-        "trainable_parameters": sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad),
+        "trainable_parameters": sum(num_elements(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad),
         "peak_memory_gib": _peak_memory_gib(device.type),
     }
 
@@ -273,10 +277,11 @@ def _student_to_train(recipe: Recipe, material: _Material) -> Any:
     dtype = training_dtype(recipe, device)
     # The trainer moves plain weights to the device itself (or shards them); 4-bit ones must be loaded there.
     place = device if recipe.student.quantization == "nf4" else torch.device("cpu")
+    how: dict[str, Any] = {"dtype": dtype, "dealt_out": kind_here(os.environ, material.train.trainer_args).sharding == "FSDP"}
     if material.start is None:
-        return load_model(recipe.student, place, dtype)
+        return load_model(recipe.student, place, **how)
     check_files(material.start)
-    return load_trained(recipe.student, recipe.student.adapter, material.start, place, merge=False, dtype=dtype, trainable=True)
+    return load_trained(recipe.student, recipe.student.adapter, material.start, place, merge=False, trainable=True, **how)
 
 
 def _stop(recipe: Recipe, number: int, metrics: Path) -> dict[str, str]:

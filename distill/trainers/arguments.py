@@ -15,8 +15,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
@@ -109,25 +107,16 @@ def step_arguments(train: Train, device: torch.device) -> dict[str, int]:
     Raises:
         RecipeError: TRL deals the rows out itself, and they don't come out even.
     """
-    size = step_size(
-        train.global_batch_size, train.trainer_args, processes_that_share(world_size()), device.type == "cpu", whole=train.is_live
-    )
+    size = step_size(train.global_batch_size, train.trainer_args, world_size(), device.type == "cpu", whole=train.is_live)
     return {AT_ONCE: size.at_once, PASSES: size.passes}
 
 
 def rows_a_step(train: Train, arguments: TrainingArguments) -> int:
     """Rows of an optimizer step over all processes, at most what the arguments have room for."""
-    room = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes_that_share(arguments.world_size)
+    room: int = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     if train.global_batch_size is None and {AT_ONCE, PASSES} & set(train.trainer_args):
         return room
     return min(train.global_batch_size or DEFAULT_ROWS, room)
-
-
-def processes_that_share(world_size: int) -> int:
-    """How many of so many processes take rows of their own; where a launch splits sequences or layers, some take the same."""
-    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() not in ("true", "1"):
-        return world_size
-    return world_size // math.prod(int(os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1")) for kind in ("TP", "CP", "SP"))
 
 
 def training_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:

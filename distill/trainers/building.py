@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
 
+from distill.errors import ModelError
 from distill.losses.settings import likelihood
 from distill.models.adapters import freeze_unread, lora_config
 from distill.models.chat import ChatFormat
@@ -51,6 +52,20 @@ def launch_of(train: Train, arguments: Any, processes: Processes) -> Launch:
     if processes.count > 1 and (arguments.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")):
         sharding = "FSDP"
     return Launch(processes.count, rows_a_step(train, arguments), sharding)
+
+
+def refuse_undealt(trainer: Any, launch: Launch) -> None:
+    """Refuses a launch whose weights were to be dealt out, and are not: libraries say nothing of it.
+
+    Raises:
+        ModelError: so it is.
+    """
+    found = trainer.accelerator.distributed_type.value
+    if launch.sharding and found != launch.sharding:
+        raise ModelError(
+            f"launch: {launch.sharding} was to deal the weights out, but accelerate made {found} of it, as it does without GPUs. "
+            "Take slurm/launch/ddp.yaml."
+        )
 
 
 def build_trainer(

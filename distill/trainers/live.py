@@ -16,6 +16,7 @@ rows or 152,064 for the same tokens), which TRL refuses; and a padded row that d
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,10 @@ from trl import DistillationConfig, DistillationTrainer, SFTConfig
 from distill.errors import DataError, ModelError
 from distill.models.chat import ChatFormat
 from distill.models.heads import head_of
-from distill.models.loading import load_chat_format, load_model, pick_device, pick_dtype
+from distill.models.loading import load_chat_format, load_model, loads_whole, pick_device, pick_dtype
 from distill.models.vocabulary import vocabulary_map
 from distill.recipe.experiment import Recipe
+from distill.recipe.launches import kind_here
 from distill.recipe.learning import OnPolicy, config_class
 from distill.run.schema import Message
 from distill.run.tables import read_rows
@@ -258,7 +260,9 @@ def _teacher(recipe: Recipe, model: PreTrainedModel | None) -> PreTrainedModel:
     assert spec is not None  # the recipe was validated
     if model is None:
         # The trainer moves plain weights to the device itself; 4-bit ones must be loaded there.
-        model = load_model(spec, device if spec.quantization == "nf4" else torch.device("cpu"), pick_dtype(device, spec.dtype))
+        dealt_out = kind_here(os.environ, recipe.train.trainer_args).sharding == "FSDP"
+        place = device if spec.quantization == "nf4" else torch.device("cpu")
+        model = load_model(spec, place, pick_dtype(device, spec.dtype), dealt_out=dealt_out)
     cut_head(model, load_chat_format(spec), spec.model)
     return model
 
@@ -302,9 +306,10 @@ def restore_head(recipe: Recipe, weights: Path) -> None:
         weights: Folder of the saved model, written anew.
     """
     spec, dtype, cpu = recipe.student, training_dtype(recipe, pick_device()), torch.device("cpu")
-    before = load_model(spec, cpu, dtype)
-    rows = before.config.get_text_config().vocab_size
-    trained = load_model(spec.model_copy(update={"model": str(weights), "revision": None}), cpu, dtype)
+    with loads_whole():  # only the first process is here
+        before = load_model(spec, cpu, dtype)
+        rows = before.config.get_text_config().vocab_size
+        trained = load_model(spec.model_copy(update={"model": str(weights), "revision": None}), cpu, dtype)
     tokens = trained.config.get_text_config().vocab_size
     if tokens == rows:
         return

@@ -54,8 +54,7 @@ class TraceTrainer(SFTTrainer):
     distillation term), `target_share` (the share of supervised tokens that have one), of top_k targets `kl_lower_bound`,
     at most the forward KL from the teacher, and `top1_agreement`; of chosen_token ones `log_ratio`.
 
-    Where a loss of TRL's own is asked for (`loss_type: dft`, label smoothing, a router's loss, sequences split over
-    processes), the likelihood is left to it.
+    Where a loss of TRL's own is asked for (`loss_type: dft`, label smoothing, a router's loss), the likelihood is left to it.
 
     Args:
         stored: The targets; None learns from the traces alone.
@@ -66,8 +65,8 @@ class TraceTrainer(SFTTrainer):
         kwargs: SFTTrainer's.
 
     Raises:
-        ModelError: there are targets, and the launch splits sequences over processes; the model's logits are not those of its head; its
-            rows see each other where they are packed; or its routers' loss can't be computed.
+        ModelError: the model's logits are not those of its head; its rows see each other where they are packed; or its routers' loss
+            can't be computed.
         RecipeError: only a part of the schedule is wanted, and DeepSpeed's config has one of its own, which can't be divided.
     """
 
@@ -86,17 +85,11 @@ class TraceTrainer(SFTTrainer):
         self._seen: Tensor | int = 0
         self._evaluated: Tensor | int = 0  # TRL's loss on the validation rows so far, and their supervised tokens
         super().__init__(**kwargs)
-        parallel = self.accelerator.parallelism_config
-        self._shares_rows = parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled)
-        splits_sequences = parallel is not None and (parallel.cp_enabled or parallel.sp_enabled)
-        if splits_sequences and stored is not None:
-            raise ModelError("train: the targets are of whole sequences. Leave context and sequence parallelism out of the launch.")
         plugin = self.accelerator.state.deepspeed_plugin
         if part.of > 1 and plugin is not None and "scheduler" in plugin.deepspeed_config:
             raise RecipeError(f"rollouts.schedule_over: {DEEPSPEED_HAS_NO_PARTS}")
         arguments: Any = self.args
-        asked_for = arguments.loss_type != "nll" or arguments.label_smoothing_factor > 0 or self.aux_loss_enabled
-        self._loss_is_trls = asked_for or splits_sequences
+        self._loss_is_trls = arguments.loss_type != "nll" or arguments.label_smoothing_factor > 0 or self.aux_loss_enabled
         model: Any = self.model
         plain = model.get_base_model() if hasattr(model, "peft_config") else model
         tried = plain if is_whole(plain) else stand_in(plain)
@@ -130,8 +123,6 @@ class TraceTrainer(SFTTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of which every optimizer step takes the same rows on any number of processes."""
-        if self._shares_rows:  # accelerate knows which processes take the same
-            return super().get_train_dataloader()
         arguments, rows = self.args, cast(Dataset, self.train_dataset)
         at_once, processes = self._train_batch_size, arguments.world_size
         step = min(self._step_rows or sys.maxsize, at_once * arguments.gradient_accumulation_steps * processes)
@@ -141,8 +132,6 @@ class TraceTrainer(SFTTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Batches that together are every row once."""
-        if self._shares_rows:
-            return super().get_eval_dataloader(eval_dataset)
         arguments, rows = self.args, cast(Dataset, self.eval_dataset if eval_dataset is None else eval_dataset)
         at_once, processes = arguments.eval_batch_size, arguments.world_size
         order = order_of(rows, "sequential", arguments.seed, 1)
