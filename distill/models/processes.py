@@ -96,6 +96,8 @@ class Processes:
         try:
             yield
         except Exception as error:
+            if early.asked():  # others have gone, it seems, and this process ends like them
+                raise
             if self.group is None or self._is_first("failed"):
                 if isinstance(error, DistillError):
                     error.tells_for_all = True
