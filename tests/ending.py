@@ -13,7 +13,7 @@ import commands
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ["-m", "distill.cluster.launch", "--multi_gpu", "--num_processes"]
 
-# Signals are words `rank:place:name`; a place is a step of training, a function's name, or rows that a bar of progress has counted.
+# Signals are words `rank:place:name`; a place is a step of training, a function's name, or a bar of progress that moves on.
 _SCRIPT = """
 import importlib, os, signal, sys
 rank, words = os.environ.get("RANK", "0"), [word.split(":") for word in sys.argv.pop(1).split()]
@@ -35,7 +35,7 @@ def behind(module, name, place):
         return found
     setattr(owner, name, called)
 
-behind("distill.run.log", "Progress.update", lambda given: f"{given[0]._description}-{given[0].done}")
+behind("distill.run.log", "Progress.update", lambda given: given[0]._description.replace(" ", "_"))
 if sys.argv[1] == "train":
     for module, name in (
         ("distill.trainers.encoded", "_batch"), ("distill.stages.train", "_student_to_train"), ("distill.stages.train", "_save"),
@@ -46,6 +46,7 @@ if sys.argv[1] == "train":
     from distill.train import main
     main(sys.argv[2:])
 else:
+    behind("distill.pipeline", "run_stage", lambda given: "run_stage")
     from distill.cli import main
     main()
 """

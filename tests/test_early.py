@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 from ending import told
+from scored import score_by_hand
 from test_resume import same_to_the_bit, student_of
 from test_train import recipe  # noqa: F401
 
 from distill.errors import EARLY
+from distill.recipe.reading import load_recipe
+from distill.targets.spec import TopK
 
 Make = Callable[..., Path]
 SETTINGS: dict[str, Any] = {"max_steps": 6, "logging_steps": 2, "lr_scheduler_type": "linear"}
@@ -63,3 +66,35 @@ def test_what_belongs_to_the_end_of_an_epoch_is_done_once(step: int, recipe: Mak
     assert train(path, f"0:{step}:SIGUSR1")[0] == EARLY and checkpoints(path) == [f"checkpoint-{step}"]
     assert train(path)[0] == 0
     same_to_the_bit(path.with_suffix("") / "student", student_of(recipe("undisturbed", **make)))
+
+
+def test_kd_goes_on_to_the_same_weights(recipe: Make, tmp_path: Path) -> None:  # noqa: F811
+    def make(name: str) -> Path:
+        path = recipe(name, trainer_args=SETTINGS, train="  method: kd\n")
+        path.write_text(path.read_text() + "score: {target: {kind: top_k, k: 8}}\n")
+        return path
+
+    path, other = make("early"), make("undisturbed")
+    for each in (path, other):
+        score_by_hand(each.with_suffix(""), Path(load_recipe(each, []).student.model), TopK(k=8))
+    assert train(path, "0:3:SIGUSR1")[0] == EARLY and train(path)[0] == 0
+    same_to_the_bit(path.with_suffix("") / "student", student_of(other))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signals", ["1:2:SIGUSR1", "0:2:SIGTERM 1:3:SIGTERM 1:_sums:SIGTERM"], ids=["one of them", "at different steps"])
+def test_two_processes_end_behind_the_same_step(signals: str, recipe: Make) -> None:  # noqa: F811
+    """The others learn of it a step later."""
+    settings = SETTINGS | {"per_device_train_batch_size": 4}
+    path, other = recipe("early", trainer_args=settings), recipe("undisturbed", trainer_args=settings)
+    code, said = train(path, signals, processes=2)
+    assert code == EARLY and checkpoints(path) == ["checkpoint-3"] and said.count("ended early by") == 1
+    assert train(path, processes=2)[0] == 0 and train(other, processes=2)[0] == 0
+    same_to_the_bit(path.with_suffix("") / "student", other.with_suffix("") / "student")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal", ["0:_batch:SIGUSR1", "1:_student_to_train:SIGTERM"])
+def test_two_processes_that_have_nothing_yet_both_end(signal: str, recipe: Make) -> None:  # noqa: F811
+    path = recipe("before", trainer_args=SETTINGS | {"per_device_train_batch_size": 4})
+    assert train(path, signal, processes=2)[0] == EARLY and checkpoints(path) == []

@@ -17,10 +17,12 @@ from test_kd import command
 from test_train import LAUNCH, ROOT, adapter, logged, losses, recipe  # noqa: F401
 
 from distill.errors import StageConflictError
+from distill.recipe.learning import Train
 from distill.run import files
 from distill.run.manifest import read_manifest
 from distill.trainers import checkpoints
-from distill.trainers.checkpoints import Checkpoint, CheckpointMark, Launch, last_whole_checkpoint
+from distill.trainers.checkpoints import CheckpointMark
+from distill.trainers.launches import Checkpoint, Launch, last_whole_checkpoint, refuse_launch
 
 Make = Callable[..., Path]
 SETTINGS = {"max_steps": 6, "save_steps": 2, "logging_steps": 3, "lr_scheduler_type": "linear"}
@@ -194,6 +196,20 @@ def test_a_launch_that_would_take_other_rows_is_refused(tmp_path: Path) -> None:
     for launch in (Launch(2, 8, ""), Launch(4, 8, "FSDP")):
         with pytest.raises(StageConflictError, match="are read by the launch that wrote them"):
             sharded.check(launch)
+
+
+def test_a_launch_is_refused_before_it_is_submitted(two: Path, tmp_path: Path) -> None:
+    """By the mark of the newest checkpoint, which one process wrote with 8 rows a step."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two, folder)
+    flip(folder / "checkpoint-4" / "optimizer.pt")  # what the job will see itself
+    for train, processes in ((Train(global_batch_size=8), 4), (Train(trainer_args={"per_device_train_batch_size": 8}), 1)):
+        refuse_launch(folder, train, processes, on_cpu=True)
+    with pytest.raises(StageConflictError, match="checkpoint-4: was written by 1 processes with 8 rows a step; this launch of 2 takes 16"):
+        refuse_launch(folder, Train(trainer_args={"per_device_train_batch_size": 8}), 2, on_cpu=True)
+    with pytest.raises(StageConflictError, match="this launch has 2 with FSDP"):
+        refuse_launch(folder, Train(global_batch_size=8), 2, sharding="FSDP")
+    refuse_launch(tmp_path / "absent", Train(), 64)
 
 
 PIECE = """

@@ -25,7 +25,8 @@ from distill.recipe.experiment import Recipe
 from distill.recipe.reading import recipe_text
 from distill.recipe.steps import step_size
 from distill.run.log import say
-from distill.stages import Step, run_dir, stop_before
+from distill.stages import SCRATCH, Step, folder, run_dir, stop_before
+from distill.trainers.launches import refuse_launch
 
 Load = Callable[[Sequence[str]], Recipe]
 """Reads a recipe with further overrides."""
@@ -61,12 +62,16 @@ def prepare(recipe: Recipe, wanted: Wanted, site: Site) -> Submission:
     """The jobs of all that is not done of a run.
 
     Raises:
-        StageConflictError: a step would be refused, or was begun in another number of parts.
+        StageConflictError: a step would be refused, was begun in another number of parts, or can't go on in so many processes.
     """
     run = run_dir(recipe).absolute()
     recipe = recipe.model_copy(update={"run_dir": str(run)})
     file = run / JOBS / f"recipe-{_stamp()}.yaml"
     steps = [step for step in refuse_what_cannot_end(recipe) if not step.number or stop_before(recipe, step) is None]
+    for step in steps:
+        if step.stage == "train":
+            place, train = folder(recipe, *step) / SCRATCH["train"], recipe.train_in_rounds if step.number else recipe.train
+            refuse_launch(place, train, processes_of(wanted, site), on_cpu=not wanted.gpus)
     return Submission(run, jobs_of(recipe, file, steps, wanted, site, serving_jobs(recipe, steps)), {file: recipe_text(recipe)})
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from distill.run.owned import JOBS, LOGS
 
-__all__ = ["JOBS", "LOGS", "SUBMITTED", "Attempt", "Submitted", "Task", "submitted_in", "tasks_of"]
+__all__ = ["JOBS", "LOGS", "SUBMITTED", "Attempt", "Submitted", "Task", "lines_of", "submitted_in", "tasks_of"]
 
 SUBMITTED = "submitted.jsonl"
 """In `jobs/`, a line a job."""
@@ -86,7 +86,7 @@ def submitted_in(run: Path) -> list[Submitted]:
     """
     file = run / JOBS / SUBMITTED
     found = []
-    for line in _lines(file) if file.is_file() else ():
+    for line in lines_of(file) if file.is_file() else ():
         with suppress(KeyError, TypeError, ValueError):
             found.append(_submitted(line))
     return found
@@ -138,7 +138,7 @@ def tasks_of(run: Path) -> Iterator[Task]:
 
 def _attempts(file: Path) -> list[Attempt]:
     found: dict[int, Attempt] = {}
-    for line in _lines(file):
+    for line in lines_of(file):
         number = int(line.get("attempt", 0))
         if line.get("event") == "started":
             found[number] = Attempt(number, line.get("host", ""), line.get("at", ""), None, None, None)
@@ -147,7 +147,7 @@ def _attempts(file: Path) -> list[Attempt]:
     return [found[number] for number in sorted(found)]
 
 
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
+def lines_of(file: Path) -> Iterator[dict[str, Any]]:
     """The lines of a file that are whole: a node that died may have left a half."""
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

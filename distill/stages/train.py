@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from distill.models.chat import ChatFormat
-    from distill.trainers.checkpoints import Checkpoint, Launch
+    from distill.trainers.launches import Checkpoint, Launch
     from distill.trainers.rows import TrainingRows
     from distill.trainers.targets import StoredTargets
 
@@ -198,7 +198,7 @@ def _train(
 
 def _checkpoint(folder: Path, launch: Launch, processes: Processes) -> Checkpoint | None:
     """From which training goes on; the first process looks for all."""
-    from distill.trainers.checkpoints import last_whole_checkpoint
+    from distill.trainers.launches import last_whole_checkpoint
 
     found: Checkpoint | None = processes.gather(None if processes.rank else last_whole_checkpoint(folder))[0]
     if found is not None:

@@ -18,7 +18,7 @@ from distill.models.processes import Processes
 from distill.recipe.experiment import Recipe
 from distill.recipe.learning import SchedulePart, Train
 from distill.trainers.arguments import rows_a_step, training_arguments
-from distill.trainers.checkpoints import Launch
+from distill.trainers.launches import Launch
 from distill.trainers.rows import TrainingRows
 from distill.trainers.traces import TraceTrainer
 
