@@ -21,7 +21,7 @@ from distill.cluster.progress import progress_of
 from distill.cluster.status import as_object, show, status_of
 from distill.cluster.underway import LATELY_S
 from distill.errors import MissingStageError, RecipeError
-from distill.pipeline import verify_run
+from distill.pipeline import delete_from, verify_run
 from distill.recipe.experiment import Recipe
 from distill.recipe.reading import recipe_text
 from distill.run import counted
@@ -30,7 +30,7 @@ from distill.run.folder import StageFolder, delete_stage
 from distill.run.journal import Journal
 from distill.run.manifest import CLOCK, LOCK, MANIFEST
 from distill.run.schema import PROMPT, TRACE
-from distill.stages import WRITES, Step, generate, prompts
+from distill.stages import WRITES, Step, generate, prompts, report
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATE = {"temperature": 1.0, "samples_per_prompt": 2}
@@ -219,6 +219,20 @@ def test_verify_knows_what_a_cluster_left(tmp_path: Path, capsys: pytest.Capture
         (tmp_path / name).write_text("{}")
     verify_run(tmp_path)
     assert "extra" not in capsys.readouterr().out
+
+
+def test_what_a_cluster_left_is_neither_published_nor_deleted(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    recipe = recipe_for(tmp_path)
+    for name in ("jobs/tasks/train-7.jsonl", "logs/train-7.log"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("node-of-mine")
+    report.run(recipe)
+    written = [path for path in (tmp_path / "report").iterdir() if path.is_file()]
+    assert written and not any(b"node-of-mine" in path.read_bytes() for path in written)
+    delete_from(recipe, "all")
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file() and not path.name.startswith(LOCK)}
+    assert left == {"jobs/tasks/train-7.jsonl", "logs/train-7.log", "recipe.yaml"}
 
 
 @pytest.mark.slow

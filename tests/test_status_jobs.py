@@ -156,7 +156,11 @@ def test_jobs_that_were_submitted_by_hand_and_runs_that_none_has_begun(tmp_path:
         task(tmp_path / "a", name, 1)
     queue("6|N/A|RUNNING|None|n1")
     found = states(tmp_path / "a")
-    assert found["generate-5"] == "failed" and found["generate"] == "at work" and not status_of(tmp_path / "a").failures
+    assert (
+        found["generate-5"] == "failed"
+        and found["generate"] == "at work"
+        and [each.where for each in status_of(tmp_path / "a").failures] == ["sweep-lr-7"]
+    )
     submit_to = tmp_path / "b"
     submit_to.mkdir()
     submit(submit_to, 9, "prompts")

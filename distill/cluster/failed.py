@@ -42,17 +42,35 @@ def failures_of(run: Path, steps: Sequence[StepProgress], jobs: Sequence[JobStat
         if each.state == "damaged":
             found.append(Failure(each.step, "", each.why, []))
         elif each.state not in ("done", "outdated"):
-            lost = [failure for tasks in _tasks(last_submission(jobs, each.step)) if (failure := _failed(each.step, tasks))]
-            found += [failure._replace(more=len(lost) - _MOST if place == _MOST - 1 else 0) for place, failure in enumerate(lost[:_MOST])]
+            lost = _lost(each.step, last_submission(jobs, each.step))
+            found += lost
             if not lost and each.state != "at work":
                 found += _crashed(run, each)
+    return [*found, *_of_no_step(jobs)]
+
+
+def _of_no_step(jobs: Sequence[JobStatus]) -> list[Failure]:
+    """What has failed of jobs that do no step of the run, as those of a sweep; that one was ended says nothing of it."""
+    found = []
+    for name in dict.fromkeys(job.name for job in jobs if job.step is None):
+        ended = [job for job in jobs if job.name == name and job.state not in ("gone", "cancelled")]
+        found += _lost(None, _last(ended))
     return found
+
+
+def _lost(step: Step | None, jobs: Sequence[JobStatus]) -> list[Failure]:
+    """Those of some jobs that have failed for good: the first few, the last of which counts the others."""
+    lost = [failure for tasks in _tasks(jobs) if (failure := _failed(step, tasks))]
+    return [failure._replace(more=len(lost) - _MOST if place == _MOST - 1 else 0) for place, failure in enumerate(lost[:_MOST])]
 
 
 def last_submission(jobs: Iterable[JobStatus], step: Step) -> list[JobStatus]:
     """The jobs of a step that were submitted last: what failed before them is theirs to do."""
-    of_step = [job for job in jobs if job.step == step]
-    return [job for job in of_step if job.submission == of_step[-1].submission]
+    return _last([job for job in jobs if job.step == step])
+
+
+def _last(jobs: Sequence[JobStatus]) -> list[JobStatus]:
+    return [job for job in jobs if job.submission == jobs[-1].submission]
 
 
 def left_alone(jobs: Iterable[JobStatus], step: Step) -> bool:
@@ -75,7 +93,7 @@ def _tasks(jobs: Sequence[JobStatus]) -> list[list[JobStatus]]:
     return list(found.values())
 
 
-def _failed(step: Step, tasks: Sequence[JobStatus]) -> Failure | None:
+def _failed(step: Step | None, tasks: Sequence[JobStatus]) -> Failure | None:
     """Why a task has failed for good; null where it is done, at work, or another goes on from it."""
     begun = [task for task in tasks if task.state != "waits"]
     if not begun or any(task.state in ("done", "runs") for task in tasks):

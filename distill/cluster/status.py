@@ -121,7 +121,7 @@ def as_table(found: Status) -> RenderableType:
 
 def _failed(found: Status) -> Iterator[Text]:
     for failure in found.failures:
-        where = " ".join(filter(None, (str(failure.step), failure.where)))
+        where = " ".join(filter(None, (str(failure.step or ""), failure.where)))
         yield Text(visible(f"\n{where}: {failure.why}"), "bold red")
         yield from (Text(f"  {line}") for line in failure.lines)
         if failure.more:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,9 @@ def _first_line(args: TrainingArguments, state: TrainerState, model: torch.nn.Mo
     # Where DeepSpeed deals the weights out, a parameter's own size is that of this process's share.
     sizes = [(getattr(parameter, "ds_numel", parameter.numel()), parameter.requires_grad) for parameter in model.parameters()]
     trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))  # launchers that accelerate has started, one a node
+    where = f" on {nodes} nodes" if nodes > 1 else ""
     return (
-        f"train     {rows:,} rows, {state.max_steps:,} steps of {rows_a_step:,} {unit}; {args.world_size} x {device}, "
+        f"train     {rows:,} rows, {state.max_steps:,} steps of {rows_a_step:,} {unit}; {args.world_size} x {device}{where}, "
         f"{precision_name(args)}; {trained:,} of {total:,} parameters are trained"
     )
