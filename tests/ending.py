@@ -63,7 +63,7 @@ def told(signals: str, words: Sequence[str | Path], place: Path, *, processes: i
     """
     script = place / "told.py"
     script.write_text(_SCRIPT)
-    line = [script, signals, *words]
+    line = [script, signals or "none", *words]  # accelerate fails on an empty word
     if not processes:
         return commands.run(line)
     plain = [sys.executable, *LAUNCH, str(processes), *map(str, line)]

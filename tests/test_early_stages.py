@@ -96,6 +96,7 @@ def test_off_the_main_thread_nothing_is_handled() -> None:
 
 def test_what_is_held_is_not_cut_and_what_hangs_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(early, "UNIT_S", 1e-3)
+    monkeypatch.setattr(early, "_LOST_S", 1e-3)
     before = [signal.getsignal(number) for number in HANDLED]
     with early.ends_on_signals():
         with early.held():
