@@ -32,6 +32,8 @@ LIMIT_S = 900
 """How long anything may take before it counts as hung; two cores are slow when others use them."""
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "sinfo", "srun", "scancel")
 _PAUSE_S = 0.1
+_UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
+_FOR_EVER = ("DependencyNeverSatisfied", "JobHeldUser", "JobHeldAdmin")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 # Intervals are short, so that nothing waits for the scheduler; what a slow machine could miss (an answer of a node) is long. Jobs that
@@ -121,33 +123,40 @@ class Cluster:
         """One of them, no array."""
         return next(job for job in self.jobs() if job["JobId"] == str(number))
 
-    def until(self, holds: Callable[[], object], what: str) -> None:
-        """Returns when it holds; an error with all jobs and the daemons' last words when it does not within the limit."""
+    def until(self, holds: Callable[[], object], what: str, *, by_jobs: bool = True) -> None:
+        """Returns when it holds; an error with all jobs and the daemons' last words when it does not within the limit.
+
+        Args:
+            holds: Whether it does.
+            what: For that error.
+            by_jobs: Only jobs can bring it about, so that it is an error, too, when none is left to run.
+        """
         end_s = time.monotonic() + LIMIT_S
         while not holds():
+            left = self._left()
+            assert left or not by_jobs or holds(), f"all jobs have ended, but not: {what}\n{self.run('scontrol', 'show', 'job')}"
             assert time.monotonic() < end_s, f"not within {LIMIT_S} s: {what}\n{self.run('scontrol', 'show', 'job')}\n{self.last_words()}"
-            self._start_requeued()
+            for number, state, reason in left:
+                if (state, reason) == ("PENDING", "BeginTime"):  # queued again: it would wait for a while
+                    subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], env=self.environment, capture_output=True)
             time.sleep(_PAUSE_S)
+
+    def _left(self) -> list[tuple[str, str, str]]:
+        """Number, state, and why it waits, of each job that is yet to end."""
+        lines = [line.split("|") for line in self.run("squeue", "-h", "-r", "-t", "all", "-o", "%A|%T|%r").splitlines()]
+        return [(number, state, reason) for number, state, reason in lines if state in _UNFINISHED]
 
     def until_ended(self, first: int = 0) -> list[dict[str, str]]:
         """Waits until no job is left to run, and returns those from a number on; one that never can is an error."""
 
         def none_left() -> bool:
-            left = [line.split("|") for line in self.run("squeue", "-h", "-r", "-t", "all", "-o", "%A|%T|%r").splitlines()]
-            left = [each for each in left if each[1] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")]
+            left = self._left()
             for number, _, reason in left:
-                assert reason not in ("DependencyNeverSatisfied", "JobHeldUser", "JobHeldAdmin"), f"job {number} waits for ever: {reason}"
+                assert reason not in _FOR_EVER, f"job {number} waits for ever: {reason}"
             return not left
 
         self.until(none_left, "all jobs end")
         return [job for job in self.jobs() if int(job.get("ArrayJobId", job["JobId"])) >= first]
-
-    def _start_requeued(self) -> None:
-        """Jobs that were queued again would wait for a while."""
-        for line in self.run("squeue", "-h", "-r", "-t", "PENDING", "-o", "%A|%r").splitlines():
-            number, reason = line.split("|")
-            if reason == "BeginTime":
-                subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], env=self.environment, capture_output=True)
 
     def preempt(self) -> int:
         """Submits a job that is more urgent than all others, needs both nodes, and ends at once; returns its number."""
@@ -156,12 +165,12 @@ class Cluster:
     def down(self, node: str) -> None:
         """A node loses power: all its processes are gone, and Slurm knows it, as after its time-out; its jobs are requeued."""
         self._do(f"down {node}")
-        self.until(lambda: "DOWN" in self._state(node), f"{node} is down")
+        self.until(lambda: "DOWN" in self._state(node), f"{node} is down", by_jobs=False)
 
     def up(self, node: str) -> None:
         """The node is back."""
         self._do(f"up {node}")
-        self.until(lambda: self._state(node) in ("IDLE", "MIXED", "ALLOCATED"), f"{node} is up")
+        self.until(lambda: self._state(node) in ("IDLE", "MIXED", "ALLOCATED"), f"{node} is up", by_jobs=False)
 
     def _state(self, node: str) -> str:
         return self.run("sinfo", "-h", "-n", node, "-p", "main", "-o", "%T").strip().upper()

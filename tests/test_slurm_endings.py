@@ -166,15 +166,15 @@ def test_what_fails_for_good_ends_its_dependents_and_is_gone_on_from(slurm: Clus
     assert set(states(jobs, given["prompts"]).values()) == {"COMPLETED"}
     assert set(states(jobs, given["generate"]).values()) == {"FAILED"}
     for name in ("curate", "score", "train"):
-        assert set(states(jobs, given[name][:1]).values()) == {"CANCELLED"}, name
-    told = distill("status", run)
-    assert "generate" in told and "teacher" in told and "failed" in told, told
+        assert set(states(jobs, given[name]).values()) == {"CANCELLED"}, name
+    told = distill("status", run, environment=slurm.environment, code=1)
+    assert f"generate-{given['generate'][0]}_1: exit code 1" in told and str(teacher) in told and "curate-" not in told, told
     away.rename(teacher)
     given = give(2)
     assert "prompts" not in given
     jobs = go_on()
     assert sorted(states(jobs, given["generate"][:1]).values()) == ["CANCELLED", "COMPLETED", "COMPLETED"], said(run)
-    assert set(states(jobs, given["curate"]).values()) == {"CANCELLED"}
+    assert set(states(jobs, given["curate"]).values()) == {"CANCELLED"}, said(run)
     given = give()
     assert next(line["tasks"] for line in submitted(run) if line["job"] == given["generate"][0]) == "2"
     go_on()

@@ -67,7 +67,9 @@ def hand_over(asked: Submission, site: Site, *, beside: bool = False) -> list[in
 
 def _give(asked: Submission, job: Job, site: Site, given: Mapping[str, Sequence[str]], follow_up: int) -> int:
     """Submits a job, or one that goes on from it, and writes it down."""
-    waits = dependency(job, given) if not follow_up else f"afterany:{given[job.name][-1]}"
+    waits = dependency(job, given)
+    if follow_up:  # and what the first one waits for: where that fails, none of them may begin
+        waits = ",".join(filter(None, [waits, f"afterany:{given[job.name][-1]}"]))
     words = sbatch.words_of(job, asked.run, site, waits)
     if job.ends:
         words += ["--wrap", f"scancel {' '.join(reversed(given[job.ends]))}"]
