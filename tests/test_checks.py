@@ -137,8 +137,9 @@ OTHER: list[tuple[Pair, Verdict]] = [
     (("<think>so \\boxed{72}</think>I do not know.", "72"), Verdict("math", False, "no_answer")),
     (("<think>not 73</think>\\boxed{72}", "72"), Verdict("math", True, "right")),
     (("<think>\\boxed{72}</think>\\boxed{73}", "72"), Verdict("math", False, "wrong_answer")),
-    (("<think>a</think>\\boxed{72}", "#"), Verdict("math", None, "reference_not_understood")),
-    (("<think>a</think>\\boxed{72}", ""), Verdict("math", None, "reference_not_understood")),
+    (("<think>a</think>\\boxed{72}", "#"), Verdict("math", False, "wrong_answer")),
+    (("<think>a</think>\\boxed{#}", "#"), Verdict("math", True, "right")),
+    (("<think>a</think>\\boxed{72}", ""), Verdict("math", None, "no_reference")),
 ]
 
 

@@ -1,0 +1,186 @@
+r"""Which part of a text is its final answer: the last box, else what follows "the answer is" in some language, else bold, else the text.
+
+Boxes close to each other are one answer of several parts, so a row of guesses is not right because one of them is.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from distill.checks.forms.plain import closing_brace, unified
+
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox|bbox)\s*(?:\{|(?=[^\s{]))")
+_BETWEEN = 70  # characters between boxes that a comma, an "and" or a line of their own joins
+_JOINING = re.compile(r"\band\b|\bor\b|,|;|\n")
+_REJECTING = re.compile(r"\b(?:wrong|wait|no|not|but|actually|instead|mistake|correct(?:ion|ed)?|should)\b", re.IGNORECASE)
+_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_IS = r"(?:\s*(?:is|are|would be|must be|=|:|equals)(?:\s+(?:that|therefore|thus|simply|just))?\s*:?|\s*[*_]*\s*:?[*_]*\s*\n)"
+_PHRASES = (
+    rf"(?:final |correct |right |best |closest )*(?:answer|choice|option|result|solution)(?:\s+(?:to|for|of)\s[^.:\n]{{1,80}}?)?{_IS}",
+    r"\bI\s+(?:choose|pick|select|would choose|will choose)\s+(?:option |choice |answer )?",
+    r"####",
+    r"(?:最终)?(?:答案|结果|選択肢|正解)\s*(?:应该|應該)?(?:是|为|為)?\s*[:=]?",
+    r"答え\s*(?:は|:)\s*:?",
+    r"정답\s*(?:은|:)?\s*:?",
+    r"(?:الجواب|الإجابة|الاجابة|الحل|الناتج)(?:\s+(?:النهائي|النهائية|الصحيح|الصحيحة))?\s*(?:هو|هي|:)\s*:?",
+    r"(?:Antwort|Lösung|Ergebnis)\s*(?:lautet|ist|:|=)\s*(?:also)?\s*:?",
+    r"(?:réponse|respuesta|resposta|risposta|solución|solution|résultat|resultado|risultato)(?:\s+(?:finale?|correcta?|correcte|corretta|est[áa]))?"
+    r"\s*(?:est|es|é|è|:|=)\s*:?",
+    r"(?:ответ|відповідь)\s*[:=-]*",
+    r"jawaban(?:nya)?\s*(?:adalah|ialah|:)\s*:?",
+    r"đáp\s+án\s*(?:là|:)\s*:?",
+    r"उत्तर\s*(?:है|:)\s*:?",
+    r"(?:cevap|yan\u0131t)\s*:",
+    r"odpowied(?:ź|zią)\s*(?:to|jest|:)\s*:?",
+    r"(?:antwoord|svaret|svar|vastaus)\s*(?:is|är|er|on|:)\s*:?",
+    r"απάντηση\s*(?:είναι|:)\s*:?",
+)
+_PHRASE = re.compile(rf"(?<![^\W_])(?:{'|'.join(_PHRASES)})", re.IGNORECASE)
+_LEAD = re.compile(r"(?:(?:so|thus|hence|therefore|and|the|my|our|la|die|der)[\s,]*)*", re.IGNORECASE)
+_CLAUSE_END = re.compile(r"[.!?](?=\s+[^\W\d_]|\s*$)|,?\s+(?:because|since|which|as in|so that)\b|\n")
+_DISPLAY = re.compile(r"\s*(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$|\\\((.*?)\\\)|(?<!\\)\$([^$\n]+)\$)", re.DOTALL)
+_BOLD = re.compile(r"\*\*(?!\s)([^*\n]+?)(?<!\s)\*\*|(?<![\w`])`([^`\n]+)`(?![\w`])|<b>(.*?)</b>")
+_HEADING = re.compile(r"[^\W\d_][^:=]*:")
+_STATES = re.compile(
+    r"(?:(?:so|thus|hence|therefore|and)?,?\s*)?(?:the|its|this|that|our|your|my|it)\s+(?:[^\W\d_][\w'-]*\s+){0,4}(?:is|are|was|were|equals)\s+(?!not\b)(.+)",
+    re.IGNORECASE,
+)
+_MATH = re.compile(r"\\\[(.*?)\\\]|\$\$(.*?)\$\$|\\\((.*?)\\\)|(?<![\\\d])\$([^$\n]+)(?<!\\)\$", re.DOTALL)
+_NUMBER = re.compile(
+    r"(?<![\w.,/^_{])(?:[-+]|[$€£¥₹]\s?|-[$€£])?\d+(?:[.,'/:]\d+|(?<!\d)\s\d+/\d+)*(?:[eE][-+]?\d+)?(?:\s?(?:%|°[CF]?|[€£¥₹]|[^\W\d_]+(?:/[^\W\d_]+)?))?"
+)
+
+
+class Final(NamedTuple):
+    """What a text answers."""
+
+    texts: list[str]
+    """The ways to take it, the likeliest first."""
+    is_marked: bool
+    """Whether it is marked as the answer by a box, a tag or a phrase, so that nothing else in the text is."""
+
+
+def final_answer(text: str) -> Final:
+    """The final answer of a text that a model wrote after its reasoning."""
+    text = unified(text).strip()
+    marked = _marked(text)
+    if marked is not None:
+        return Final(marked, True)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    last = lines[-1] if lines else ""
+    texts = [text, last]
+    if (bold := _bold(last)) is not None:
+        texts = [bold, text]
+    elif found := _STATES.fullmatch(_until_clause_end(last.rsplit(". ", 1)[-1])):
+        texts.append(found[1])
+    return Final(list(dict.fromkeys(part for part in texts if part)), False)
+
+
+def loose_numbers(text: str) -> list[str]:
+    """The last formula and the last number in a text that marks no answer: what a sentence ends in is often what it finds."""
+    text = unified(text)
+    formulas, numbers = list(_MATH.finditer(text)), list(_NUMBER.finditer(text))
+    last = max((found.end() for found in formulas), default=0)
+    if formulas and not any(found.start() > last for found in numbers):
+        return [next(part for part in formulas[-1].groups() if part is not None)]
+    if not numbers or re.search(r"\bor\s+$|\bnot\s+$", text[: numbers[-1].start()]):
+        return []
+    return [numbers[-1].group().strip()]
+
+
+def reference_answer(text: str) -> Final:
+    """The answer that a reference names: in a box, after a phrase that begins it, else all of it."""
+    text = unified(text).strip()
+    boxes = _boxes(text)
+    if boxes is not None:
+        return Final([boxes], True)
+    begun = _PHRASE.search(text[:120])
+    if begun is not None and _LEAD.fullmatch(text[: begun.start()]):
+        rest = _after_phrase(text[begun.end() :])
+        if rest:
+            return Final([text, *rest], True)
+    return Final([text], True)
+
+
+def _marked(text: str) -> list[str] | None:
+    boxes = _boxes(text)
+    if boxes is not None:
+        return [boxes, *reference_answer(boxes).texts[1:]] if "\\boxed" not in boxes else [boxes]
+    if tags := _TAG.findall(text):
+        return _marked(tags[-1]) or [tags[-1].strip()]
+    for found in reversed(list(_PHRASE.finditer(text))):
+        if rest := _after_phrase(text[found.end() :]):
+            return rest
+    return None
+
+
+def _boxes(text: str) -> str | None:
+    """What is in the last box, and in those before it that belong to it; null where there is none."""
+    found = list(_BOX.finditer(text))
+    if not found:
+        return None
+    insides: list[str] = []
+    until = len(text)
+    for box in reversed(found):
+        if box.end() > until:
+            continue
+        inside, end = _inside(text, box)
+        if insides and not _belongs(text[end:until], inside, insides[0]):
+            break
+        if not insides or inside != insides[0]:
+            insides.insert(0, inside)
+        until = box.start()
+    return ", ".join(insides)
+
+
+def _inside(text: str, box: re.Match[str]) -> tuple[str, int]:
+    if not box.group().endswith("{"):  # \boxed5 and \boxed\pi
+        found = re.match(r"\\[A-Za-z]+|-?[\d.]*\d|.", text[box.end() :])
+        length = found.end() if found else 0
+        return text[box.end() : box.end() + length], box.end() + length
+    end = closing_brace(text, box.end() - 1)
+    if end < 0:
+        line = text[box.end() :].split("\n")[0]
+        end = box.end() + max(line.rfind("}"), 0)
+    return text[box.end() : end].strip(), end + 1
+
+
+def _belongs(between: str, inside: str, following: str) -> bool:
+    """Whether a box and the next are one answer, by what stands between them."""
+    if len(between) < 10 and not _REJECTING.search(between):
+        return True
+    return inside != following and len(between) < _BETWEEN and bool(_JOINING.search(between)) and not _REJECTING.search(between)
+
+
+def _after_phrase(rest: str) -> list[str]:
+    """The ways to take what follows a phrase: its clause, and what is bold or a formula at its beginning."""
+    rest = re.sub(r"^[\s*_#:>]+(?=\S)", lambda found: "**" if found.group().endswith("**") and "**" in rest[found.end() :] else "", rest)
+    if (bold := _BOLD.match(rest)) is not None:
+        return [next(part for part in bold.groups() if part is not None)]
+    clause = _until_clause_end(rest)
+    if (display := _DISPLAY.match(rest)) is not None:
+        inside = next(part for part in display.groups() if part is not None)
+        return [inside] if len(rest[display.end() :].strip()) < 2 or display.end() >= len(clause) else [clause, inside]
+    if not clause:
+        return []
+    found = _NUMBER.match(clause)
+    if found is not None and re.match(r"[\s.]", clause[found.end() :]) and not re.search(r"\bor\b|\band\b|[,;=]", clause):
+        return [clause, found.group().strip()]
+    return [clause]
+
+
+def _until_clause_end(text: str) -> str:
+    found = _CLAUSE_END.search(text.strip())
+    return (text.strip()[: found.start()] if found else text).strip().strip("*").strip()
+
+
+def _bold(line: str) -> str | None:
+    """The last bold or quoted code of a line, or what follows a bold heading."""
+    found = list(_BOLD.finditer(line))
+    if not found:
+        return None
+    inside = next(part for part in found[-1].groups() if part is not None).strip()
+    if _HEADING.fullmatch(inside):
+        return line[found[-1].end() :].strip() or None
+    return inside

@@ -1,0 +1,168 @@
+r"""One spelling for what is written in many: Unicode as ASCII and LaTeX where that means the same, LaTeX without its dress.
+
+Knows nothing of what a text means. Case stays: it tells mW from MW.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+
+_SCRIPTS = {"<super>": "^", "<sub>": "_"}
+_SIGNS = str.maketrans(
+    {
+        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe63\uff0d", "-"),
+        **dict.fromkeys("\u2018\u2019\u201b\u2032", "'"),
+        **dict.fromkeys("\u201c\u201d\u201e\u2033", '"'),
+        "\u00d7": "\\times ", "\u00b7": "\\cdot ", "\u22c5": "\\cdot ", "\u2219": "\\cdot ", "\u00f7": "/", "\u2215": "/", "\u2044": "/",
+        "\u2264": "\\le ", "\u2265": "\\ge ", "\u2a7d": "\\le ", "\u2a7e": "\\ge ", "\u2260": "\\ne ", "\u2248": "\\approx ",
+        "\u221e": "\\infty ", "\u222a": "\\cup ", "\u2229": "\\cap ", "\u2205": "\\emptyset ", "\u2208": "\\in ", "\u00b1": "\\pm ",
+        "\u2213": "\\mp ", "\u211d": "\\mathbb{R}", "\u066b": ".", "\u066c": ",", "\u066a": "%", "\u060c": ",", "\u061b": ";",
+        "\u3001": ",", "\u3002": ".", "\u00b0": "°", "\u00ba": "°",
+    }
+)  # fmt: skip
+_ROOT = re.compile(r"([\u221a\u221b\u221c])\s*(\d+(?:\.\d+)?|[A-Za-z]|\{[^{}]*\}|\([^()]*\))")
+_ROOTS = {"\u221a": "\\sqrt", "\u221b": "\\sqrt[3]", "\u221c": "\\sqrt[4]"}
+_LETTERS = ("alpha", "beta", "gamma", "delta", "theta", "lambda", "pi", "phi", "omega")
+_GREEK = {unicodedata.lookup(f"GREEK SMALL LETTER {name.replace('lambda', 'lamda')}"): name for name in _LETTERS}
+_LONE_GREEK = re.compile(rf"(?<![^\W\d_A-Za-z])[{''.join(_GREEK)}](?![^\W\d_A-Za-z])")
+_SAME = {
+    r"\\[dtc]frac(?![a-zA-Z])": r"\\frac",
+    r"\\(?:leq|leqslant|lte)(?![a-zA-Z])": r"\\le",
+    r"\\(?:geq|geqslant|gte)(?![a-zA-Z])": r"\\ge",
+    r"\\neq(?![a-zA-Z])": r"\\ne",
+    r"\\lt(?![a-zA-Z])": "<",
+    r"\\gt(?![a-zA-Z])": ">",
+    r"\\div(?![a-zA-Z])": "/",
+    r"\\(?:colon|ratio)(?![a-zA-Z])": ":",
+    r"\\(?:varnothing|O)(?![a-zA-Z])": r"\\emptyset",
+    r"\\(?:infin|inf)(?![a-zA-Z])": r"\\infty",
+    r"\\(?:land|wedge)(?![a-zA-Z])": " and ",
+    r"\\(?:lor|vee)(?![a-zA-Z])": " or ",
+    r"\\(?:l|r)brace(?![a-zA-Z])": lambda found: "\\{" if found.group()[1] == "l" else "\\}",
+    r"\\(?:R|reals)(?![a-zA-Z])": r"\\mathbb{R}",
+    r"\\varphi(?![a-zA-Z])": r"\\phi",
+    r"\\var(?=epsilon)": r"\\",
+    r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])|\\textdegree(?![a-zA-Z])": "°",
+    r"(?<!\\)\\[()]|(?<!\\)\\[\[\]]|\$\$": " ",
+    r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\.?": "",
+    r"\\(?:displaystyle|textstyle|bf|rm|it|sf|tt|bfseries|large|Large|huge|limits|nolimits|phantom\{[^{}]*\})(?![a-zA-Z])": "",
+    r"\\color\s*\{[^{}]*\}|\\textcolor\s*\{[^{}]*\}": "",
+    r"(?<!\\)\\!": "",
+    r"(?<!\\)\\(?:[,;:> ]|quad|qquad|thinspace|space|hspace\*?\{[^{}]*\}|hfill)(?![a-zA-Z])|(?<!\\)~": " ",
+    r"(?<!\\)\\([%&#_])": r"\1",
+    r"\{,\}": ",",
+    r"\\(?:sqrt)\s*(\d|[A-Za-z])": r"\\sqrt{\1}",
+    r"\\frac\s*(\d)\s*(\d)": r"\\frac{\1}{\2}",
+    r"\\frac\s*(\d)\s*\{": r"\\frac{\1}{",
+    r"\\frac\s*(\{[^{}]*\})\s*(\d)": r"\\frac\1{\2}",
+}
+_STEPS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [(re.compile(old), new) for old, new in _SAME.items()]  # type: ignore[misc]
+_DRESS = re.compile(
+    r"\\(?:textbf|mathbf|textit|mathit|emph|underline|uline|boldsymbol|bm|pmb|boxed|fbox|ensuremath|mathds|textsc)\s*(?=\{)"
+)
+_WORDS = re.compile(r"\\(?:text|textrm|textsf|texttt|textnormal|mathrm|mathsf|mathtt|mbox|hbox|operatorname\*?)\s*(?=\{)")
+_EDGES = re.compile(r"^(?:=|\\approx(?![a-z])|\\simeq|\\sim(?![a-z]))\s*|\s*[.,;]+$")
+_PAIRS = [("**", "**"), ("__", "__"), ("`", "`"), ('"', '"'), ("'", "'"), ("\u00ab", "\u00bb"), ("\u300c", "\u300d")]
+_TEXT = re.compile(r"\\text\{([^{}]*)\}")
+
+
+def unified(text: str) -> str:
+    """The text in one spelling of Unicode: digits of every script as ASCII, signs and fractions as LaTeX; nobody's LaTeX is touched."""
+    if text.isascii():
+        return text
+    text = _ROOT.sub(lambda found: f"{_ROOTS[found[1]]}{{{found[2].strip('{}()')}}}", text)
+    pieces: list[str] = []
+    script = ""
+    for letter in text:
+        kind, _, _ = unicodedata.decomposition(letter).partition(" ")
+        mark = _SCRIPTS.get(kind, "") if not letter.isalpha() or letter in "\u207f\u2071" else ""
+        if mark != script:
+            pieces.append(("}" if script else "") + (f"{mark}{{" if mark else ""))
+            script = mark
+        if kind == "<fraction>":
+            above, _, below = unicodedata.normalize("NFKC", letter).partition("\u2044")
+            pieces.append(f" \\frac{{{above}}}{{{below}}}" if below else letter)
+        elif unicodedata.category(letter) == "Cf":
+            continue
+        else:
+            digit = unicodedata.decimal(letter, None)
+            pieces.append(letter if digit is None else str(digit))
+    whole = "".join(pieces) + ("}" if script else "")
+    whole = unicodedata.normalize("NFKC", whole.translate(_SIGNS)).translate(_SIGNS)
+    return _LONE_GREEK.sub(lambda found: f"\\{_GREEK[found.group()]} ", whole)
+
+
+def plain(text: str) -> str:
+    r"""The text in one spelling, on one line: no delimiters, sizes, colours or thin spaces; every kind of upright text is `\text{...}`."""
+    text = unified(text).replace("\\$", "\ue000")
+    if text.count("$") % 2 == 0:
+        text = text.replace("$", " ")
+    text = text.replace("\ue000", "$")
+    if "\\" in text or "~" in text or "{" in text:
+        for pattern, new in _STEPS:
+            text = pattern.sub(new, text)
+        text = _WORDS.sub(lambda _: "\\text", _without(_DRESS, text))
+    return trimmed(re.sub(r"\s+", " ", text))
+
+
+def trimmed(text: str) -> str:
+    """The text without what stands around an answer: spaces, a full stop, quotes, bold, braces, a sign of equality before it."""
+    while True:
+        before = text
+        text = _EDGES.sub("", text.strip())
+        for opening, closing in _PAIRS:
+            inner = text[len(opening) : -len(closing)]
+            if text.startswith(opening) and text.endswith(closing) and inner and opening not in inner:
+                text = inner
+        if text.startswith("{") and closing_brace(text, 0) == len(text) - 1:
+            text = text[1:-1]
+        if text == before:
+            return text
+
+
+def as_words(text: str) -> str:
+    r"""A plain text with what `\text{...}` holds set free among spaces."""
+    while (found := _TEXT.sub(r" \1 ", text)) != text:
+        text = found
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def exact_key(text: str) -> str:
+    """What two plain texts have in common that differ only in spaces and braces, case kept."""
+    text = re.sub(r"([_^])\s*\{(\w)\}", r"\1\2", as_words(text))
+    return re.sub(r"\s*([^\w\s])\s*", r"\1", text).strip()
+
+
+def text_key(text: str) -> str:
+    """What two texts in words have in common that differ only in case, spaces and punctuation at the ends."""
+    key = unicodedata.normalize("NFC", exact_key(text).casefold())
+    return key.strip(" .,;:!?*") or key
+
+
+def closing_brace(text: str, opening: int) -> int:
+    """Where the brace closes that opens at a place; -1 where it does not."""
+    depth, place = 0, opening
+    while place < len(text):
+        letter = text[place]
+        if letter == "\\":
+            place += 1
+        elif letter == "{":
+            depth += 1
+        elif letter == "}":
+            depth -= 1
+            if not depth:
+                return place
+        place += 1
+    return -1
+
+
+def _without(command: re.Pattern[str], text: str) -> str:
+    """The text with what a command dresses up, without the command and its braces."""
+    while found := command.search(text):
+        end = closing_brace(text, found.end())
+        if end < 0:
+            return text[: found.start()] + text[found.end() + 1 :]
+        text = text[: found.start()] + text[found.end() + 1 : end] + text[end + 1 :]
+    return text
