@@ -40,10 +40,8 @@ AT_A_GLANCE = {
     "fsdp in one process": ([ARGUMENT + "fsdp", "full_shard"], "accelerate launch --use_fsdp"),
     "deepspeed without a launch": ([ARGUMENT + "deepspeed", "{zero_optimization: {stage: 2}}"], "accelerate launch --use_deepspeed"),
     "no references": (["--prompts.columns", "{prompt: question}", "--curate.checks", "[finish]"], "evaluate: null"),
-    "words as references": (["--prompts.columns", "{prompt: question, reference: name}", "--curate.checks", "[finish]"], "evaluate: null"),
     "pushing while offline": ([ARGUMENT + "push_to_hub", "true"], "the Hub is switched off here"),
     "prompts that all go": (["--prompts.answer_pattern", "= (.*)"], "100 no_answer_match"),
-    "words to be judged by curate": (["--prompts.columns", "{prompt: question, reference: name}"], "curate.checks has math"),
 }  # fmt: skip
 
 WITH_THE_RECIPE = {

@@ -1,10 +1,6 @@
-r"""Whether an answer equals the reference, by math-verify in processes that are killed at a hard limit.
+"""Whether answers equal their references, in processes that are killed at a hard limit; what is equal is said in `answers`.
 
-math-verify can run for ever on an adversarial expression, its own limits are signals that a thread can't use, and
-sympy can't be interrupted from outside; a process can. Its workers import no torch.
-
-What counts as the answer: the last box, else the last expression. Boxes close to each other are one answer of several
-parts, as math-verify has it, so a row of guesses is not right because one of them is.
+sympy can run for ever on an adversarial expression and can't be interrupted from outside; a process can. Its workers import no torch.
 """
 
 from __future__ import annotations
@@ -21,14 +17,10 @@ from types import TracebackType
 from typing import Any
 
 from distill.checks import Verdict
-from distill.checks.final import final_answer, loose_numbers, reference_answer
+from distill.checks.answers import compare, prepare
 from distill.checks.form import answer_of
-from distill.checks.forms import expressions, units
-from distill.checks.forms.equality import same
-from distill.checks.forms.plain import plain
-from distill.checks.forms.reading import read
-from distill.checks.forms.shapes import Text
-from distill.data.texts import is_blank
+
+__all__ = ["MathJudge", "Pair", "compare", "guarded", "prepare"]
 
 Pair = tuple[str, str | None]
 """A completion, and the reference or null."""
@@ -202,12 +194,6 @@ def _work(pipe: Connection, alarm_s: float) -> None:
         return
 
 
-def prepare() -> None:
-    """Does in a new worker what takes a second the first time: imports, patterns, the grammar. No pair's limit pays for it."""
-    expressions.prepare()
-    units.prepare()
-
-
 def guarded(alarm_s: float, answer: str, reference: str) -> _Found:
     """`compare`, under an alarm that ends a worker whom nobody is left to kill because the stage itself was killed."""
     if hasattr(signal, "setitimer"):
@@ -219,23 +205,3 @@ def guarded(alarm_s: float, answer: str, reference: str) -> _Found:
     finally:
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def compare(answer: str, reference: str) -> tuple[bool | None, str]:
-    """Whether the answer is equal to the reference, or null, and the reason. May never return: see `MathJudge`."""
-    if is_blank(reference):
-        return None, "no_reference"
-    wanted = [plain(text) for text in reference_answer(reference).texts]
-    if plain(answer) == wanted[0]:
-        return True, "right"
-    found = final_answer(answer)
-    given = [plain(text) for text in found.texts]
-    if any(same(one, other) for one in given for other in wanted):
-        return True, "right"
-    if found.is_marked or all(isinstance(form, Text) for text in wanted for form in read(text)):
-        return False, "wrong_answer"
-    loose = [plain(text) for text in loose_numbers(answer)]
-    if not loose and not any(letter.isdigit() for letter in given[0]):
-        return False, "no_answer"
-    right = any(same(one, other) for one in loose for other in wanted)
-    return right, "right" if right else "wrong_answer"

@@ -108,12 +108,14 @@ def _tables(one: Table, other: Table) -> bool:
 
 def _groups(one: Group, other: Group) -> bool:
     first, second = one.opening + one.closing, other.opening + other.closing
+    if {first, second} == {"", "or"}:
+        return False
     ordered = [brackets != "" and brackets[0] in _IN_ORDER for brackets in (first, second)]
     if any(ordered):
         if first and second and first != second:
             return False
         return len(one.parts) == len(other.parts) and all(alike(a, b) for a, b in zip(one.parts, other.parts, strict=True))
-    if first and second:  # sets: a part that is named twice is one
+    if first == second == "\\{\\}":  # sets: a part that is named twice is one
         return _within(one.parts, other.parts) and _within(other.parts, one.parts)
     return len(one.parts) == len(other.parts) and _matched(one.parts, other.parts, alike)
 

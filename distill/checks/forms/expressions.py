@@ -23,10 +23,10 @@ _MORE = (
     "operatorname le ge ne"
 )
 _COMMANDS = _FUNCTIONS | frozenset(_MORE.split())
-_OTHER = re.compile(r"\w'|\d\.\d+\.|\\\\|[A-Za-z]\d|\d [A-Za-z]+ \d")  # primes, addresses, rows, codes, sentences
+_OTHER = re.compile(r"\w'|\d\.\d+\.|\\\\|[A-Za-z]\d|\d [A-Za-z]+ \d|\d \d")  # primes, addresses, rows, codes, sentences
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _RUN = re.compile(r"[A-Za-z]+")
-_ALLOWED = re.compile(r"[A-Za-z0-9\s+\-*/^_{}()\[\]|!.,'=<>\\]*")
+_ALLOWED = re.compile(r"[A-Za-z0-9°\s+\-*/^_{}()\[\]|!.,'=<>\\]*")
 _DECIMAL = re.compile(r"(?<![\d.])(\d*)\.(\d+)(?:[eE]([+-]?\d+))?(?![\d.])")
 _STEPS = [
     (re.compile(old), new)
@@ -37,6 +37,7 @@ _STEPS = [
         r"(?<![\\A-Za-z])(a?rc?(?:sin|cos|tan)|sin|cos|tan|cot|sec|csc|log|ln|exp|max|min|gcd|lcm)(?![A-Za-z])": r"\\\1",
         r"\^\s*(-?\d+)": r"^{\1}",
         r"\^\s*\(([^()]*)\)": r"^{\1}",
+        r"(\d+)\s*°": r"(\\frac{\1\\pi}{180})",
         r"(?<=\d)\s*\(": r"\\cdot (",
         r"(?<!\\)\*": r"\\cdot ",
         r"(?<=\d),(?=\d{3}(?!\d))": "",
@@ -50,10 +51,14 @@ def is_expression(text: str) -> bool:
     """Whether a plain text is mathematics: something besides letters, and no words."""
     if not _ALLOWED.fullmatch(text) or not re.search(r"\d|[+*/^=<>!|]|\\[A-Za-z]|[A-Za-z]\s*\(|-", text):
         return False
-    if any(command not in _COMMANDS for command in _COMMAND.findall(text)) or _OTHER.search(text):
+    if any(command not in _COMMANDS for command in _COMMAND.findall(text)) or _OTHER.search(_COMMAND.sub("@", text)):
         return False
-    runs = [run for run in _RUN.findall(_COMMAND.sub(" ", text)) if run.lower() not in _FUNCTIONS]
-    return all(len(run) == 1 or (len(run) <= 3 and run.islower()) for run in runs)
+    return all(len(run) == 1 or (len(run) <= 3 and run.islower()) for run in _runs(text))
+
+
+def has_words(text: str) -> bool:
+    """Whether letters stand together in an expression, so that it may be a name too, like `sku-12`."""
+    return any(len(run) > 1 for run in _runs(text))
 
 
 def is_letters(text: str) -> bool:
@@ -131,6 +136,11 @@ def prepare() -> None:
     equal(r"\frac{x}{2}+\sqrt{3}", "0.5x+3^{0.5}")
 
 
+def _runs(text: str) -> list[str]:
+    """Letters that stand together and name no function."""
+    return [run for run in _RUN.findall(_COMMAND.sub(" ", text)) if run.lower() not in _FUNCTIONS]
+
+
 def _as_fraction(found: re.Match[str]) -> str:
     exponent = int(found[3] or 0) - len(found[2])
     digits = (found[1] + found[2]).lstrip("0") or "0"
@@ -139,7 +149,7 @@ def _as_fraction(found: re.Match[str]) -> str:
 
 def _is_anagram(one: str, other: str) -> bool:
     """Whether letters that stand together in one text stand in another order in the other: there they are words, no products."""
-    first, second = (set(run for run in _RUN.findall(_COMMAND.sub(" ", text)) if len(run) > 1) for text in (one, other))
+    first, second = ({run for run in _runs(text) if len(run) > 1} for text in (one, other))
     spelled = {tuple(sorted(Counter(run).items())) for run in first - second}
     return any(tuple(sorted(Counter(run).items())) in spelled for run in second - first)
 

@@ -50,6 +50,8 @@ def piece_of(found: tuple[str, str, str] | None, read: Read) -> Piece | None:
     ends = split(found[1], _COMMA)
     if len(ends) != 2 or not all(ends):
         return None
+    if _infinite(ends[0]) > 0 or _infinite(ends[1]) < 0:
+        return None
     lower, upper = (_end(end, read) for end in ends)
     return Piece(lower, upper, found[0] == "[" and lower is not None, found[2] == "]" and upper is not None)
 
@@ -58,9 +60,15 @@ def _has_mixed_or_infinite(text: str) -> bool:
     return text[0] + text[-1] in ("(]", "[)", "][", "]]", "[[") or "\\infty" in text or re.search(r"\binf", text) is not None
 
 
+def _infinite(text: str) -> int:
+    """-1 and 1 for the two infinities, else 0."""
+    found = text.strip()
+    return 0 if _INFINITE.fullmatch(found) is None else -1 if found.startswith("-") else 1
+
+
 def _end(text: str, read: Read) -> Readings | None:
     """An end of an interval; null for one that goes on for ever."""
-    return None if _INFINITE.fullmatch(text.strip()) else read(text)
+    return None if _infinite(text) else read(text)
 
 
 def _inequalities(text: str, read: Read) -> Iterator[Intervals]:

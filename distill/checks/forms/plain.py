@@ -38,8 +38,6 @@ _SAME = {
     r"\\(?:colon|ratio)(?![a-zA-Z])": ":",
     r"\\(?:varnothing|O)(?![a-zA-Z])": r"\\emptyset",
     r"\\(?:infin|inf)(?![a-zA-Z])": r"\\infty",
-    r"\\(?:land|wedge)(?![a-zA-Z])": " and ",
-    r"\\(?:lor|vee)(?![a-zA-Z])": " or ",
     r"\\(?:l|r)brace(?![a-zA-Z])": lambda found: "\\{" if found.group()[1] == "l" else "\\}",
     r"\\(?:R|reals)(?![a-zA-Z])": r"\\mathbb{R}",
     r"\\varphi(?![a-zA-Z])": r"\\phi",
@@ -50,7 +48,7 @@ _SAME = {
     r"\\(?:displaystyle|textstyle|bf|rm|it|sf|tt|bfseries|large|Large|huge|limits|nolimits|phantom\{[^{}]*\})(?![a-zA-Z])": "",
     r"\\color\s*\{[^{}]*\}|\\textcolor\s*\{[^{}]*\}": "",
     r"(?<!\\)\\!": "",
-    r"(?<!\\)\\(?:[,;:> ]|quad|qquad|thinspace|space|hspace\*?\{[^{}]*\}|hfill)(?![a-zA-Z])|(?<!\\)~": " ",
+    r"(?<!\\)\\(?:[,;:> ]|(?:quad|qquad|thinspace|space|hspace\*?\{[^{}]*\}|hfill)(?![a-zA-Z]))|(?<!\\)~": " ",
     r"(?<!\\)\\([%&#_])": r"\1",
     r"\{,\}": ",",
     r"\\(?:sqrt)\s*(\d|[A-Za-z])": r"\\sqrt{\1}",
@@ -65,7 +63,7 @@ _DRESS = re.compile(
 _WORDS = re.compile(r"\\(?:text|textrm|textsf|texttt|textnormal|mathrm|mathsf|mathtt|mbox|hbox|operatorname\*?)\s*(?=\{)")
 _EDGES = re.compile(r"^(?:=|\\approx(?![a-z])|\\simeq|\\sim(?![a-z]))\s*|\s*[.,;]+$")
 _PAIRS = [("**", "**"), ("__", "__"), ("`", "`"), ('"', '"'), ("'", "'"), ("\u00ab", "\u00bb"), ("\u300c", "\u300d")]
-_TEXT = re.compile(r"\\text\{([^{}]*)\}")
+_TEXT = re.compile(r"\\text\s*(?=\{)")
 
 
 def unified(text: str) -> str:
@@ -116,23 +114,24 @@ def trimmed(text: str) -> str:
             inner = text[len(opening) : -len(closing)]
             if text.startswith(opening) and text.endswith(closing) and inner and opening not in inner:
                 text = inner
-        if text.startswith("{") and closing_brace(text, 0) == len(text) - 1:
-            text = text[1:-1]
+        for opening in ("{", "\\text{"):
+            if text.startswith(opening) and closing_brace(text, len(opening) - 1) == len(text) - 1 and not text.startswith('{"'):
+                text = text[len(opening) : -1]
         if text == before:
             return text
 
 
 def as_words(text: str) -> str:
     r"""A plain text with what `\text{...}` holds set free among spaces."""
-    while (found := _TEXT.sub(r" \1 ", text)) != text:
-        text = found
+    if "\\text" in text:
+        text = _without(_TEXT, text, around=" ")
     return re.sub(r"\s+", " ", text).strip()
 
 
 def exact_key(text: str) -> str:
     """What two plain texts have in common that differ only in spaces and braces, case kept."""
-    text = re.sub(r"([_^])\s*\{(\w)\}", r"\1\2", as_words(text))
-    return re.sub(r"\s*([^\w\s])\s*", r"\1", text).strip()
+    text = re.sub(r"\s*\{(\w)\}", r" \1", as_words(text))
+    return re.sub(r"\s*([^\w\s]|_)\s*", r"\1", text).strip()
 
 
 def text_key(text: str) -> str:
@@ -158,11 +157,18 @@ def closing_brace(text: str, opening: int) -> int:
     return -1
 
 
-def _without(command: re.Pattern[str], text: str) -> str:
-    """The text with what a command dresses up, without the command and its braces."""
+def _without(command: re.Pattern[str], text: str, around: str = "") -> str:
+    """The text with what a command dresses up, without the command and its braces.
+
+    Args:
+        command: Up to the brace that opens.
+        text: The text.
+        around: What is put in place of the braces.
+    """
     while found := command.search(text):
         end = closing_brace(text, found.end())
         if end < 0:
-            return text[: found.start()] + text[found.end() + 1 :]
-        text = text[: found.start()] + text[found.end() + 1 : end] + text[end + 1 :]
+            text = text[: found.start()] + around + text[found.end() + 1 :]
+        else:
+            text = text[: found.start()] + around + text[found.end() + 1 : end] + around + text[end + 1 :]
     return text

@@ -9,7 +9,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from distill.checks.forms.dates import clock, days
-from distill.checks.forms.expressions import is_expression
+from distill.checks.forms.expressions import has_words, is_expression
 from distill.checks.forms.intervals import intervals
 from distill.checks.forms.numbers import Number, leading, number, with_decimal_comma
 from distill.checks.forms.plain import as_words, exact_key, text_key, trimmed
@@ -20,6 +20,8 @@ from distill.checks.forms.units import MONEY_SIGN, SCALES, converted, is_measure
 _DEPTH = 5
 _MOST = 200  # parts of a list
 _LONG = 2000  # characters; what is longer is text
+_SCORE = re.compile(r"\d+(?:-\d+)+")
+"""A score, a range, a telephone number: no difference that somebody left to be computed."""
 _AND = r"\s*\\text\{\s*(?:and|or)\s*\}\s*"
 _LIST = re.compile(rf"\s*[,;]\s*(?:and |or |{_AND})?|\s+(?:and|or|&)\s+|{_AND}|\s*(?:和|与|或|、)\s*")
 _LABELLED = re.compile(r"(?:\(([A-Za-z])\)|([A-Z])[.):]|\\text\{\s*\(?([A-Z])\)?[.:]?\s*\})\s*(\S.*)")
@@ -67,11 +69,20 @@ def _forms(text: str, depth: int) -> Iterator[Form]:
         yield from forms
         if forms:
             return
+    yield from _computed(text, words, depth)
+
+
+def _computed(text: str, words: str, depth: int) -> Iterator[Form]:
+    """An expression, whole or in brackets of its own."""
     inner = bracketed(text)
     if inner is not None and inner[0] + inner[2] in ("()", "[]"):
         yield from read(trimmed(inner[1]), depth + 1)
-    elif is_expression(words if "\\text" in text else text):
+    elif text in ("e", "i"):
+        yield from (Text(text), Expression(text))
+    elif is_expression(words if "\\text" in text else text) and not _SCORE.fullmatch(words):
         yield Expression(text)
+        if has_words(text):
+            yield Text(text_key(text))
 
 
 def data(text: str) -> Data | None:
@@ -139,7 +150,9 @@ def _expression_with_unit(text: str) -> Iterator[Form]:
         head, unit = tail[1], tail[2]
     if (inner := bracketed(head)) is not None and inner[0] == "(":
         head = inner[1]
-    if unit is not None and is_expression(head) and split(head, _LIST) == [head] and "=" not in head:
+    if unit is None or (unit == "°" and re.search(r"\\(?:sin|cos|tan)", head)):
+        return
+    if is_expression(head) and split(head, _LIST) == [head] and "=" not in head:
         yield Quantity(Expression(head), unit)
 
 
@@ -199,11 +212,13 @@ def _group(text: str, depth: int) -> Iterator[Form]:
 def _list(text: str, depth: int) -> Iterator[Form]:
     parts = [part for part in split(text, _LIST) if part]
     if 1 < len(parts) <= _MOST and not _is_prose(parts):
-        yield Group("", "", tuple(read(trimmed(part), depth + 1) for part in parts))
+        found = tuple(read(trimmed(part), depth + 1) for part in parts)
+        is_choice = re.search(r"\bor\b", text) is not None and any(isinstance(form, Text) for forms in found for form in forms)
+        yield Group("", "or" if is_choice else "", found)
     elif "\\pm" in text and "\\mp" not in text and is_expression(text):
         left, equals, right = text.rpartition("=")
         signs = [trimmed(left + equals + right.replace("\\pm", sign)) for sign in ("+", "-")]
-        yield Group("", "", tuple(read(sign.replace("= +", "= ").removeprefix("+").strip(), depth + 1) for sign in signs))
+        yield Group("", "", tuple(read(re.sub(r"(^|=)\s*\+", r"\1", sign), depth + 1) for sign in signs))
 
 
 def _is_prose(parts: list[str]) -> bool:

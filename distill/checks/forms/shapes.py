@@ -40,7 +40,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Group:
-    """Parts in brackets, whose kind says whether their order counts; without brackets it does not."""
+    """Parts in brackets, whose kind says whether their order counts; without brackets it does not, and words may be joined by `or`."""
 
     opening: str
     closing: str

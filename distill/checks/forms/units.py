@@ -71,7 +71,8 @@ def unit_in(rest: str, *, alone: bool = False) -> str | None:
         alone: Whether it is set apart, as upright text is.
     """
     set_apart = alone or rest[:1] == " " or rest.lstrip().startswith("\\text")
-    unit = as_words(rest).replace("\\Omega", "Ω").replace("\\mu", "μ")
+    unit = as_words(rest).replace("\\Omega", "Ω")
+    unit = re.sub(r"\\mu\s*", "μ", unit)
     if not unit or len(unit) > 60 or _SHAPE.fullmatch(re.sub(r"\\(?:cdot|times|frac)|[{}]", " ", unit).strip()) is None:
         return None
     words = _WORD.findall(unit.replace("\\cdot", " ").replace("\\frac", " ").replace("\\times", " "))
@@ -158,6 +159,8 @@ def _code(unit: str) -> str:
 
 def _same_words(one: str, other: str) -> bool:
     """Whether two words that count things are one: in the singular and the plural, or one of them said with more words."""
+    if re.findall(r"\d", one) != re.findall(r"\d", other):
+        return False
     first, second = ({_singular(word) for word in _WORD.findall(unit.casefold())} for unit in (one, other))
     return bool(first and second) and (first <= second or second <= first)
 
