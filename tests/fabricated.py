@@ -62,7 +62,15 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> No
     write_json(folder / MANIFEST, manifest)
 
 
-def make_run(run_dir: Path, *, evaluated: bool = True, kept: int = 30, dropped: int = 10, gap: tuple[Any, Any, Any] | None = GAP) -> None:
+def make_run(
+    run_dir: Path,
+    *,
+    evaluated: bool = True,
+    kept: int = 30,
+    dropped: int = 10,
+    gap: tuple[Any, Any, Any] | None = GAP,
+    unjudged: float = 0.0,
+) -> None:
     """Writes prompts/, traces/, curated/, student/ and, if asked, eval/, as the stages write them."""
     traces = [
         trace(i, f"What is {i} + 0?", f"<think>\nAdding nothing to {i}.\n</think>\n\nIt is \\boxed{{{i}}}.") for i in range(kept + dropped)
@@ -72,7 +80,7 @@ def make_run(run_dir: Path, *, evaluated: bool = True, kept: int = 30, dropped: 
     _write_traces(run_dir, traces, kept)
     _write_student(run_dir, kept)
     if evaluated:
-        _write_scores(run_dir, gap)
+        _write_scores(run_dir, gap, unjudged)
 
 
 def _write_traces(run_dir: Path, traces: list[dict[str, Any]], kept: int) -> None:
@@ -134,10 +142,10 @@ def _write_student(run_dir: Path, rows: int) -> None:
         )  # fmt: skip
 
 
-def _write_scores(run_dir: Path, gap: tuple[Any, Any, Any] | None) -> None:
+def _write_scores(run_dir: Path, gap: tuple[Any, Any, Any] | None, unjudged: float) -> None:
     rows = []
     for role, (value, low, high) in SCORES.items():
-        plain = {"mean_tokens": 120.4, "truncation_rate": 0.02, "unjudged_rate": 0.01}
+        plain = {"mean_tokens": 120.4, "truncation_rate": 0.02, "unjudged_rate": 0.01 + unjudged, "accuracy_if_unjudged_right": value + unjudged}
         rows.append({"model_role": role, "metric": "accuracy", "value": value, "low": low, "high": high})
         rows += [{"model_role": role, "metric": metric, "value": number} for metric, number in plain.items()]
     if gap is not None:

@@ -13,11 +13,21 @@ from tests.answer_kinds import KINDS, changes, references
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_reference_in_a_box_is_right_and_changed_in_one_place_it_is_wrong(kind: str) -> None:
+    compare_all(kind, count=5, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_of_many_references(kind: str) -> None:
+    compare_all(kind, count=60, seed=1)
+
+
+def compare_all(kind: str, count: int, seed: int) -> None:
     tried, kept = 0, []
-    for reference in references(kind, 12, seed=0):
+    for reference in references(kind, count, seed):
         for answer in (f"\\boxed{{{reference}}}", f"So it must be \\boxed{{ {reference} }}.", f"The answer is {reference}."):
             assert compare(answer, reference) == (True, "right"), (answer, reference)
-        for change in changes(reference, seed=0):
+        for change in changes(reference, seed):
             verdicts = [compare(f"\\boxed{{{change}}}", reference)[0], compare(f"\\boxed{{{reference}}}", change)[0]]
             assert verdicts[0] == verdicts[1], (reference, change)  # symmetric
             tried += 1

@@ -9,6 +9,7 @@ import pytest
 from fabricated import facts, recipe_for, trace
 
 from distill.errors import DataError
+from distill.measure.marks import in_doubt
 from distill.recipe.experiment import Recipe
 from distill.recipe.results import Evaluate
 from distill.run.folder import StageFolder
@@ -61,3 +62,48 @@ def test_answers_of_which_none_can_be_judged_say_why() -> None:
     ]
     with pytest.raises(DataError, match=r"\(3 checker_timed_out, 1 no_reference\).*check_timeout_s"):
         evaluate._scores(answers, Evaluate(models=["base"]), 0)
+
+
+def marked(role: str, marks: list[bool | None]) -> list[dict[str, object]]:
+    """An answer of a model to each prompt."""
+    return [
+        {
+            "model_role": role,
+            "prompt_id": str(place),
+            "sample_index": 0,
+            "correct": mark,
+            "reason": "x",
+            "truncated": False,
+            "num_tokens": 5,
+        }
+        for place, mark in enumerate(marks)
+    ]
+
+
+def scored(answers: list[dict[str, object]], models: list[str]) -> dict[tuple[str, str], float]:
+    rows = evaluate._scores(answers, Evaluate(models=models), 0)
+    return {(row["model_role"], row["metric"]): row["value"] for row in rows}
+
+
+def test_a_model_that_is_unjudged_where_it_is_wrong_gains_nothing() -> None:
+    """Half right, the other half null: the accuracy is a half, not one; of a prompt that nobody's answer tells, nothing is said."""
+    found = scored(
+        marked("base", [True, True, None, None, None]) + marked("student", [True, False, False, True, None]), ["base", "student"]
+    )
+    assert found["base", "accuracy"] == found["student", "accuracy"] == found["student", "accuracy_if_unjudged_right"] == 0.5
+    assert found["base", "accuracy_if_unjudged_right"] == 1.0 and found["base", "unjudged_rate"] == 0.6
+
+
+@pytest.mark.parametrize(
+    ("bounds", "pairs"),
+    [
+        ({"base": (0.5, 0.5), "student": (0.6, 0.6)}, []),
+        ({"base": (0.5, 0.55), "student": (0.6, 0.9)}, []),
+        ({"base": (0.5, 0.65), "student": (0.6, 0.6)}, [("base", "student")]),
+        ({"base": (0.5, 0.6), "student": (0.4, 0.4), "teacher": (0.6, 0.7)}, [("base", "teacher")]),
+        ({"base": (0.5, 0.5), "student": (0.5, 0.5)}, []),
+        ({"base": (0.5, 0.5), "student": (0.5, 0.7)}, [("student", "base")]),
+    ],
+)
+def test_when_unjudged_answers_could_change_the_order(bounds: dict[str, tuple[float, float]], pairs: list[tuple[str, str]]) -> None:
+    assert in_doubt(bounds) == pairs

@@ -210,6 +210,15 @@ def test_an_undefined_gap_and_one_without_interval_are_said(tmp_path: Path) -> N
             assert words in (tmp_path / name / "report" / file).read_text()
 
 
+def test_unjudged_answers_that_could_change_an_order_are_said(tmp_path: Path) -> None:
+    make_run(tmp_path, unjudged=0.2)
+    report.run(recipe_for(tmp_path))
+    words = "could change the order of student (91.0 % at most) and teacher"
+    for file in ("summary.txt", "report.html", "report.md"):
+        text = (tmp_path / "report" / file).read_text()
+        assert words in text and "71.0 to 91.0 %" in text
+
+
 def test_a_second_report_does_nothing_and_a_missing_stage_is_named(run_dir: Path, tmp_path: Path) -> None:
     before = (run_dir / "report" / "report.html").stat().st_mtime_ns
     assert report.run(recipe_for(run_dir)) == check_files(run_dir / "report")

@@ -10,6 +10,7 @@ from typing import Any
 
 from distill.data.licences import UNKNOWN, licence_of
 from distill.measure.intervals import Estimate
+from distill.measure.marks import in_doubt
 from distill.recipe.experiment import Recipe
 from distill.reporting.public import file_or_name, hide_secrets
 from distill.run.log import duration_text
@@ -30,6 +31,8 @@ class ModelResult:
     mean_tokens: float
     truncation_rate: float
     unjudged_rate: float
+    accuracy_at_most: float
+    """If all answers that could not be judged were right; as they are, they count as wrong."""
     parameters: int | None
 
 
@@ -133,6 +136,13 @@ class RunSummary:
         return f"{100 * self.confidence:g} %"
 
     @property
+    def doubt_text(self) -> str:
+        """Whose order the answers that could not be judged could change; empty where they could not."""
+        bounds = {result.role: (result.accuracy.value or 0.0, result.accuracy_at_most) for result in self.results}
+        pairs = [f"{worse} ({percent_text(bounds[worse][1])} at most) and {better}" for worse, better in in_doubt(bounds)]
+        return f"unjudged answers count as wrong; if they were right, that could change the order of {', of '.join(pairs)}" if pairs else ""
+
+    @property
     def gap_text(self) -> str:
         """The share of the teacher-base gap recovered, with its interval and what it rests on."""
         if self.gap is None:
@@ -167,6 +177,7 @@ def summarise(folders: dict[str, Path], rounds: Sequence[dict[str, Path]], names
             mean_tokens=by_key[role, "mean_tokens"]["value"],
             truncation_rate=by_key[role, "truncation_rate"]["value"],
             unjudged_rate=by_key[role, "unjudged_rate"]["value"],
+            accuracy_at_most=by_key.get((role, "accuracy_if_unjudged_right"), by_key[role, "accuracy"])["value"],
             parameters=record["parameters"],
         )
         for role, record in models.items()

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distill.recipe.experiment import Recipe
-from distill.reporting.summary import NOT_MEASURED, RunSummary, bytes_text, metrics, parameters_text, percent_text
+from distill.reporting.summary import NOT_MEASURED, ModelResult, RunSummary, bytes_text, metrics, parameters_text, percent_text
 from distill.run.log import duration_text, money_text
 from distill.run.manifest import Manifest
 
@@ -21,7 +21,7 @@ def results_rows(summary: RunSummary) -> list[list[str]]:
     return [
         [
             result.role,
-            percent_text(result.accuracy.value),
+            _accuracy_text(result),
             f"[{percent_text(result.accuracy.low)}, {percent_text(result.accuracy.high)}]",
             f"{result.mean_tokens:.0f}",
             percent_text(result.truncation_rate),
@@ -46,7 +46,14 @@ def results_text(summary: RunSummary) -> str:
         table.add_row(*row)
     text = io.StringIO()
     Console(file=text, width=110, no_color=True).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n") + f"\n\n{summary.gap_text}\n"
+    table_text = "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
+    return "\n".join([table_text, "", summary.gap_text, *([summary.doubt_text] if summary.doubt_text else [])]) + "\n"
+
+
+def _accuracy_text(result: ModelResult) -> str:
+    """The accuracy; where answers could not be judged, from all of them wrong to all of them right."""
+    least, most = percent_text(result.accuracy.value), percent_text(result.accuracy_at_most)
+    return least if least == most else f"{least.removesuffix(' %')} to {most}"
 
 
 def funnel(summary: RunSummary, recipe: Recipe) -> list[tuple[str, int]]:

@@ -1,13 +1,13 @@
 """Stage `evaluate`: base, student and teacher answer the held-out prompts. Reads prompts/ and student/, writes eval/.
 
-All three go through the same engine, prompts and answer check. An answer that could not be judged counts neither as
-right nor as wrong: its prompt is left out of the comparison, and the share of such answers is a metric of its own.
+All three go through the same engine, prompts and answer check. An answer that could not be judged counts as wrong; what the
+accuracy were if it was right, and the share of such answers, are metrics of their own.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from distill.checks.references import unjudged_because
 from distill.errors import DataError, ModelError
 from distill.measure.intervals import gap_recovered, mean_interval, resampled_means
+from distill.measure.marks import shares
 from distill.recipe.experiment import Recipe
 from distill.recipe.results import Evaluate
 from distill.run.clock import Clock
@@ -278,22 +279,22 @@ def _judged_parts(table: TableWriter) -> Iterator[dict[str, Any]]:
 
 def _scores(answers: list[dict[str, Any]], evaluate: Evaluate, seed: int) -> list[dict[str, Any]]:
     """Rows of the table `scores`."""
-    accuracy_RP = _accuracy_by_prompt(answers, evaluate.models)
-    if not accuracy_RP.shape[1]:
+    accuracy_RP, most_RP = found = shares(answers, evaluate.models)
+    if not found.num_prompts:
         reasons = Counter(answer["reason"] for answer in answers if answer["correct"] is None)
-        found = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+        named = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
         raise DataError(
-            f"evaluate: no held-out prompt has answers that could all be judged ({found}). Check prompts.columns.reference, "
+            f"evaluate: no held-out prompt has an answer that could be judged ({named}). Check prompts.columns.reference, "
             "prompts.answer_pattern and evaluate.check_timeout_s; the answers are kept, or set evaluate: null."
         )
-    draws_RB = resampled_means(accuracy_RP, seed)
-    scores = []
+    draws_RB, scores = resampled_means(accuracy_RP, seed), []
     for index, role in enumerate(evaluate.models):
         mine = [answer for answer in answers if answer["model_role"] == role]
         known = [answer["num_tokens"] for answer in mine if answer["num_tokens"] is not None]
         estimate = mean_interval(accuracy_RP[index], draws_RB[index], evaluate.confidence)
-        scores.append({"model_role": role, "metric": "accuracy", **estimate._asdict(), "num_prompts": accuracy_RP.shape[1]})
+        scores.append({"model_role": role, "metric": "accuracy", **estimate._asdict(), "num_prompts": found.num_prompts})
         plain = {
+            "accuracy_if_unjudged_right": most_RP[index].mean(),
             "mean_tokens": np.mean(known) if known else np.nan,
             "truncation_rate": np.mean([answer["truncated"] for answer in mine]),
             "unjudged_rate": np.mean([answer["correct"] is None for answer in mine]),
@@ -307,16 +308,5 @@ def _scores(answers: list[dict[str, Any]], evaluate: Evaluate, seed: int) -> lis
         order = [evaluate.models.index(role) for role in ("base", "student", "teacher")]
         base, student, teacher = (float(value) for value in accuracy_RP[order].mean(axis=1))
         gap = gap_recovered((base, student, teacher), draws_RB[order], evaluate.confidence)
-        scores.append({"model_role": "gap", "metric": "gap_recovered", **gap._asdict(), "num_prompts": accuracy_RP.shape[1]})
+        scores.append({"model_role": "gap", "metric": "gap_recovered", **gap._asdict(), "num_prompts": found.num_prompts})
     return [{"task": TASK, "samples_per_prompt": evaluate.samples_per_prompt, **score} for score in scores]
-
-
-def _accuracy_by_prompt(answers: list[dict[str, Any]], roles: list[Any]) -> np.ndarray:
-    """Share of right answers, `(roles, prompts)`, over the prompts of which every answer of every role was judged."""
-    by_prompt: dict[str, dict[str, list[bool | None]]] = defaultdict(lambda: defaultdict(list))
-    for answer in answers:
-        by_prompt[answer["prompt_id"]][answer["model_role"]].append(answer["correct"])
-    judged = [marks for marks in by_prompt.values() if not any(None in marks[role] for role in roles)]
-    return np.array([[np.mean([mark is True for mark in marks[role]]) for marks in judged] for role in roles], dtype=np.float64).reshape(
-        len(roles), len(judged)
-    )
