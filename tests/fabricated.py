@@ -145,7 +145,12 @@ def _write_student(run_dir: Path, rows: int) -> None:
 def _write_scores(run_dir: Path, gap: tuple[Any, Any, Any] | None, unjudged: float) -> None:
     rows = []
     for role, (value, low, high) in SCORES.items():
-        plain = {"mean_tokens": 120.4, "truncation_rate": 0.02, "unjudged_rate": 0.01 + unjudged, "accuracy_if_unjudged_right": value + unjudged}
+        plain = {
+            "mean_tokens": 120.4,
+            "truncation_rate": 0.02,
+            "unjudged_rate": 0.01 + unjudged,
+            "accuracy_if_unjudged_right": value + unjudged,
+        }
         rows.append({"model_role": role, "metric": "accuracy", "value": value, "low": low, "high": high})
         rows += [{"model_role": role, "metric": metric, "value": number} for metric, number in plain.items()]
     if gap is not None:

@@ -14,13 +14,19 @@ from distill.checks.forms.reading import read
 from distill.checks.forms.shapes import Text
 from distill.data.texts import is_blank
 
+_LOOKED_AT = 20_000
+"""Characters at the end of an answer, among which its final part is."""
+
 
 def compare(answer: str, reference: str) -> tuple[bool | None, str]:
     """Whether the answer is equal to the reference, or null, and the reason. May never return: see `MathJudge`."""
     if is_blank(reference):
         return None, "no_reference"
+    answer = answer[-_LOOKED_AT:]
+    if is_blank(answer):
+        return False, "no_answer"
     wanted = [plain(text) for text in reference_answer(reference).texts]
-    if plain(answer) == wanted[0] or answer.strip() == f"\\boxed{{{reference.strip()}}}":  # whatever its braces
+    if plain(answer) == wanted[0] or answer.split() == f"\\boxed{{{reference}}}".split():  # whatever its braces
         return True, "right"
     found = final_answer(answer)
     given = [plain(text) for text in found.texts]

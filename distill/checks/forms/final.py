@@ -12,6 +12,7 @@ from distill.checks.forms.plain import closing_brace, unified
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox|bbox)\s*(?:\{|(?=[^\s{]))")
 _BETWEEN = 70  # characters between boxes that a comma, an "and" or a line of their own joins
+_MOST = 64  # boxes that are looked at
 _JOINING = re.compile(r"\band\b|\bor\b|,|;|\n")
 _REJECTING = re.compile(r"\b(?:wrong|wait|no|not|but|actually|instead|mistake|correct(?:ion|ed)?|should)\b", re.IGNORECASE)
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
@@ -117,7 +118,7 @@ def _marked(text: str) -> list[str] | None:
 
 def _boxes(text: str) -> str | None:
     """What is in the last box, and in those before it that belong to it; null where there is none."""
-    found = list(_BOX.finditer(text))
+    found = list(_BOX.finditer(text))[-_MOST:]
     if not found:
         return None
     insides: list[str] = []

@@ -9,6 +9,9 @@ import re
 import unicodedata
 from collections.abc import Callable
 
+LONGEST = 5000
+"""Characters of a text that is read; what is longer is only compared as it stands."""
+
 _SCRIPTS = {"<super>": "^", "<sub>": "_"}
 _SIGNS = str.maketrans(
     {
@@ -94,7 +97,10 @@ def unified(text: str) -> str:
 
 def plain(text: str) -> str:
     r"""The text in one spelling, on one line: no delimiters, sizes, colours or thin spaces; every kind of upright text is `\text{...}`."""
-    text = unified(text).replace("\\$", "\ue000")
+    text = unified(text)
+    if len(text) > LONGEST:
+        return re.sub(r"\s+", " ", text).strip()
+    text = text.replace("\\$", "\ue000")
     if text.count("$") % 2 == 0:
         text = text.replace("$", " ")
     text = text.replace("\ue000", "$")
@@ -123,7 +129,7 @@ def trimmed(text: str) -> str:
 
 def as_words(text: str) -> str:
     r"""A plain text with what `\text{...}` holds set free among spaces."""
-    if "\\text" in text:
+    if "\\text" in text and len(text) <= LONGEST:
         text = _without(_TEXT, text, around=" ")
     return re.sub(r"\s+", " ", text).strip()
 
