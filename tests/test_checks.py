@@ -46,6 +46,34 @@ def test_finish(finish_reason: str | None, completion: str, passed: bool, reason
     assert check_finish(finish_reason, completion) == Verdict("finish", passed, reason)
 
 
+@pytest.mark.parametrize(
+    ("answer", "is_final"),
+    [
+        ("We add 4 and 4. That gives 8, hence the", False),
+        ("We add 1 and 1. That gives 2 and so", False),
+        ("We add 1 and 1.\n\nThat gives 2.", False),
+        ("The answer to this is found by adding 4 and 4 first and then", False),
+        ("That gives 6.\n\n\\boxed{6}", True),
+        ("So \\fbox{6} it is.", True),
+        ("The answer is 8.", True),
+        ("The answer is 8, because 4 and 4 are eight.", True),
+        ("\u6240\u4ee5\u7b54\u6848\u662f\uff1a8", True),
+        ("Also lautet die Antwort: 8", True),
+        ("That gives **8**.", True),
+        ("8", True),
+        ("8 red apples", True),
+        ('{"item": "lamp", "number": 3, "day": 1}', True),
+        ("Here it is:\n\n```python\nprint(8)\n```", True),
+        ("<answer>8</answer>", True),
+    ],
+)
+def test_a_brought_trace_of_which_nobody_says_how_it_ended_has_its_answer_last(answer: str, is_final: bool) -> None:
+    completion = f"<think>add</think>\n\n{answer}"
+    expected = Verdict("finish", True, "brought") if is_final else Verdict("finish", False, "no_final_answer")
+    assert check_finish(None, completion, asks_final=True) == expected
+    assert check_finish(None, completion).passed and check_finish("stop", completion, asks_final=True).passed
+
+
 THINK = {
     "<think>\na\n</think>\n\nb": "well_formed",
     " \n<think>a</think>b": "well_formed",

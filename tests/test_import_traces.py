@@ -135,6 +135,21 @@ def test_the_answer_after_the_last_separator_goes_into_a_box() -> None:
         assert completed({"answer": text}, **keys)[1] == reason
 
 
+@pytest.mark.parametrize(
+    ("separator", "text", "answer"),
+    [
+        ("\\boxed{", "so we add \\boxed{\\frac{1}{2}}", "\\boxed{\\frac{1}{2}}"),
+        ("\\boxed{", "so we add \\boxed{7}.", "\\boxed{7}."),
+        ("$\\boxed{", "so we add $\\boxed{7}$", "$\\boxed{7}$"),
+        ("\\text{answer", "so we add \\text{answer 7}", "\\boxed{\\text{answer 7}}"),
+        ("{", 'so {"a": 7}', '\\boxed{{"a": 7}}'),
+    ],
+)
+def test_a_separator_that_opens_a_brace_leaves_none_astray(separator: str, text: str, answer: str) -> None:
+    found, reason = completed({"completion": text}, answer_separator=separator)
+    assert reason is None and found.startswith("<think>\nso") and found.endswith(f"</think>\n\n{answer}")
+
+
 def test_a_completion_with_its_reasoning_inside_stays_as_it_is() -> None:
     text = "<think>\na\n</think>\n\n\\boxed{7}"
     assert completed({"completion": text}) == (text, None)

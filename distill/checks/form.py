@@ -5,18 +5,28 @@ from __future__ import annotations
 import re
 
 from distill.checks import Verdict
+from distill.checks.forms.final import is_final
 from distill.data.texts import is_blank, loops
 from distill.run.schema import THINK_CLOSE, THINK_OPEN
 
 _BRACES = re.compile(r"(?<!\\)[{}]")
 
 
-def check_finish(finish_reason: str | None, completion: str) -> Verdict:
-    """Whether the author ended the trace; a brought one of which nobody says so is taken to be whole, unless its text shows else."""
+def check_finish(finish_reason: str | None, completion: str, *, asks_final: bool = False) -> Verdict:
+    """Whether the author ended the trace; a brought one of which nobody says so is taken to be whole, unless its text shows else.
+
+    Args:
+        finish_reason: As the author's server said; null where nobody said.
+        completion: The trace.
+        asks_final: Whether its final answer is checked too. Then one of which nobody said must have that, by its form: the last number
+            before a cut is sometimes the right one.
+    """
     if finish_reason in (None, "stop") and loops(completion):
         return Verdict("finish", False, "loops")
     if finish_reason is None:
         reason = "empty" if is_blank(completion) else "truncated" if _is_cut(completion) else "brought"
+        if reason == "brought" and asks_final and not is_final(answer_of(completion) or ""):
+            reason = "no_final_answer"
         return Verdict("finish", reason == "brought", reason)
     return Verdict("finish", finish_reason == "stop", {"stop": "ended", "length": "truncated"}.get(finish_reason, finish_reason))
 

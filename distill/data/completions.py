@@ -58,6 +58,8 @@ def brought(traces: Traces, row: Row, where: str) -> Brought:
             return found._replace(reason="no_answer_separator")
         if is_blank(answer):
             return found._replace(reason="empty_answer")
+        if separated.count("{") > separated.count("}"):  # what it opens is closed in the answer
+            answer = separated + answer
         answer = answer.strip() if "\\boxed" in answer else f"\\boxed{{{answer.strip()}}}"
     elif traces.reasoning is not None:
         reasoning, answer = without_end(text_at(row, traces.reasoning, where) or ""), text

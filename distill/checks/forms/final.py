@@ -42,6 +42,8 @@ _LEAD = re.compile(r"(?:(?:so|thus|hence|therefore|and|the|my|our|la|die|der)[\s
 _CLAUSE_END = re.compile(r"[.!?](?=\s+[^\W\d_]|\s*$)|,?\s+(?:because|since|which|as in|so that)\b|\n")
 _DISPLAY = re.compile(r"\s*(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$|\\\((.*?)\\\)|(?<!\\)\$([^$\n]+)\$)", re.DOTALL)
 _BOLD = re.compile(r"\*\*(?!\s)([^*\n]+?)(?<!\s)\*\*|(?<![\w`])`([^`\n]+)`(?![\w`])|<b>(.*?)</b>")
+_BOLD_END = re.compile(rf"(?:{_BOLD.pattern})[.!:]?\s*\Z")
+_FEW = 4  # words that may be an answer and nothing else
 _HEADING = re.compile(r"[^\W\d_][^:=]*:")
 _STATES = re.compile(
     r"(?:(?:so|thus|hence|therefore|and)?,?\s*)?(?:the|its|this|that|our|your|my|it)\s+(?:[^\W\d_][\w'-]*\s+){0,4}(?:is|are|was|were|equals)\s+(?!not\b)(.+)",
@@ -76,6 +78,21 @@ def final_answer(text: str) -> Final:
     elif found := _STATES.fullmatch(_until_clause_end(last.rsplit(". ", 1)[-1])):
         texts.append(found[1])
     return Final(list(dict.fromkeys(part for part in texts if part)), False)
+
+
+def is_final(text: str) -> bool:
+    """Whether a text puts its answer forward as final: boxed, tagged, after a phrase, bold or as code at its end, or it is nothing else."""
+    text = unified(text).strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return False
+    if _boxes(text) is not None or _TAG.search(text) or _BOLD_END.search(lines[-1]) or lines[-1].endswith("```"):
+        return True
+    if len(lines) == 1 and (len(text.split()) <= _FEW or text[0] + text[-1] in ("{}", "[]") or _MATH.fullmatch(text) is not None):
+        return True
+    end = "\n".join(lines[-2:])
+    rests = [end[found.end() :].strip() for found in _PHRASE.finditer(end)]
+    return any(rest and (len(rest.split()) <= _FEW or rest[-1] in ".!?)]}$*") for rest in rests)
 
 
 def loose_numbers(text: str) -> list[str]:
