@@ -17,8 +17,7 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, TypeVar
 
-Found = tuple[bool | None, str]
-"""Whether a check passed, or null; and the reason."""
+from distill.checks import Found
 
 Key = TypeVar("Key")
 

@@ -1,0 +1,91 @@
+"""The final answer inside an answer, as text, and texts brought to one form, for checks that compare texts."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_BOLD = re.compile(r"(?:\*\*|__)(?=\S)(.+?)(?<=\S)(?:\*\*|__)")
+_PHRASE = re.compile(
+    r"(?:(?:answer|result)(?: is|\s*[:=])|antwort(?: ist|\s*:)|réponse(?: est|\s*:)|respuesta(?: es|\s*:)|risposta(?: è|\s*:)"
+    r"|resposta(?: é|\s*:)|ответ\s*[:—-]|答案(?:是|为|為|\uff1a|:)|答えは|정답은|الجواب(?: هو|\s*:)|الإجابة(?: هي|\s*:)|उत्तर(?: है|\s*:))"
+    r"\s*[:\uff1a]?",
+    re.IGNORECASE,
+)
+_WRAPPER = re.compile(r"\\(?:text|textbf|textit|texttt|textrm|mathrm|mathbf|mathit|mathsf|mbox|operatorname)\s*\{([^{}]*)\}")
+_SEPARATORS = re.compile(r"(?<=\w)[\s_\-\u2010-\u2015]+(?=\w)|\s+")
+_AROUND = " \t\n.,;:!?\"'`*_~()[]{}<>«»„“”‘’‚‹›。，；：！？、（）「」『』【】《》،؛؟।|$#"  # noqa: RUF001 (marks of many scripts)
+_LONGEST = 10_000
+"""Characters of an answer's last part in which a final answer is looked for."""
+
+
+def boxed(text: str) -> str | None:
+    r"""What stands in the last closed `\boxed{...}` or `\fbox{...}`; null where there is none."""
+    found = None
+    for box in _BOX.finditer(text):
+        end = _closing(text, box.end())
+        if end is not None:
+            found = text[box.end() : end]
+    return found
+
+
+def _closing(text: str, start: int) -> int | None:
+    """Where the brace closes that was opened before a place."""
+    depth = 1
+    for place in range(start, min(len(text), start + _LONGEST)):
+        if text[place - 1] == "\\":
+            continue
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if not depth:
+            return place
+    return None
+
+
+def final_answer(answer: str) -> str:
+    """The part of an answer that is put forward as final: a box, `<answer>`, what follows an answer phrase, bold text at the end, a last
+    line; all of it where nothing is.
+    """
+    tail = answer.strip()[-_LONGEST:]
+    box = boxed(tail)
+    if box is not None:
+        return plain(box)
+    tagged = _TAGGED.findall(tail)
+    if tagged:
+        return plain(tagged[-1])
+    phrases = list(_PHRASE.finditer(tail))
+    if phrases:
+        rest = tail[phrases[-1].end() :].strip().partition("\n")[0]
+        if rest:
+            return plain(rest)
+    last = tail.rpartition("\n")[2].strip()
+    bold = _BOLD.findall(last)
+    return plain(bold[-1] if bold else last)
+
+
+def plain(text: str) -> str:
+    r"""The text without LaTeX's commands for text, and with `\_` and the like as they are read."""
+    before = None
+    while before != text:
+        before, text = text, _WRAPPER.sub(r"\1", text)
+    return re.sub(r"\\([_%&$#{}])", r"\1", text).strip()
+
+
+def folded(text: str) -> str:
+    """The text in one form: case, forms of Unicode, digits of any script, and white space, `_` or `-` between words make no difference."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    text = "".join(digit_of(sign) for sign in text if unicodedata.category(sign) != "Cf")
+    return _SEPARATORS.sub(" ", unicodedata.normalize("NFC", text)).strip()
+
+
+def digit_of(sign: str) -> str:
+    """A decimal digit of any script as that of ASCII; any other character as it is."""
+    value = unicodedata.decimal(sign, None) if not sign.isascii() else None
+    return sign if value is None else str(value)
+
+
+def bare(text: str) -> str:
+    """The folded text without punctuation and marks around it; all of it where it is nothing else."""
+    whole = folded(text)
+    return whole.strip(_AROUND) or whole
