@@ -24,7 +24,11 @@ def check_python(given: Given, settings: Python) -> Found:
     passed, reason = said if isinstance(said, tuple) and len(said) == 2 else (said, None)
     if passed is not None and passed not in (True, False):
         return None, "no_verdict"
-    words = visible(str(reason), _LONGEST_REASON) if reason is not None else {True: "right", False: "wrong", None: "unjudged"}[passed]
+    words = (
+        visible(" ".join(str(reason).split()), _LONGEST_REASON)
+        if reason is not None
+        else {True: "right", False: "wrong", None: "unjudged"}[passed]
+    )
     return (None if passed is None else bool(passed)), words
 
 

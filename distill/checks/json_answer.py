@@ -12,6 +12,7 @@ from distill.checks.form import answer_of
 from distill.recipe.checks import Json
 
 _FENCE = re.compile(r"```[ \t]*(?:json[c5]?)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+_OPENS = re.compile(r"[{\[]")
 _MISSING = object()
 _MOST_TRIES = 1000  # places where JSON may begin
 
@@ -71,18 +72,31 @@ def is_missing(value: Any) -> bool:
 
 
 def _inside(text: str) -> Iterator[Any]:
-    """Objects and lists that stand in a text, one behind the other."""
+    """Objects and lists that stand in a text, one behind the other; none of those inside one that is broken."""
     place = 0
     for _ in range(_MOST_TRIES):
-        starts = [start for start in (text.find("{", place), text.find("[", place)) if start >= 0]
-        if not starts:
+        start = _OPENS.search(text, place)
+        if start is None:
             return
-        place = min(starts)
         try:
-            value, place = _DECODER.raw_decode(text, place)
+            value, place = _DECODER.raw_decode(text, start.start())
             yield value
         except (ValueError, RecursionError):
-            place += 1
+            end = _closed(text, start.start())
+            if end is None:  # it was cut
+                return
+            place = end if start.group() == "{" else start.end()  # brackets stand around words, too
+
+
+def _closed(text: str, start: int) -> int | None:
+    """Behind the bracket that closes the one at a place; null where none does."""
+    kind = "{}" if text[start] == "{" else "[]"
+    depth = 0
+    for found in re.finditer(rf"[{re.escape(kind)}]", text[start:]):
+        depth += 1 if found.group() == kind[0] else -1
+        if not depth:
+            return start + found.end()
+    return None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -57,7 +56,9 @@ class Judges:
 
     def __init__(self, checks: Sequence[Check], timeout_s: float, workers: int | None = None) -> None:
         self._checks = [check for check in checks if check.agreement is None]
-        self._pool = Pool(timeout_s, workers, partial(_prepare, [check.kind for check in self._checks]), "checks")
+        prepared = list(dict.fromkeys(_PREPARED[check.kind] for check in self._checks if check.kind in _PREPARED))
+        # One alone goes there by its name: its process need not import what all the others do.
+        self._pool = Pool(timeout_s, workers, prepared[0] if len(prepared) == 1 else partial(_prepare, prepared), "checks")
 
     def __enter__(self) -> Judges:
         return self
@@ -141,8 +142,6 @@ def _is_apart(check: Check) -> bool:
     return check.math is not None or (check.kind in _APART and (check.text is None or check.text.pattern is not None))
 
 
-def _prepare(kinds: Sequence[str]) -> None:
-    logging.getLogger("py3langid").setLevel(logging.ERROR)
-    for kind in kinds:
-        if kind in _PREPARED:
-            _PREPARED[kind]()
+def _prepare(functions: Sequence[Callable[[], None]]) -> None:
+    for function in functions:
+        function()

@@ -91,6 +91,8 @@ def _read(text: str, decimal: str) -> list[_Value]:
             continue
         unit = _UNIT.match(text, match.end())
         raw = (unit and unit["unit"]) or ""
+        if raw and unit and text[unit.end() : unit.end() + 1].isdigit():  # 5x5, 3rd2: no number with a unit
+            continue
         percent = raw in ("%", "\\%") or raw.startswith("per")
         after = "" if percent else raw
         before = re.search(r"[$€£¥₹]", match.group())
@@ -146,4 +148,4 @@ def _normal(text: str, decimal: str) -> str:
 
 def _unit_form(name: str) -> str:
     """A unit as text: case counts, since mW is no MW."""
-    return unicodedata.normalize("NFKC", plain(name)).replace(" ", "").rstrip(".")
+    return re.sub(r"[\s^{}]", "", unicodedata.normalize("NFKC", plain(name))).rstrip(".")
