@@ -24,12 +24,9 @@ def check_python(given: Given, settings: Python) -> Found:
     passed, reason = said if isinstance(said, tuple) and len(said) == 2 else (said, None)
     if passed is not None and passed not in (True, False):
         return None, "no_verdict"
-    words = (
-        visible(" ".join(str(reason).split()), _LONGEST_REASON)
-        if reason is not None
-        else {True: "right", False: "wrong", None: "unjudged"}[passed]
-    )
-    return (None if passed is None else bool(passed)), words
+    verdict = None if passed is None else bool(passed)
+    words = {True: "right", False: "wrong", None: "unjudged"}[verdict] if reason is None else " ".join(str(reason).split())
+    return verdict, visible(words, _LONGEST_REASON)
 
 
 @lru_cache(maxsize=8)
