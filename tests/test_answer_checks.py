@@ -91,6 +91,7 @@ def test_numbered_references_other_scripts_and_choices_that_are_missing() -> Non
         settings = Label(column="options", numbered_from=first)  # type: ignore[arg-type]
         assert check_label(Given("Paris", reference, {"options": CITIES}), settings) == (True, "right")
         assert check_label(Given("Paris", "9", {"options": CITIES}), settings) == (None, "reference_is_no_choice")
+    assert check_label(Given("Refund.", "0"), Label(choices=INTENTS, numbered_from=0)) == (True, "right")
     assert check_label(Given("答案是退款。", "退款"), Label(choices=["退款", "取消订单"])) == (True, "right")
     assert check_label(Given("١", "1"), Label(choices=["0", "1"])) == (True, "right")  # noqa: RUF001
     assert check_label(Given("-", "+"), Label(choices=["+", "-"])) == (False, "wrong_label")

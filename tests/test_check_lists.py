@@ -70,7 +70,7 @@ def test_evaluate_takes_what_curate_says_of_answers(tmp_path: Path) -> None:
         ("label", "give exactly one of choices"),
         ("{label: {choices: [a, b], column: options}}", "give exactly one of choices"),
         ("{label: {choices: [a]}}", "two labels or more"),
-        ("{label: {choices: [a, b], numbered_from: 0}}", "numbered_from would be ignored"),
+        ("{label: {choices: [a, b], numbered_from: 2}}", "curate.checks.0.label.numbered_from"),
         ("{label: {column: choices}}", "prompts.fields: the check label looks at the column 'choices'"),
         ("{text: {reference: ignore}}", "nothing is asked"),
         ("{text: {pattern: '('}}", "not a regular expression"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -83,6 +84,15 @@ class Judges:
         with closing(self._pool.stream(self._questions(traces, is_known))) as answers:
             for (number, name), found in answers:
                 yield number, Verdict(name, *found)
+
+    def answers(self, traces: Iterable[tuple[int, Given]]) -> Generator[tuple[int, Found], None, None]:
+        """Each trace's number with what all checks together come to, as soon as the last of them has judged it."""
+        waiting: dict[int, dict[str, Found]] = defaultdict(dict)
+        with closing(self.stream(traces)) as verdicts:
+            for number, verdict in verdicts:
+                waiting[number][verdict.check] = verdict[1:]
+                if len(waiting[number]) == len(self._checks):
+                    yield number, combined(self._checks, waiting.pop(number))
 
     def _questions(
         self, traces: Iterable[tuple[int, Given]], is_known: Callable[[int, str], bool]

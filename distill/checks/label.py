@@ -28,7 +28,7 @@ def check_label(given: Given, settings: Label) -> Found:
     if given.reference is None:
         return None, "no_reference"
     lettered = settings.column is not None
-    right = _right(given.reference, choices, settings.numbered_from if lettered else None, lettered)
+    right = _right(given.reference, choices, settings.numbered_from, lettered)
     if right is None:
         return None, "reference_is_no_choice"
     answer = answer_of(given.completion)

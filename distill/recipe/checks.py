@@ -69,7 +69,7 @@ class Label(CheckSection):
     """Column of `prompts.fields` with each prompt's own list of choices, instead: they are named by their text, their letter (A for the
     first) or both."""
     numbered_from: Literal[0, 1] | None = None
-    """With `column`: what the first choice is called where the references are numbers; null where they are letters or texts."""
+    """What the first choice is called where the references are numbers, as in many data sets; null where they are texts or letters."""
 
     @model_validator(mode="after")
     def _one_set(self) -> Label:
@@ -77,8 +77,6 @@ class Label(CheckSection):
             raise ValueError("give exactly one of choices (a list of labels) and column (where each prompt's own choices are)")
         if self.choices is not None and (len(self.choices) < 2 or not all(choice.strip() for choice in self.choices)):
             raise ValueError("choices needs two labels or more, none of them empty")
-        if self.numbered_from is not None and self.column is None:
-            raise ValueError("numbered_from would be ignored: it goes with column")
         return self
 
     @property

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc
 
-from distill.checks import Found, Given
+from distill.checks import Given
 from distill.checks.fields import as_fields
 from distill.checks.functions import digest_of
-from distill.checks.judging import Judges, columns_read, combined, given_of
+from distill.checks.judging import Judges, columns_read, given_of
 from distill.checks.references import unjudged_because
 from distill.checks.tokens import Counted
 from distill.errors import DataError
@@ -228,7 +228,6 @@ def _earlier(recipe: Recipe, out: StageFolder) -> EarlierTraces | None:
 def _judge(table: TableWriter, recipe: Recipe) -> list[dict[str, Any]]:
     """Rows of the table `answers`, one for each trace; of the texts a piece at a time is in memory."""
     answers: list[dict[str, Any]] = []
-    found: dict[int, dict[str, Found]] = defaultdict(dict)  # of answers that not all checks have judged yet
     counted, checks, fields = Counted(recipe), recipe.checks_of_answers, _fields(recipe)
 
     def given() -> Iterator[tuple[int, Given]]:
@@ -251,11 +250,9 @@ def _judge(table: TableWriter, recipe: Recipe) -> list[dict[str, Any]]:
 
     timeout_s = _evaluate_of(recipe).check_timeout_s
     with progress(table.num_rows, "answers", "check answers") as bar, Judges(checks, timeout_s) as judges:
-        for number, verdict in judges.stream(given()):
-            found[number][verdict.check] = verdict[1:]
-            if len(found[number]) == len(checks):
-                answers[number]["correct"], answers[number]["reason"] = combined(checks, found.pop(number))
-                bar.update()
+        for number, (correct, reason) in judges.answers(given()):
+            answers[number] |= {"correct": correct, "reason": reason}
+            bar.update()
     return answers
 
 
