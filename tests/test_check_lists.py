@@ -110,6 +110,12 @@ def test_evaluate_refuses_what_says_nothing_of_an_answer(tmp_path: Path) -> None
             recipe_for(tmp_path, evaluate={"checks": checks})
 
 
+def test_one_sample_agrees_with_nobody(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"agreement, and there is one sample.*generate\.samples_per_prompt"):
+        recipe_for(tmp_path, curate={"checks": ["agreement"]})
+    recipe_for(tmp_path, curate={"checks": ["agreement"]}, generate={"samples_per_prompt": 4})
+
+
 def test_what_an_earlier_kit_did_not_know_changes_no_settings(tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path)
     assert not {"fields", "json_reference"} & recipe.prompts.identity().keys()

@@ -37,7 +37,7 @@ ARABIC = "نقرأ السؤال مرة أخرى ونرى أن أحدا لم يس
     ],
 )
 def test_reasoning_that_must_may_or_must_not_be(completion: str, required: bool, optional: bool, none: bool) -> None:
-    found = [check_thinking(Given(completion), Think(reasoning=mode))[0] for mode in ("required", "optional", "none")]  # type: ignore[arg-type]
+    found = [check_thinking(Given(completion), Think(reasoning=mode))[0] for mode in ("always", "optional", "none")]  # type: ignore[arg-type]
     assert found == [required, optional, none]
 
 

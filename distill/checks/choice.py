@@ -17,6 +17,7 @@ from distill.checks.agreement import agreements, answer_number
 from distill.recipe.traces import Curate
 
 Codes = NDArray[np.uint16]
+_MOST_VERDICTS = 1000  # different ones, that are told apart
 _KEPT, _DUPLICATE, _OVER, _STRAY = range(4)
 
 
@@ -51,7 +52,9 @@ class Evidence:
         self.lengths_R[row], self.samples_R[row] = len(trace["completion"]), trace["sample_index"]
 
     def note(self, row: int, verdict: Verdict) -> None:
-        """Notes what a check found."""
+        """Notes what a check found; of a function that gives every trace a reason of its own, the later ones as `other`."""
+        if len(self.verdicts) >= _MOST_VERDICTS and verdict not in self._code:
+            verdict = verdict._replace(reason="other")
         code = self._code.get(verdict)
         if code is None:
             self.verdicts.append(verdict)

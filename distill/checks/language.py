@@ -29,7 +29,8 @@ _ALIKE = (
     {"hi", "mr", "ne"},
 )
 """Languages that are mistaken for each other: one in place of another is nothing to be sure of."""
-_SURE = 0.9
+_SURE, _LIKELY = 0.9, 0.5
+"""Probabilities: of a language that is named without being expected, and of the one that is."""
 _PIECE_LETTERS = 80  # that are judged together
 _FEW_LETTERS, _FEW_SIGNS = 12, 4  # below it nothing is said, of a text in Latin letters and in others
 
@@ -74,7 +75,7 @@ def _share(text: str, wanted: str, min_share: float) -> Found:
     alike = next((group for group in _ALIKE if wanted in group), {wanted})
     for piece in _pieces(text):
         ranked = _ranked(piece)
-        if ranked.get(wanted, 0.0) >= _SURE:
+        if ranked.get(wanted, 0.0) >= _LIKELY:
             inside += len(piece)
         elif sum(ranked.get(name, 0.0) for name in alike) <= 1 - _SURE and max(ranked.values()) >= _SURE:
             outside += len(piece)
@@ -86,8 +87,8 @@ def _share(text: str, wanted: str, min_share: float) -> Found:
 
 
 def _words(text: str) -> str:
-    """The text without code, formulas, addresses and numbers."""
-    return re.sub(r"[\d_]+", " ", _NO_WORDS.sub(" ", text))
+    """The text without code, formulas, addresses, numbers and signs; its lines stay."""
+    return re.sub(r"[^\w\s.,;:!?'’\-]|[\d_]", " ", _NO_WORDS.sub(" ", text))  # noqa: RUF001
 
 
 def _pieces(text: str) -> Iterator[str]:

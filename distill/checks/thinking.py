@@ -12,7 +12,7 @@ from distill.run.schema import THINK_CLOSE, THINK_OPEN
 def check_thinking(given: Given, settings: Think) -> Found:
     """Whether reasoning stands where it should, with an answer after it."""
     completion = given.completion
-    if settings.reasoning == "required" or (settings.reasoning == "optional" and _reasons(completion)):
+    if settings.reasoning == "always" or (settings.reasoning == "optional" and _reasons(completion)):
         _, passed, reason = check_think(completion)
         return passed, reason
     if _reasons(completion):

@@ -48,8 +48,8 @@ class Finish(CheckSection):
 class Think(CheckSection):
     """Reasoning between think tags, then an answer."""
 
-    reasoning: Literal["required", "optional", "none"] = "required"
-    """Whether there must be some; optional takes an answer alone, too, and none takes nothing else."""
+    reasoning: Literal["always", "optional", "none"] = "always"
+    """Whether there is always some; optional takes an answer alone, too, and none takes nothing else."""
 
 
 class Math(CheckSection):

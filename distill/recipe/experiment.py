@@ -127,6 +127,13 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _samples_can_agree(self) -> Recipe:
+        one = self.generate is not None and self.generate.samples_per_prompt == 1
+        if one and any(check.agreement is not None for check in self.curate.checks):
+            raise ValueError("curate.checks has agreement, and there is one sample of each prompt: raise generate.samples_per_prompt")
+        return self
+
+    @model_validator(mode="after")
     def _distillation_fits(self) -> Recipe:
         if (self.rounds > 0) != (self.rollouts is not None):
             raise ValueError("rounds and the section rollouts go together: give both or neither")

@@ -77,7 +77,7 @@ class Curate(Section):
     """Processes that check answers; null means one a core."""
 
     @property
-    def reasoning(self) -> Literal["required", "optional", "none"]:
+    def reasoning(self) -> Literal["always", "optional", "none"]:
         """What the checks say of reasoning."""
         return next((check.think.reasoning for check in self.checks if check.think is not None), "optional")
 
