@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from distill.checks import Given
+from distill.checks.final import boxed, final_answer
 from distill.checks.label import check_label
 from distill.checks.number import check_number
 from distill.checks.text import check_text
@@ -190,3 +191,33 @@ def test_a_number_is_right_as_it_stands_and_wrong_with_one_digit_changed() -> No
 )
 def test_settings_of_number(answer: str, reference: str | None, settings: dict[str, Any], passed: bool | None) -> None:
     assert check_number(Given(answer, reference), Number.model_validate(settings))[0] is passed
+
+
+@pytest.mark.parametrize(
+    ("text", "inside"),
+    [
+        (r"first \boxed{1}, then \boxed{2} and \boxed{3", "2"),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"\fbox {\{1\}}", r"\{1\}"),
+        (r"\boxed{\frac{1}{2}}}", r"\frac{1}{2}"),
+        ("} {", None),
+        (r"\boxed{" * 30_000, None),
+    ],
+)
+def test_the_last_closed_box(text: str, inside: str | None) -> None:
+    assert boxed(text) == inside
+
+
+@pytest.mark.parametrize(
+    ("answer", "final"),
+    [
+        ("So it goes.\n\nThe answer is Paris.\nGood bye.", "Paris."),
+        ("<answer>\nParis\n</answer>\nGood bye.", "Paris"),
+        ("It is **London**, no:\nit is **Paris**", "Paris"),
+        ("Let me see.\nParis", "Paris"),
+        (r"\boxed{\text{New\_York}}", "New_York"),
+        ("", ""),
+    ],
+)
+def test_what_is_put_forward_as_final(answer: str, final: str) -> None:
+    assert final_answer(answer) == final

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
+_BRACES = re.compile(r"\\f?box(?:ed)?\s*\{|\\[{}\\]|[{}]")
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _BOLD = re.compile(r"(?:\*\*|__)(?=\S)(.+?)(?<=\S)(?:\*\*|__)")
 _PHRASE = re.compile(
@@ -22,25 +22,17 @@ _LONGEST = 10_000
 
 
 def boxed(text: str) -> str | None:
-    r"""What stands in the last closed `\boxed{...}` or `\fbox{...}`; null where there is none."""
-    found = None
-    for box in _BOX.finditer(text):
-        end = _closing(text, box.end())
-        if end is not None:
-            found = text[box.end() : end]
-    return found
-
-
-def _closing(text: str, start: int) -> int | None:
-    """Where the brace closes that was opened before a place."""
-    depth = 1
-    for place in range(start, min(len(text), start + _LONGEST)):
-        if text[place - 1] == "\\":
-            continue
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if not depth:
-            return place
-    return None
+    r"""What stands in the last closed `\boxed{...}` or `\fbox{...}`, the innermost; null where there is none. One pass, however many."""
+    best: tuple[int, int] | None = None
+    opened: list[int | None] = []  # where each brace that is open begins a box, else null
+    for sign in _BRACES.finditer(text):
+        if sign.group() == "}":
+            start = opened.pop() if opened else None
+            if start is not None and (best is None or start > best[0]):
+                best = (start, sign.start())
+        elif sign.group().endswith("{") and not sign.group().startswith("\\{"):
+            opened.append(None if sign.group() == "{" else sign.end())
+    return None if best is None else text[best[0] : best[1]]
 
 
 def final_answer(answer: str) -> str:
