@@ -95,7 +95,7 @@ class OldJudge:
     def _batch(self, pairs: list[Pair]) -> Iterator[str]:
         futures: list[Future[tuple[bool | None, str]]] = [
             self._pool.schedule(
-                checks.guarded, args=(2 * self._timeout_s, answer_of(completion), reference), timeout=self._timeout_s
+                checks.guarded, args=(2 * self._timeout_s, checks.compare, answer_of(completion), reference), timeout=self._timeout_s
             )
             for completion, reference in pairs
         ]  # fmt: skip

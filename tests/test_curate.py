@@ -115,6 +115,14 @@ def test_the_order_of_the_recipe_counts_and_unjudged_can_be_kept(tmp_path: Path)
     assert manifest.drops == {"duplicate": 1}
 
 
+def test_reasons_without_number_are_told_apart_so_far() -> None:
+    evidence = Evidence(70_000, ["mine"])
+    for row in range(70_000):
+        evidence.note(row, Verdict("mine", row % 2 == 0, f"reason {row}"))
+    assert evidence.summary() == {"mine": {"passed": 35_000, "failed": 35_000, "unjudged": 0}}
+    assert 1000 <= len(evidence.verdicts) <= 1003 and evidence.verdicts[0].reason == "reason 0"
+
+
 def chosen_of(
     rows: list[dict[str, Any]], verdicts: list[list[Verdict]], curate: Curate
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -54,7 +54,15 @@ TORCH_FREE = {
     "before.machine",
     "before.record",
 }
-TORCH_FREE |= {"trainers.launches", "before.quick", "before.findings", "before.packages", "before.tokens", "before.brought"}
+TORCH_FREE |= {
+    "trainers.launches",
+    "before.quick",
+    "before.findings",
+    "before.packages",
+    "before.tokens",
+    "before.brought",
+    "before.judging",
+}
 
 
 def name_of(path: Path) -> str:

@@ -57,10 +57,10 @@ def check_traces(recipe: Recipe, survey: Survey, found: Findings) -> tuple[list[
 
 def _is_well_formed(curate: Curate, row: Row) -> bool:
     """Whether curate would let the form of a row through."""
-    from distill.checks.form import check_finish, check_think
+    from distill.checks.judging import asks_final, given_of, question
 
-    finished = "finish" not in curate.checks or check_finish(row.get("finish_reason"), row["completion"]).passed
-    return bool(finished and ("think" not in curate.checks or check_think(row["completion"]).passed))
+    of_form = [check for check in curate.checks if check.finish is not None or check.think is not None]
+    return all(question(check, given_of(row), asks_final=asks_final(curate.checks))[0] for check in of_form)
 
 
 class _Sample:
@@ -77,12 +77,12 @@ class _Sample:
         seen: Counter[bool] = Counter()
         drawn: Even[Row] = Even(SAMPLE)
         whole: Even[Row] = Even(_CURATED)
-        references = {row["prompt_id"]: row["reference"] for row in self._survey.sample}
+        known = {row["prompt_id"]: {name: row.get(name) for name in ("reference", "fields")} for row in self._survey.sample}
         of_prompt: Counter[str] = Counter()
         for row in _brought(recipe, self._survey, seen):
             drawn.add(row)
-            if row["prompt_id"] in references:
-                numbered = {"sample_index": of_prompt[row["prompt_id"]], "reference": references[row["prompt_id"]]}
+            if row["prompt_id"] in known:
+                numbered = {"sample_index": of_prompt[row["prompt_id"]], **known[row["prompt_id"]]}
                 whole.add(numbered | row)
                 of_prompt[row["prompt_id"]] += 1
         self.rows, self.total, self.whole = drawn.kept, drawn.total, whole.kept
@@ -99,7 +99,7 @@ def _brought(recipe: Recipe, survey: Survey, seen: Counter[bool]) -> Iterator[Ro
     traces = recipe.traces
     assert traces is not None
     known = Identities(survey.ids)
-    mapping = PromptMapping(recipe.prompts, traces.columns, traces.source)
+    mapping = PromptMapping(recipe.prompts, traces.columns, traces.source, with_fields=False)
     rows = brought_traces(traces).rows([*mapping.columns, *columns_of(traces)], "traces")
     while batch := list(islice(rows, _TOGETHER)):
         talks = [mapping.messages(raw, where) or [] for where, raw in batch]
@@ -136,19 +136,15 @@ def _advice(choice: Choice) -> str:
 
 def _curated(curate: Curate, rows: list[Row]) -> Choice:
     """What curate's own checks and choice say of some traces."""
-    from distill.checks.choice import Evidence, choose
-    from distill.checks.form import check_finish, check_think
-    from distill.checks.math import MathJudge
+    from distill.checks.choice import agree, choose, evidence_for
+    from distill.checks.fields import as_fields
+    from distill.checks.judging import Judges, given_of
 
-    evidence = Evidence(len(rows), curate.checks)
+    evidence = evidence_for(curate, len(rows))
     for number, row in enumerate(rows):
         evidence.describe(number, row)
-        if "finish" in curate.checks:
-            evidence.note(number, check_finish(row["finish_reason"], row["completion"]))
-        if "think" in curate.checks:
-            evidence.note(number, check_think(row["completion"]))
-    if "math" in curate.checks:
-        with MathJudge(curate.check_timeout_s, curate.workers) as judge:
-            for number, verdict in judge.stream(enumerate((row["completion"], row["reference"]) for row in rows)):
-                evidence.note(number, verdict)
+    with Judges(curate.checks, curate.check_timeout_s, curate.workers) as judges:
+        for number, verdict in judges.stream(enumerate(given_of(row, as_fields(row.get("fields"))) for row in rows)):
+            evidence.note(number, verdict)
+    agree(curate, evidence)
     return choose(evidence, curate)

@@ -11,7 +11,6 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from rich.console import Console
 from distill.before import machine, quick, record
 from distill.before.brought import SAMPLE
 from distill.before.findings import Findings
+from distill.before.judging import check_judging
 from distill.before.packages import check_packages
 from distill.before.servers import check_servers
 from distill.before.tokens import check_pair, check_rows, load_chats, made_up
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from distill.stages.prompts import Survey
 
 _ARRAY = "SLURM_ARRAY_TASK_ID"
-_REFERENCES = 200  # that are looked at
 
 
 def run(recipe: Recipe, processes: int = 1, launch: Path | None = None) -> bool:
@@ -173,32 +172,5 @@ def _check_prompts(recipe: Recipe, found: Findings) -> Survey | None:
 
     if not found.prove("prompts", attempt):
         return None
-    found.prove("references", lambda: _references(recipe, surveys[0]))
+    check_judging(recipe, surveys[0], found)
     return surveys[0]
-
-
-def _references(recipe: Recipe, survey: Survey) -> str:
-    """Whether the answers that are to be judged can be."""
-    from distill.checks.references import unjudged_because
-
-    train = [row["reference"] for row in survey.sample[:_REFERENCES]]
-    asked = []
-    if recipe.learns_from_traces and "math" in recipe.curate.checks and not recipe.curate.keep_unjudged:
-        asked.append("curate.checks")
-        if problem := unjudged_because(train):
-            raise DataError(f"{problem}, but curate.checks has math. Set prompts.columns.reference, or leave math out.")
-    if recipe.evaluate is not None:
-        asked.append("evaluate")
-        if problem := unjudged_because(_heldout_references(recipe) if recipe.prompts.heldout_source is not None else train):
-            raise DataError(f"{problem}. Set prompts.columns.reference, or leave the measuring out with evaluate: null.")
-    return f"there for {' and '.join(asked)}" if asked else "not needed"
-
-
-def _heldout_references(recipe: Recipe) -> list[str | None]:
-    from distill.data.mapping import PromptMapping
-    from distill.data.sources import heldout_problems
-
-    source = heldout_problems(recipe.prompts)
-    assert source is not None
-    mapping = PromptMapping(recipe.prompts, recipe.prompts.columns, source.name)
-    return [mapping.prompt_row(row, where)[0]["reference"] for where, row in islice(source.rows(mapping.columns), _REFERENCES)]

@@ -20,7 +20,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from distill.checks.math import MathJudge
+from distill.checks.fields import as_fields
+from distill.checks.judging import Judges, given_of
 from distill.engines import requests_for, write_traces
 from distill.engines.hf import HFEngine
 from distill.engines.scored import Statistics
@@ -32,6 +33,7 @@ from distill.models.chat import ChatFormat
 from distill.models.loading import free_memory, load_chat_format, load_model, pick_device
 from distill.models.vocabulary import AlignedRow, VocabularyMap, align, vocabulary_map
 from distill.recipe.base import Sampling
+from distill.recipe.checks import checks_of
 from distill.recipe.experiment import Recipe
 from distill.recipe.learning import READING_KINDS, Score
 from distill.recipe.models import ModelSpec
@@ -74,7 +76,7 @@ def run(recipe: Recipe, num_prompts: int, *, redo: bool = False) -> bool:
             f"teacher.server.kind {server.kind}: tells nothing of what it thinks of the student's answers, which a pair is judged by. Try "
             "the pair with an open teacher of the same family, here or behind vllm or sglang."
         )
-    sampling = _sampling(recipe)
+    sampling, checks = _sampling(recipe), recipe.checks_of_answers
     settings = {
         "teacher": recipe.teacher.identity(),
         "student": recipe.student.identity(),
@@ -83,6 +85,7 @@ def run(recipe: Recipe, num_prompts: int, *, redo: bool = False) -> bool:
         "num_prompts": num_prompts,
         "min_aligned": (recipe.score or Score()).min_aligned,
         "seed": recipe.seed,
+        **({} if checks == checks_of("math") else {"checks": [check.identity() for check in checks]}),
     }
     if redo:
         delete_stage(run_dir(recipe) / _FOLDER, _WRITES)
@@ -127,7 +130,7 @@ def _measure(recipe: Recipe, teacher: ModelSpec, sampling: Sampling, prompts: li
     free_memory()
     reads = _reads_here(load_model(recipe.student, device), own)
     student_reads, _ = _read(reads, [align(trace, student_chat, student_chat, own) for trace in traces])
-    right = _judged(traces)
+    right = _judged(recipe, prompts, traces)
     half = len(by_student)
     found = Findings(
         aligned_share=statistics.aligned_share,
@@ -169,11 +172,16 @@ def _read(reads: Read, rows: list[AlignedRow]) -> tuple[list[tuple[Targets, Targ
     return [(top.targets, written.targets) for top, written in zip(best, chosen, strict=True)], statistics
 
 
-def _judged(traces: list[Row]) -> list[bool | None]:
-    """Whether each answer is right; null where it could not be judged."""
-    pairs = [(trace["completion"], trace["reference"]) for trace in traces]
-    with progress(len(pairs), "answers", "check answers") as bar, MathJudge(10.0) as judge:
-        return [verdict.passed for verdict in judge.judge(pairs, bar.update)]
+def _judged(recipe: Recipe, prompts: list[Row], traces: list[Row]) -> list[bool | None]:
+    """Whether each answer is right, by the checks of the recipe; null where it could not be judged."""
+    fields = {row["prompt_id"]: as_fields(row.get("fields")) for row in prompts}
+    given = (given_of(trace | {"num_tokens": len(trace["completion_ids"])}, fields[trace["prompt_id"]]) for trace in traces)
+    right: dict[int, bool | None] = {}
+    with progress(len(traces), "answers", "check answers") as bar, Judges(recipe.checks_of_answers, 10.0) as judges:
+        for number, (passed, _) in judges.answers(enumerate(given)):
+            right[number] = passed
+            bar.update()
+    return [right[number] for number in range(len(traces))]
 
 
 def _answers(traces: list[Row], right: list[bool | None]) -> Answers:

@@ -122,7 +122,7 @@ def _check_sources(recipe: Recipe, found: Findings) -> None:
         _check_source("held-out prompts", lambda: heldout_problems(prompts), of_prompt, mapping.columns, found)
     if traces is None:
         return
-    mapping_of_traces = PromptMapping(prompts, traces.columns, traces.source)
+    mapping_of_traces = PromptMapping(prompts, traces.columns, traces.source, with_fields=False)
 
     def of_trace(placed: Placed) -> str | None:
         messages = mapping_of_traces.messages(placed[1], placed[0])

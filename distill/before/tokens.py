@@ -185,7 +185,8 @@ def _check_room(recipe: Recipe, chat: ChatFormat, survey: Survey, found: Finding
 def made_up(prompt: Row, recipe: Recipe, chat: ChatFormat) -> Row:
     """A trace as the recipe wants it: with a thought, unless the template has closed it and no check asks for one."""
     answer = f"\\boxed{{{prompt['reference'] or '...'}}}"
-    thinks = "think" in recipe.curate.checks or not chat.prompt_text(prompt["messages"]).rstrip().endswith(THINK_CLOSE)
+    asked = recipe.curate.reasoning
+    thinks = asked == "always" or (asked == "optional" and not chat.prompt_text(prompt["messages"]).rstrip().endswith(THINK_CLOSE))
     thought = f"{THINK_OPEN}\n{_EXAMPLE_REASONING}\n{THINK_CLOSE}\n\n" if thinks else ""
     return {"messages": prompt["messages"], "completion": thought + answer}
 

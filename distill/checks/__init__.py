@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 
 class Verdict(NamedTuple):
@@ -11,3 +12,23 @@ class Verdict(NamedTuple):
     check: str
     passed: bool | None
     reason: str
+
+
+Found = tuple[bool | None, str]
+"""What a check found, without its name: whether it passed, or null; and the reason."""
+
+
+class Given(NamedTuple):
+    """What a check is told of a trace."""
+
+    completion: str
+    """All that was written, reasoning included."""
+    reference: str | None = None
+    """The right answer; a list or an object is JSON."""
+    fields: Mapping[str, Any] = {}
+    """Further columns of its prompt, as `prompts.fields` names them."""
+    prompt: str = ""
+    """The user's last turn."""
+    finish_reason: str | None = None
+    num_tokens: int | None = None
+    """Of the completion; null where they are not known."""

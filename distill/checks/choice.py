@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.checks import Verdict
+from distill.checks.agreement import agreements, answer_number
 from distill.recipe.traces import Curate
 
 Codes = NDArray[np.uint16]
+_MOST_VERDICTS = 1000  # different ones, that are told apart
 _KEPT, _DUPLICATE, _OVER, _STRAY = range(4)
 
 
@@ -25,15 +27,17 @@ class Evidence:
     Args:
         num_rows: Traces.
         checks: Names, in the order in which a failing one gives the reason.
+        compares_answers: Whether the answers of a prompt's traces are compared with each other; it takes 8 bytes more.
     """
 
-    def __init__(self, num_rows: int, checks: Sequence[str]) -> None:
+    def __init__(self, num_rows: int, checks: Sequence[str], *, compares_answers: bool = False) -> None:
         self.checks = list(checks)
         self.verdicts: list[Verdict] = []
         """The different ones; code c stands for number c - 1, and 0 for none yet."""
         self.codes_CR: Codes = np.zeros((len(self.checks), num_rows), np.uint16)
         self.prompts_R = np.zeros(num_rows, np.uint64)
         self.completions_R = np.zeros(num_rows, np.uint64)
+        self.answers_R = np.zeros(num_rows, np.uint64) if compares_answers else None
         self.lengths_R = np.zeros(num_rows, np.uint32)
         self.samples_R = np.zeros(num_rows, np.int32)
         self.stray_R = np.zeros(num_rows, np.bool_)
@@ -43,10 +47,14 @@ class Evidence:
     def describe(self, row: int, trace: dict[str, Any]) -> None:
         """Notes what tells a trace from others: prompt and completion by 64 bits each, so no two are alike by chance."""
         self.prompts_R[row], self.completions_R[row] = _hash(trace["prompt_id"]), _hash(trace["completion"])
+        if self.answers_R is not None:
+            self.answers_R[row] = answer_number(trace["completion"])
         self.lengths_R[row], self.samples_R[row] = len(trace["completion"]), trace["sample_index"]
 
     def note(self, row: int, verdict: Verdict) -> None:
-        """Notes what a check found."""
+        """Notes what a check found; of a function that gives every trace a reason of its own, the later ones as `other`."""
+        if len(self.verdicts) >= _MOST_VERDICTS and verdict not in self._code:
+            verdict = verdict._replace(reason="other")
         code = self._code.get(verdict)
         if code is None:
             self.verdicts.append(verdict)
@@ -66,6 +74,21 @@ class Evidence:
             for verdict, count in zip(self.verdicts, counts_V, strict=True):
                 summary[check][{True: "passed", False: "failed", None: "unjudged"}[verdict.passed]] += count
         return summary
+
+
+def evidence_for(curate: Curate, num_rows: int) -> Evidence:
+    """Room for what the checks of a recipe find of so many traces."""
+    compares = any(check.agreement is not None for check in curate.checks)
+    return Evidence(num_rows, [check.called for check in curate.checks], compares_answers=compares)
+
+
+def agree(curate: Curate, evidence: Evidence) -> None:
+    """Notes what most samples of a prompt agree on, where that is asked; when all traces were described."""
+    for check in curate.checks:
+        if check.agreement is not None:
+            assert evidence.answers_R is not None
+            for row, found in enumerate(agreements(evidence.prompts_R, evidence.answers_R, check.agreement.min_share)):
+                evidence.note(row, Verdict(check.called, *found))
 
 
 class Choice(NamedTuple):

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from distill.data.files import Row
-from distill.data.names import text_at, value_at, whole_text
+from distill.data.names import json_text, reference_at, text_at, value_at, whole_text
 from distill.errors import DataError
 from distill.recipe.prompts import Columns, Prompts
 from distill.run.schema import Message, prompt_id
@@ -22,18 +22,20 @@ class PromptMapping:
         prompts: System prompt and template.
         columns: Column names of this source.
         name: Of the source, for the record.
+        with_fields: Whether it has the columns of `prompts.fields`, as one of traces has not.
     """
 
-    def __init__(self, prompts: Prompts, columns: Columns, name: str) -> None:
+    def __init__(self, prompts: Prompts, columns: Columns, name: str, *, with_fields: bool = True) -> None:
         self._prompts = prompts
         self._columns = columns
         self._name = name
+        self._fields = (prompts.fields or []) if with_fields else []
 
     @property
     def columns(self) -> list[str]:
         """Names that are looked up in a row."""
         named = (self._columns.prompt, self._columns.messages, self._columns.reference, self._columns.tags)
-        return [name for name in named if name is not None]
+        return [name for name in (*named, *self._fields) if name is not None]
 
     def messages(self, row: Row, where: str) -> list[Message] | None:
         """The conversation of a row, or null where its prompt is empty.
@@ -51,7 +53,8 @@ class PromptMapping:
     def prompt_row(self, row: Row, where: str) -> tuple[Row, str | None]:
         """A PROMPT row, and the reason to drop it or null."""
         messages = self.messages(row, where)
-        reference = text_at(row, self._columns.reference, where) if self._columns.reference else None
+        name, as_json = self._columns.reference, self._prompts.json_reference
+        reference = reference_at(row, name, where, as_json=as_json) if name else None
         mapped: Row = {
             "prompt_id": prompt_id(messages or []),
             "messages": messages or [],
@@ -59,6 +62,9 @@ class PromptMapping:
             "source": self._name,
             "tags": self._tags(row, where),
         }
+        if self._fields:
+            fields = {name: value_at(row, name, where) for name in self._fields}
+            mapped["fields"] = json_text(fields, "prompts.fields", where)
         if messages is None:
             return mapped, "empty_prompt"
         if reference is not None and self._prompts.answer_pattern is not None:
@@ -87,9 +93,11 @@ class PromptMapping:
     def _from_messages(self, row: Row, name: str, where: str) -> list[Message] | None:
         """Turns up to the last of the user's; what an assistant answered to it is no part of the prompt."""
         turns = value_at(row, name, where)
-        if not isinstance(turns, list) or not all(_is_turn(turn) for turn in turns):
+        roles = [turn.get("role") if isinstance(turn, dict) else None for turn in turns] if isinstance(turns, list) else []
+        users = [place for place, role in enumerate(roles) if role == "user"]
+        # What stands behind the last user turn may be calls and results, which have no text.
+        if not isinstance(turns, list) or not all(map(_is_turn, turns[: users[-1] + 1] if users else turns)):
             raise DataError(f"{where}: {name} must be a list of {{role, content}} with text in both, got {turns!r:.80}.")
-        users = [place for place, turn in enumerate(turns) if turn["role"] == "user"]
         if not users or not turns[users[-1]]["content"].strip():
             return None
         before: list[Message] = [{key: whole_text(turn[key], name, where) for key in ("role", "content")} for turn in turns[: users[-1]]]

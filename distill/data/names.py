@@ -6,6 +6,7 @@ A dot goes into an object, an integer counts into a list, from its end if negati
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -52,6 +53,43 @@ def text_at(row: dict[str, Any], name: str, where: str) -> str | None:
         return str(value)
     except ValueError:  # thousands of digits, which Parquet's decimals and JSON can hold
         raise DataError(f"{where}: {name} is a number of too many digits to be written out. Give it as text.") from None
+
+
+def reference_at(row: dict[str, Any], name: str, where: str, *, as_json: bool) -> str | None:
+    """A row's right answer under a name, as text; null where it is empty.
+
+    Args:
+        row: Of the source.
+        name: Of the value.
+        where: It stands, for errors.
+        as_json: Whether what is neither text nor number is written as JSON.
+
+    Raises:
+        DataError: there is no such value, or it is something else, or half a character.
+    """
+    value = value_at(row, name, where)
+    if not isinstance(value, list | dict | bool):
+        return text_at(row, name, where)
+    if as_json:
+        return json_text(value, name, where)
+    if isinstance(value, bool):
+        return str(value)
+    raise DataError(
+        f"{where}: {name} must be text or a number, got {type(value).__name__}: {shown(value)}. Name a value inside it, or set "
+        "prompts.json_reference for a check that takes data."
+    )
+
+
+def json_text(value: Any, name: str, where: str) -> str:
+    """A value as JSON; what JSON does not know, such as a date, as its text.
+
+    Raises:
+        DataError: it holds half a character, or itself.
+    """
+    try:
+        return whole_text(json.dumps(value, ensure_ascii=False, default=str), name, where)
+    except (ValueError, RecursionError):
+        raise DataError(f"{where}: {name} can't be written as JSON: {shown(value)}. Correct or remove the row.") from None
 
 
 def whole_text(text: str, name: str, where: str) -> str:

@@ -65,6 +65,11 @@ class Section(BaseModel):
     decides_no_row: ClassVar[frozenset[str]] = frozenset()
     """Fields that say how fast rows are made, how long is waited, what is shown; never which rows. They lock no folder."""
 
+    shown: ClassVar[bool] = False
+    """Whether the section has a line of its own among the keys: its name alone says something."""
+    words: ClassVar[str] = "section"
+    """What it is, in plain words."""
+
     def identity(self) -> dict[str, Any]:
         """The settings that decide which rows a stage makes, as plain JSON values."""
         return self.model_dump(mode="json", exclude=set(self.decides_no_row))

@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from distill.recipe.base import OutputPath, Section
+from distill.recipe.checks import Check, answer_checks
 from distill.recipe.learning import DEEPSPEED_HAS_NO_PARTS, FOLLOWS_EVALUATION, LOSS_OF_SFT, Distillation, Rollouts, Score, Train
 from distill.recipe.models import ModelSpec, Student
 from distill.recipe.prompts import Prompts
@@ -81,6 +82,12 @@ class Recipe(Section):
         return scores and self.trains_on_traces and self.train.method == "sft" and self.train.validation_prompts > 0
 
     @property
+    def checks_of_answers(self) -> list[Check]:
+        """What a right answer passes where base, student and teacher are measured."""
+        given = self.evaluate.checks if self.evaluate is not None else None
+        return given if given is not None else answer_checks(self.curate.checks)
+
+    @property
     def train_in_rounds(self) -> Train:
         """How the student learns in an on-policy round; checked with the recipe, which has a section rollouts."""
         assert self.rollouts is not None
@@ -104,6 +111,26 @@ class Recipe(Section):
                 raise ValueError("evaluate.models names teacher, but there is no section teacher")
             if self.prompts.heldout_size == 0:
                 raise ValueError("evaluate needs held-out prompts: raise prompts.heldout_size, or set evaluate: null")
+        return self
+
+    @model_validator(mode="after")
+    def _columns_are_carried(self) -> Recipe:
+        carried = self.prompts.fields or []
+        judged = self.checks_of_answers if self.evaluate is not None else []
+        for check in [*self.curate.checks, *judged]:
+            missing = next((column for column in check.settings.columns if column not in carried), None)
+            if missing is not None:
+                raise ValueError(
+                    f"prompts.fields: the check {check.called} looks at the column {missing!r}, which is not carried along. Add it: "
+                    f"fields: [{', '.join([*carried, missing])}]"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _samples_can_agree(self) -> Recipe:
+        one = self.generate is not None and self.generate.samples_per_prompt == 1
+        if one and any(check.agreement is not None for check in self.curate.checks):
+            raise ValueError("curate.checks has agreement, and there is one sample of each prompt: raise generate.samples_per_prompt")
         return self
 
     @model_validator(mode="after")

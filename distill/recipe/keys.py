@@ -12,7 +12,7 @@ from typing import Any
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from distill.errors import RecipeError
 from distill.recipe.base import expanded, located
@@ -36,23 +36,32 @@ class KeyInfo(typing.NamedTuple):
     help: str
 
 
-def keys(model: type[BaseModel] = Recipe, prefix: str = "", given: Any = None) -> Iterator[KeyInfo]:
+def keys(
+    model: type[BaseModel] = Recipe, prefix: str = "", given: Any = None, listed: list[type[BaseModel]] | None = None
+) -> Iterator[KeyInfo]:
     """Every key of the kit's own, depth first, in the order of the sections.
 
     Args:
         model: The section.
         prefix: Of its keys, with the dot.
         given: What a recipe without this section has in its place.
+        listed: Sections in lists that were shown before.
     """
+    listed = [] if listed is None else listed
     for name, info in model.model_fields.items():
         key = f"{prefix}{name}"
         default = getattr(given, name) if isinstance(given, model) else info.get_default(call_default_factory=True)
         sections = list(_sections_in(info.annotation))
-        if not sections:
+        is_list = _is_list(info.annotation)
+        if not sections or is_list or getattr(sections[0], "shown", False):
             shown = "required" if info.is_required() else _plain(default)
             yield KeyInfo(key, kind_of(info.annotation, info.metadata), shown, info.description or "")
+        if is_list and sections:  # those of a list that is there a second time are the same ones
+            if sections[0] in listed:
+                continue
+            listed.append(sections[0])
         found: dict[str, KeyInfo] = {}
-        for item in (item for section in sections for item in keys(section, f"{key}.", default)):
+        for item in (item for section in sections for item in keys(section, f"{key}.", default, listed)):
             # Sections that stand for each other, such as lora and full, share the key that chooses between them.
             before = found.get(item.key, item)
             found[item.key] = before if before.kind == item.kind else before._replace(kind=_either(before.kind, item.kind))
@@ -135,7 +144,7 @@ def _beside(loc: Sequence[str]) -> tuple[list[str], dict[str, set[str]]]:
     """The keys of the section at a place; and those that it would have if another that stands for it were chosen, with its name."""
     sections: list[type[BaseModel]] = [Recipe]
     others: dict[str, set[str]] = {}
-    for name in loc:
+    for name in (part for part in loc if not part.isdecimal()):
         found = [info for section in sections if (info := section.model_fields.get(name))]
         if found:
             sections, others = list(_sections_in(found[0].annotation)), {}
@@ -167,6 +176,8 @@ def kind_of(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return " or ".join(kinds) + (", or null" if type(None) in arguments else "")
     if origin in (list, tuple) and arguments:
         return f"list of {kind_of(arguments[0])}".replace("list of one of", "list of any of")
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return getattr(annotation, "words", "section")
     word = _WORDS.get(origin or annotation, str(getattr(annotation, "__name__", annotation)))
     word = next((_PLACES[item.func] for item in metadata if isinstance(item, AfterValidator) and item.func in _PLACES), word)
     return " ".join(filter(None, (word, _limits(metadata))))
@@ -198,8 +209,15 @@ def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
             yield from _sections_in(part)
 
 
+def _is_list(annotation: Any) -> bool:
+    """Whether an annotation is a list, or one is among those that it stands for."""
+    inner = typing.get_origin(annotation) in (typing.Annotated, typing.Union, types.UnionType)
+    return typing.get_origin(annotation) is list or (inner and any(map(_is_list, typing.get_args(annotation))))
+
+
 def _plain(value: Any) -> str:
     """A default as a recipe would have it."""
     if value is None or value is PydanticUndefined:
         return "null"
+    value = to_jsonable_python(value)
     return json.dumps(value, ensure_ascii=False) if isinstance(value, bool | list | dict) or value == "" else str(value)

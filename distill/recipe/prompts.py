@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -57,6 +57,11 @@ class Prompts(Section):
     """Split of a Hub data set; not for files."""
     columns: Columns = Columns(prompt="question", reference="answer")
     """Column names of the source; dots go inside (`reward_model.ground_truth`), integers count (`messages.-1.content`)."""
+    fields: list[str] | None = None
+    """Further columns that checks look at, by names as in `columns`: choices, a context, tools. Kept with each prompt as they are."""
+    json_reference: bool = False
+    """The references may be lists or objects, which are kept as JSON: for the checks json, tool_calls, text (several right answers) and
+    python."""
     answer_pattern: str | None = None
     """Regular expression whose one group is the final answer inside the reference; its last match counts."""
     system_prompt: str | None = None
@@ -91,8 +96,22 @@ class Prompts(Section):
             raise ValueError("{prompt} would stay as it is: the text of the source goes into prompts.template")
         return value
 
+    @field_validator("fields")
+    @classmethod
+    def _names_some(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and (not value or len(set(value)) != len(value)):
+            raise ValueError("name each column once, and at least one; null carries none")
+        return value
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the rows; of those that an earlier kit did not know only what is asked for."""
+        plain = super().identity()
+        return {name: value for name, value in plain.items() if name not in ("fields", "json_reference") or value}
+
     @model_validator(mode="after")
     def _pattern_has_its_column(self) -> Prompts:
+        if self.json_reference and self.columns.reference is None:
+            raise ValueError("json_reference would be ignored: name the column of the references in columns.reference")
         if self.answer_pattern is not None and self.columns.reference is None:
             raise ValueError("answer_pattern looks inside the reference: name its column in columns.reference, or leave answer_pattern out")
         return self

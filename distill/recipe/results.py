@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator
 
 from distill.recipe.base import PositiveInt, Sampling, Section
+from distill.recipe.checks import Check, Checks
 
 ModelRole = Literal["base", "student", "teacher"]
 
@@ -22,6 +23,9 @@ class Evaluate(Sampling):
     """0 takes the most probable token."""
     max_prompts: PositiveInt | None = None
     """Use only so many held-out prompts; null means all."""
+    checks: Checks | None = None
+    """What a right answer passes, every one. Null takes those of `curate.checks` that say that an answer is right (math, label, text,
+    number, json, tool_calls, python), or math where there are none."""
     check_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """Hard limit for one answer check, in seconds."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
@@ -33,6 +37,20 @@ class Evaluate(Sampling):
         if not value or len(set(value)) != len(value):
             raise ValueError("name each of base, student, teacher at most once, and at least one")
         return value
+
+    @field_validator("checks")
+    @classmethod
+    def _judge_an_answer(cls, value: list[Check] | None) -> list[Check] | None:
+        if value is not None and not value:
+            raise ValueError("names no check, so every answer would be right. Leave it out to have those of curate.checks")
+        if any(check.agreement is not None for check in value or ()):
+            raise ValueError("agreement says nothing of a single answer. Leave it out here")
+        return value
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the answers; how these are judged is said by `Recipe.checks_of_answers`."""
+        plain = super().identity()
+        return {name: value for name, value in plain.items() if name != "checks"}
 
 
 class Report(Section):

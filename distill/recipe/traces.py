@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from distill.recipe.base import PathOrName, PositiveInt, Sampling, Section
+from distill.recipe.checks import Checks, checks_of
 from distill.recipe.prompts import Columns
-
-CheckName = Literal["finish", "think", "math"]
 
 
 class Traces(Section):
@@ -63,8 +62,9 @@ class Curate(Section):
 
     decides_no_row = frozenset({"workers", "check_timeout_s"})
 
-    checks: list[CheckName] = Field(default_factory=lambda: list(get_args(CheckName)))
-    """Every one must pass. finish: ended by itself; think: reasoning, then an answer; math: the answer is right."""
+    checks: Checks = Field(default_factory=lambda: checks_of("finish", "think", "math"))
+    """Every one must pass; the first that does not is the reason a trace goes. A name alone (`finish`), or with settings
+    (`label: {choices: [yes, no]}`)."""
     keep_unjudged: bool = False
     """Keep traces that a check could not judge (no reference, or the checker ran out of time)."""
     max_per_prompt: PositiveInt = 4
@@ -72,6 +72,15 @@ class Curate(Section):
     prefer: Literal["first", "shortest", "longest"] = "first"
     """Which of a prompt's passing traces are kept."""
     check_timeout_s: Annotated[float, Field(gt=0)] = 10.0
-    """Hard limit for one answer check, in seconds; the checking process is killed at it."""
+    """Hard limit for one check of one trace, in seconds; the checking process is killed at it, and nothing is judged."""
     workers: PositiveInt | None = None
     """Processes that check answers; null means one a core."""
+
+    @property
+    def reasoning(self) -> Literal["always", "optional", "none"]:
+        """What the checks say of reasoning."""
+        return next((check.think.reasoning for check in self.checks if check.think is not None), "optional")
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide which rows are kept."""
+        return super().identity() | {"checks": [check.identity() for check in self.checks]}

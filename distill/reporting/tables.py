@@ -64,7 +64,7 @@ def funnel(summary: RunSummary, recipe: Recipe) -> list[tuple[str, int]]:
     curated = summary.manifests["curate"]
     left = curated.rows_in or 0
     steps.append(("traces", left))
-    for check in recipe.curate.checks:
+    for check in (check.called for check in recipe.curate.checks):
         left -= sum(count for reason, count in curated.drops.items() if reason.startswith(f"{check}:"))
         steps.append((f"pass {check}", left))
     return [*steps, ("kept", curated.rows_kept or 0)]

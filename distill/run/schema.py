@@ -59,6 +59,9 @@ ALTERNATIVES = pa.schema(
 
 DROPPED_PROMPT = PROMPT.append(pa.field("reason", pa.string()))
 
+# Further columns of the source for the checks to look at, as a JSON object; the tables of prompts have it where prompts.fields names some.
+FIELDS = pa.field("fields", pa.string())
+
 VERDICT = pa.schema(
     [
         ("prompt_id", pa.string()),

@@ -7,6 +7,7 @@ once to check them and once to write them where they belong; between, some bytes
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distill.checks import Verdict
-from distill.checks.choice import Choice, Evidence, choose
-from distill.checks.form import check_finish, check_think
-from distill.checks.math import MathJudge, Pair
+from distill.checks import Given, Verdict
+from distill.checks.choice import Choice, Evidence, agree, choose, evidence_for
+from distill.checks.fields import PromptFields
+from distill.checks.functions import digest_of
+from distill.checks.judging import Judges, columns_read, given_of
+from distill.checks.tokens import Counted
 from distill.errors import DataError
 from distill.recipe.experiment import Recipe
 from distill.recipe.traces import Curate
 from distill.run.clock import Clock
 from distill.run.early import EndedEarly
 from distill.run.folder import StageFolder
-from distill.run.journal import Journal
 from distill.run.log import Progress, progress
 from distill.run.manifest import Manifest, read_manifest
 from distill.run.plan import Growth, StagePlan
@@ -33,24 +35,30 @@ from distill.run.tables import iter_pieces
 from distill.stages import Step, folder, open_stage, plan_of
 
 _READ = ["prompt_id", "sample_index", "reference", "completion", "finish_reason"]
-_BLOCK = 64  # answers checked between two writes to the journal
+_BLOCK = 64  # verdicts of slow checks between two writes to the journal
 
 
 def plan(recipe: Recipe) -> StagePlan:
     """What the stage is asked to make; with more traces, or where more of them may be kept, it chooses anew."""
     growth = Growth({"curate.max_per_prompt": 0, "curate.keep_unjudged": 0})
-    return plan_of(recipe, Step("curate"), {"curate": recipe.curate.identity()}, [folder(recipe, "generate")], growth)
+    settings: dict[str, Any] = {"curate": recipe.curate.identity()}
+    if _counts_tokens(recipe.curate):  # whose tokens may be counted
+        settings["student"] = recipe.student.identity()
+    if (digest := digest_of(recipe.curate.checks)) is not None:
+        settings["python_sha256"] = digest
+    inputs = [folder(recipe, "generate"), *([folder(recipe, "prompts")] if _reads_fields(recipe) else [])]
+    return plan_of(recipe, Step("curate"), settings, inputs, growth)
 
 
 def run(recipe: Recipe) -> Manifest:
-    """Writes the tables `curated`, `dropped` and `verdicts`; resumes after the last block of answer checks."""
+    """Writes the tables `curated`, `dropped` and `verdicts`; resumes after the last block of slow checks."""
     traces = folder(recipe, "generate")
     with open_stage(recipe, plan(recipe)) as out:
         if out.manifest:
             return out.manifest
         clock, source = Clock(out.path), read_manifest(traces)
-        evidence = Evidence(source.rows("traces"), recipe.curate.checks)
-        _examine(traces, evidence, recipe.curate, out.journal())
+        evidence = evidence_for(recipe.curate, source.rows("traces"))
+        _examine(recipe, out, evidence)
         _find_strays(traces, evidence, source.facts.get("control_ids", []))
         choice = choose(evidence, recipe.curate)
         rows_in, drops = len(choice.codes_R), choice.drops
@@ -62,18 +70,35 @@ def run(recipe: Recipe) -> Manifest:
             return out.finish(rows_in=rows_in, rows_kept=choice.num_kept, drops=drops, facts=facts)
 
 
-def _examine(traces: Path, evidence: Evidence, curate: Curate, journal: Journal) -> None:
-    """Fills the evidence; answers that an earlier run has judged are in the journal, in whatever order they came."""
+def _counts_tokens(curate: Curate) -> bool:
+    return any(check.length is not None for check in curate.checks)
+
+
+def _reads_fields(recipe: Recipe) -> bool:
+    """Whether a check looks at further columns of the prompts."""
+    looks = any(check.python is not None or check.settings.columns for check in recipe.curate.checks)
+    return looks and bool(recipe.prompts.fields)
+
+
+def _examine(recipe: Recipe, out: StageFolder, evidence: Evidence) -> None:
+    """Fills the evidence; what slow checks of an earlier run have found is in the journal, in whatever order it came."""
+    curate, journal = recipe.curate, out.journal()
     done = 0
     for done, entry in enumerate(journal.rows(), start=1):  # noqa: B007
-        evidence.note(entry["row"], Verdict("math", entry["passed"], entry["reason"]))
+        # A kit that knew one slow check alone did not write down which.
+        evidence.note(entry["row"], Verdict(entry.get("check", "math"), entry["passed"], entry["reason"]))
     block: list[dict[str, Any]] = []
-    bar = progress(len(evidence.prompts_R), "traces", "check traces", done=done)
-    with bar, MathJudge(curate.check_timeout_s, curate.workers) as math:
+    judges = Judges(curate.checks, curate.check_timeout_s, curate.workers)
+    slow = {name: evidence.has(name) for name in judges.slow}
+    unit, times = ("traces", 1) if len(slow) < 2 else ("verdicts", len(slow))
+    with judges, progress(times * len(evidence.prompts_R), unit, "check traces", done=done) as bar:
         try:
-            for row, verdict in math.stream(_questions(traces, evidence, bar)):
+            traces = _traces(recipe, out, evidence, None if slow else bar)
+            for row, verdict in judges.stream(traces, lambda row, name: name in slow and bool(slow[name][row])):
                 evidence.note(row, verdict)
-                block.append({"row": row, "passed": verdict.passed, "reason": verdict.reason})
+                if verdict.check not in slow:
+                    continue
+                block.append({"row": row, "check": verdict.check, "passed": verdict.passed, "reason": verdict.reason})
                 if len(block) == _BLOCK:
                     journal.append(block)
                     block = []
@@ -82,25 +107,35 @@ def _examine(traces: Path, evidence: Evidence, curate: Curate, journal: Journal)
             journal.append(block)
             raise
         journal.append(block)
+    agree(curate, evidence)
 
 
-def _questions(traces: Path, evidence: Evidence, bar: Progress) -> Iterator[tuple[int, Pair]]:
-    """Number, completion and reference of the traces whose answer is to be judged; all else is noted of each on the way."""
-    checks = evidence.checks
-    judged = evidence.has("math") if "math" in checks else None
-    start = 0
-    for piece in iter_pieces(traces, "traces", _READ):
-        for row, trace in enumerate(piece.to_pylist(), start):
-            evidence.describe(row, trace)
-            if "finish" in checks:
-                evidence.note(row, check_finish(trace["finish_reason"], trace["completion"]))
-            if "think" in checks:
-                evidence.note(row, check_think(trace["completion"]))
-            if judged is not None and not judged[row]:
-                yield row, (trace["completion"], trace["reference"])
-        start += len(piece)
-        if judged is None:
-            bar.update(len(piece))
+def _traces(recipe: Recipe, out: StageFolder, evidence: Evidence, bar: Progress | None) -> Iterator[tuple[int, Given]]:
+    """What checks are told of each trace, after what tells it from others was noted."""
+    checks, start = recipe.curate.checks, 0
+    counted = Counted(recipe) if _counts_tokens(recipe.curate) else None
+    names = [*_READ, *columns_read(checks), *(["completion_ids"] if counted else [])]
+    with PromptFields(folder(recipe, "prompts"), out.path) if _reads_fields(recipe) else nullcontext() as fields:
+        for piece in iter_pieces(folder(recipe, "generate"), "traces", names):
+            rows = _rows(piece, counted)
+            of_prompts = fields.of([trace["prompt_id"] for trace in rows]) if fields is not None else [{}] * len(rows)
+            for row, (trace, known) in enumerate(zip(rows, of_prompts, strict=True), start):
+                evidence.describe(row, trace)
+                yield row, given_of(trace, known)
+            start += len(piece)
+            if bar is not None:
+                bar.update(len(piece))
+
+
+def _rows(piece: pa.RecordBatch, counted: Counted | None) -> list[dict[str, Any]]:
+    """Rows of a piece; with the number of tokens, where it is asked for, in place of their ids."""
+    if counted is None:
+        rows: list[dict[str, Any]] = piece.to_pylist()
+        return rows
+    lengths = pc.list_value_length(piece["completion_ids"])
+    rows = piece.drop_columns("completion_ids").append_column("num_tokens", lengths).to_pylist()
+    # Whose tokenizer wrote a trace without ids is not known; the student will read it with its own.
+    return [trace | {"num_tokens": counted({**trace, "author": "student"})} for trace in rows]
 
 
 def _find_strays(traces: Path, evidence: Evidence, control_ids: list[int]) -> None:

@@ -6,7 +6,6 @@ accuracy were if it was right, and the share of such answers, are metrics of the
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -16,10 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc
 
+from distill.checks import Given
+from distill.checks.fields import as_fields
+from distill.checks.functions import digest_of
+from distill.checks.judging import Judges, columns_read, given_of
 from distill.checks.references import unjudged_because
-from distill.errors import DataError, ModelError
+from distill.checks.tokens import Counted
+from distill.errors import DataError
 from distill.measure.intervals import gap_recovered, mean_interval, resampled_means
 from distill.measure.marks import shares
+from distill.recipe.checks import Check, checks_of
 from distill.recipe.experiment import Recipe
 from distill.recipe.results import Evaluate
 from distill.run.clock import Clock
@@ -29,13 +34,12 @@ from distill.run.manifest import Manifest, check_files, read_manifest
 from distill.run.parts import Part, begun, gathered_facts, missing, part_facts, part_folders, run_part, summed, write_part
 from distill.run.plan import NO_LIMIT, Growth, StagePlan, name_in_run
 from distill.run.schema import ANSWER, SCORE, TRACE
-from distill.run.tables import TableWriter, rows_at
+from distill.run.tables import TableWriter, iter_rows, rows_at
 from distill.stages import Step, folder, open_stage, plan_of, run_dir, student_folder
 
 if TYPE_CHECKING:
     from distill.engines import TraceTable
     from distill.engines.earlier import EarlierTraces
-    from distill.models.chat import ChatFormat
 
 TASK = "heldout"
 _NO_ANSWER = "no answer"
@@ -49,7 +53,7 @@ def plan(recipe: Recipe) -> StagePlan:
         DataError: the recipe leaves it out, or names no reference, without which no answer can be judged.
     """
     evaluate = _evaluate_of(recipe)
-    if recipe.prompts.columns.reference is None:
+    if recipe.prompts.columns.reference is None and _needs_reference(recipe):
         raise DataError(f"evaluate: prompts.columns.reference is null, so no answer could be judged. {_NO_REFERENCE}")
     specs = {"student": recipe.student.identity()}
     if recipe.teacher is not None and "teacher" in evaluate.models:
@@ -57,10 +61,15 @@ def plan(recipe: Recipe) -> StagePlan:
     inputs = [folder(recipe, "prompts"), *([student_folder(recipe)] if "student" in evaluate.models else [])]
     growth = Growth(
         {"evaluate.max_prompts": NO_LIMIT, "evaluate.samples_per_prompt": 0},
-        free=frozenset({"evaluate.models", "evaluate.confidence", "teacher"}),  # a teacher that comes or goes; another is refused
+        # A teacher that comes or goes; another is refused. By other checks the same answers are judged anew.
+        free=frozenset({"evaluate.models", "evaluate.confidence", "evaluate.checks", "python_sha256", "teacher"}),
         other_inputs=True,
     )
-    return plan_of(recipe, Step("evaluate"), {**specs, "evaluate": evaluate.identity(), "seed": recipe.seed}, inputs, growth)
+    checks = recipe.checks_of_answers
+    asked = evaluate.identity() | ({} if checks == checks_of("math") else {"checks": [check.identity() for check in checks]})
+    python = digest_of(checks)
+    settings = {**specs, "evaluate": asked, "seed": recipe.seed, **({"python_sha256": python} if python else {})}
+    return plan_of(recipe, Step("evaluate"), settings, inputs, growth)
 
 
 def run(recipe: Recipe) -> Manifest:
@@ -95,6 +104,11 @@ def run_shard(recipe: Recipe, part: Part, *, completes: bool = True) -> Manifest
         return run_part(
             out, asked, part, partial(_write_part, recipe, out, part), partial(_evaluate, recipe, out, in_parts=True) if completes else None
         )
+
+
+def _needs_reference(recipe: Recipe) -> bool:
+    """Whether a check of answers compares them with the right ones."""
+    return any(check.settings.asks_reference for check in recipe.checks_of_answers)
 
 
 def _evaluate_of(recipe: Recipe) -> Evaluate:
@@ -177,7 +191,7 @@ def _prompts(recipe: Recipe) -> list[dict[str, Any]]:
     heldout = read_manifest(source).rows("heldout")
     wanted = range(heldout if most is None else min(most, heldout))
     prompts = list(rows_at(source, "heldout", wanted, ["prompt_id", "messages", "reference"]))
-    _refuse_unanswerable(source, prompts)
+    _refuse_unanswerable(source, prompts, recipe)
     return prompts
 
 
@@ -187,16 +201,17 @@ def _before(out: StageFolder) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _refuse_unanswerable(source: Path, prompts: list[dict[str, Any]]) -> None:
+def _refuse_unanswerable(source: Path, prompts: list[dict[str, Any]], recipe: Recipe) -> None:
     """Refuses prompts of which nothing can be measured, before a model is loaded."""
     if not prompts:
         raise DataError(f"{source}: holds no held-out prompt, so there is nothing to measure on. Raise prompts.heldout_size.")
-    if all(row["reference"] is None for row in prompts):
+    if _needs_reference(recipe) and all(row["reference"] is None for row in prompts):
         raise DataError(
             f"{source}: not one of {len(prompts):,} held-out prompts has a reference (prompts.columns.reference), so no answer could be "
             f"judged. {_NO_REFERENCE}"
         )
-    if problem := unjudged_because([row["reference"] for row in prompts]):
+    is_math = any(check.math is not None for check in recipe.checks_of_answers)
+    if is_math and (problem := unjudged_because([row["reference"] for row in prompts])):
         raise DataError(f"{source}: {problem}. {_NO_REFERENCE}")
 
 
@@ -213,13 +228,11 @@ def _earlier(recipe: Recipe, out: StageFolder) -> EarlierTraces | None:
 
 def _judge(table: TableWriter, recipe: Recipe) -> list[dict[str, Any]]:
     """Rows of the table `answers`, one for each trace; of the texts a piece at a time is in memory."""
-    from distill.checks.math import MathJudge, Pair
-
     answers: list[dict[str, Any]] = []
-    counted = _Counted(recipe)
+    counted, checks, fields = Counted(recipe), recipe.checks_of_answers, _fields(recipe)
 
-    def pairs() -> Iterator[tuple[int, Pair]]:
-        for trace in _judged_parts(table):
+    def given() -> Iterator[tuple[int, Given]]:
+        for trace in _judged_parts(table, checks):
             answers.append(
                 {
                     "model_role": trace["author"],
@@ -233,45 +246,29 @@ def _judge(table: TableWriter, recipe: Recipe) -> list[dict[str, Any]]:
                 answers[-1] |= {"correct": None, "reason": _NO_ANSWER}
                 bar.update()
             else:
-                yield len(answers) - 1, (trace["completion"], trace["reference"])
+                known = {"num_tokens": answers[-1]["num_tokens"]}
+                yield len(answers) - 1, given_of(trace | known, fields.get(trace["prompt_id"]))
 
     timeout_s = _evaluate_of(recipe).check_timeout_s
-    with progress(table.num_rows, "answers", "check answers") as bar, MathJudge(timeout_s) as math:
-        for number, verdict in math.stream(pairs()):
-            answers[number] |= {"correct": verdict.passed, "reason": verdict.reason}
+    with progress(table.num_rows, "answers", "check answers") as bar, Judges(checks, timeout_s) as judges:
+        for number, (correct, reason) in judges.answers(given()):
+            answers[number] |= {"correct": correct, "reason": reason}
             bar.update()
     return answers
 
 
-class _Counted:
-    """Tokens of an answer: of its ids, else of its text by its model's tokenizer; null where neither is to be had."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
-        self._chats: dict[str, ChatFormat | None] = {}
-
-    def __call__(self, trace: dict[str, Any]) -> int | None:
-        if trace["num_tokens"] is not None or trace["finish_reason"] == "error":
-            count: int | None = trace["num_tokens"]
-            return count
-        chat = self._chat(trace["author"])
-        return None if chat is None else len(chat.completion_ids(trace["completion"], finished=trace["finish_reason"] == "stop"))
-
-    def _chat(self, role: str) -> ChatFormat | None:
-        from distill.models.loading import load_chat_format
-
-        if role not in self._chats:
-            spec = self._recipe.teacher if role == "teacher" else self._recipe.student
-            assert spec is not None  # the recipe was validated
-            self._chats[role] = None
-            with contextlib.suppress(ModelError):  # of a host
-                self._chats[role] = load_chat_format(spec)
-        return self._chats[role]
+def _fields(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What checks look at beside an answer and its reference, by the held-out prompt's id."""
+    if not recipe.prompts.fields:
+        return {}
+    rows = iter_rows(folder(recipe, "prompts"), "heldout", columns=["prompt_id", "fields"])
+    return {row["prompt_id"]: as_fields(row["fields"]) for row in rows}
 
 
-def _judged_parts(table: TableWriter) -> Iterator[dict[str, Any]]:
+def _judged_parts(table: TableWriter, checks: list[Check]) -> Iterator[dict[str, Any]]:
     """What is asked and noted of each trace, with the number of its tokens."""
-    for piece in table.pieces(["author", "prompt_id", "sample_index", "reference", "completion", "finish_reason", "completion_ids"]):
+    names = ["author", "prompt_id", "sample_index", "reference", "completion", "finish_reason", "completion_ids"]
+    for piece in table.pieces([*names, *columns_read(checks)]):
         yield from (
             piece.drop_columns("completion_ids").append_column("num_tokens", pc.list_value_length(piece["completion_ids"])).to_pylist()
         )

@@ -121,7 +121,7 @@ def _number_of(row: Row) -> int:
 
 def _matched(recipe: Recipe, traces: Traces, source: Source, prompts: _Prompts) -> Iterator[tuple[Row, Brought]]:
     """TRACE rows in their order, each with what was found of it, the reason to drop it among that."""
-    mapping = PromptMapping(recipe.prompts, traces.columns, traces.source)
+    mapping = PromptMapping(recipe.prompts, traces.columns, traces.source, with_fields=False)
     rows = source.rows([*mapping.columns, *columns_of(traces)], "traces")
     number = 0
     while batch := list(islice(rows, _ROWS)):

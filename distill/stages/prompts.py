@@ -29,7 +29,7 @@ from distill.run.clock import Clock
 from distill.run.folder import StageFolder
 from distill.run.manifest import Manifest
 from distill.run.plan import NO_LIMIT, Growth, StagePlan
-from distill.run.schema import DROPPED_PROMPT, PROMPT
+from distill.run.schema import DROPPED_PROMPT, FIELDS, PROMPT
 from distill.run.tables import iter_pieces
 from distill.stages import Step, folder, open_stage, plan_of
 
@@ -86,7 +86,7 @@ def run(recipe: Recipe) -> Manifest:
             index = _read(prompts, source, heldout_source, waiting)
             fates = index.fates(prompts, recipe.seed, _Before.read(out.earlier) if out.earlier else None)
             out.grow()
-            _write(out, waiting, fates)
+            _write(out, waiting, fates, _schema(prompts))
         out.settings["source_sha256"] = source.sha256
         out.settings["heldout_source_sha256"] = heldout_source.sha256 if heldout_source else None
         counts = np.bincount(fates, minlength=2)
@@ -296,7 +296,8 @@ def _drops(fates: npt.NDArray[np.uint8]) -> dict[str, int]:
 def _read(prompts: Prompts, source: Source, heldout_source: Source | None, waiting: IO[bytes] | None = None) -> _Index:
     """The index of all rows; the rows themselves go into a file, if one is given."""
     index = _Index()
-    writer = pa.ipc.new_stream(waiting, PROMPT, options=pa.ipc.IpcWriteOptions(compression="lz4")) if waiting else None
+    schema = _schema(prompts)
+    writer = pa.ipc.new_stream(waiting, schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) if waiting else None
     for each in (source, heldout_source) if heldout_source else (source,):
         mapping = PromptMapping(prompts, prompts.columns, each.name)
         rows: list[Row] = []
@@ -304,7 +305,7 @@ def _read(prompts: Prompts, source: Source, heldout_source: Source | None, waiti
         for rows, reasons in _mapped(each, mapping):
             index.add(rows, reasons)
             if writer:
-                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=PROMPT))
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
         if each is source:
             index.num_main = len(index.ids)
     if writer:
@@ -327,9 +328,15 @@ def _mapped(source: Source, mapping: PromptMapping) -> Iterator[tuple[list[Row],
         yield rows, reasons
 
 
-def _write(out: StageFolder, waiting: IO[bytes], fates: npt.NDArray[np.uint8]) -> None:
+def _schema(prompts: Prompts) -> pa.Schema:
+    """Of the rows: with further columns of the source where checks look at some."""
+    return PROMPT.append(FIELDS) if prompts.fields else PROMPT
+
+
+def _write(out: StageFolder, waiting: IO[bytes], fates: npt.NDArray[np.uint8], schema: pa.Schema) -> None:
     """The rows that wait, dealt out to the tables in their order."""
-    train, heldout, dropped = out.table("train", PROMPT), out.table("heldout", PROMPT), out.table("dropped", DROPPED_PROMPT)
+    lost = schema.append(DROPPED_PROMPT.field("reason"))
+    train, heldout, dropped = out.table("train", schema), out.table("heldout", schema), out.table("dropped", lost)
     reasons = pa.array([None, None, *_REASONS], pa.string())
     waiting.seek(0)
     place = 0
@@ -340,4 +347,4 @@ def _write(out: StageFolder, waiting: IO[bytes], fates: npt.NDArray[np.uint8]) -
         heldout.add(piece.filter(pa.array(fate == _HELDOUT)))
         gone = fate > _HELDOUT
         columns = [*piece.filter(pa.array(gone)).columns, reasons.take(pa.array(fate[gone]))]
-        dropped.add(pa.RecordBatch.from_arrays(columns, schema=DROPPED_PROMPT))
+        dropped.add(pa.RecordBatch.from_arrays(columns, schema=lost))

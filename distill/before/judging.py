@@ -1,0 +1,70 @@
+"""Whether the answers that are to be judged can be: the checks' own settings, and the references they compare with."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from distill.before.findings import Findings
+from distill.errors import DataError
+from distill.recipe.checks import Check
+from distill.recipe.experiment import Recipe
+
+if TYPE_CHECKING:
+    from distill.stages.prompts import Survey
+
+_LOOKED_AT = 200  # prompts
+
+
+def check_judging(recipe: Recipe, survey: Survey, found: Findings) -> None:
+    """A claim on the settings of checks, where there are any, one on the references, and a warning for each check that some lack."""
+    from distill.checks.beforehand import refuse_settings
+
+    curate, evaluate = _asked(recipe)
+    settings = {check.called: check for check in [*curate, *evaluate] if check.kind in ("python", "json", "language")}
+    if settings:
+        found.prove("checks", lambda: refuse_settings(list(settings.values()), recipe.curate.check_timeout_s))
+    notes: list[str] = []
+    found.prove("references", lambda: _references(recipe, survey, notes))
+    for note in dict.fromkeys(notes):
+        found.warn("references", f"{note}. Such traces are dropped, such answers counted as not judged.")
+
+
+def _asked(recipe: Recipe) -> tuple[list[Check], list[Check]]:
+    """The checks of traces, and those of answers."""
+    return (recipe.curate.checks if recipe.learns_from_traces else []), (recipe.checks_of_answers if recipe.evaluate is not None else [])
+
+
+def _references(recipe: Recipe, survey: Survey, notes: list[str]) -> str:
+    from distill.checks.beforehand import unfit
+
+    curate, evaluate = _asked(recipe)
+    train, timeout_s = survey.sample[:_LOOKED_AT], recipe.curate.check_timeout_s
+    asked = []
+    for check in curate if not recipe.curate.keep_unjudged else ():
+        if not (check.settings.asks_reference or check.settings.columns):
+            continue
+        asked.append("curate.checks")
+        try:
+            notes += unfit([check], train, timeout_s)
+        except DataError as error:
+            name = check.called
+            raise DataError(f"{error}, but curate.checks has {name}. Set prompts.columns.reference, or leave {name} out.") from None
+    if any(check.settings.asks_reference or check.settings.columns for check in evaluate):
+        asked.append("evaluate")
+        try:
+            notes += unfit(evaluate, _heldout(recipe) if recipe.prompts.heldout_source is not None else train, timeout_s)
+        except DataError as error:
+            raise DataError(f"{error}. Set prompts.columns.reference, or leave the measuring out with evaluate: null.") from None
+    return f"there for {' and '.join(dict.fromkeys(asked))}" if asked else "not needed"
+
+
+def _heldout(recipe: Recipe) -> list[dict[str, Any]]:
+    """Some prompts of a source of their own."""
+    from distill.data.mapping import PromptMapping
+    from distill.data.sources import heldout_problems
+
+    source = heldout_problems(recipe.prompts)
+    assert source is not None
+    mapping = PromptMapping(recipe.prompts, recipe.prompts.columns, source.name)
+    return [mapping.prompt_row(row, where)[0] for where, row in islice(source.rows(mapping.columns), _LOOKED_AT)]

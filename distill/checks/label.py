@@ -1,0 +1,122 @@
+"""Whether an answer names the right one of a closed set: its text, its letter, or both; and no second one."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import lru_cache
+from typing import Any
+
+from distill.checks import Found, Given
+from distill.checks.final import bare, boxed, folded, plain
+from distill.checks.form import answer_of
+from distill.recipe.checks import Label
+
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_ALONE = re.compile(r"^\W*([A-Za-z])\W*$")
+_FIRST = re.compile(r"^\W*([A-Z])\s*[):.\-–—]+\s*(?=\S)")  # noqa: RUF001
+_INSIDE = re.compile(r"(?<![A-Za-z0-9_À-ɏ'’\\])\(?([A-Z])\)?(?![A-Za-z0-9_À-ɏ'’])")  # noqa: RUF001
+_ARTICLE = re.compile(r"\s+[a-z]")
+_POINTED = re.compile(r"(?:answer|option|choice|letter)(?:\s+is)?\W*$", re.IGNORECASE)
+
+
+def check_label(given: Given, settings: Label) -> Found:
+    """Whether the answer names the reference's label and no other; null where the reference or the choices can't be read."""
+    choices = settings.choices if settings.column is None else _listed(given.fields.get(settings.column))
+    if not choices:
+        return None, "no_choices"
+    if given.reference is None:
+        return None, "no_reference"
+    lettered = settings.column is not None
+    right = _right(given.reference, choices, settings.numbered_from, lettered)
+    if right is None:
+        return None, "reference_is_no_choice"
+    answer = answer_of(given.completion)
+    if answer is None or not answer.strip():
+        return False, "no_answer"
+    box = boxed(answer)
+    named = _named(plain(answer if box is None else box), tuple(choices), lettered)
+    if len(named) != 1:
+        return False, "several_labels" if named else "no_label"
+    return (True, "right") if named == {right} else (False, "wrong_label")
+
+
+def _listed(value: Any) -> list[str] | None:
+    """Choices as a column holds them: a list, or an object whose values are the choices."""
+    values = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(values, list) or not values or len(values) > len(_LETTERS):
+        return None
+    return [str(choice) for choice in values] if all(isinstance(choice, str | int | float) for choice in values) else None
+
+
+def _right(reference: str, choices: list[str], numbered_from: int | None, lettered: bool) -> int | None:
+    """The place of the choice that a reference means: by its text, else its number, else its letter, alone or before its text."""
+    wanted = bare(reference)
+    texts = [bare(choice) for choice in choices]
+    if numbered_from is not None and reference.strip().isdecimal():
+        place = int(reference) - numbered_from
+        return place if 0 <= place < len(choices) else None
+    if wanted in texts:
+        return texts.index(wanted)
+    named = _named(plain(reference), tuple(choices), lettered) if lettered else set()
+    return named.pop() if len(named) == 1 else None
+
+
+def _named(text: str, choices: tuple[str, ...], lettered: bool) -> set[int]:
+    """The places of the choices that a text names."""
+    exact = _places(choices).get(bare(text))
+    if exact is not None:
+        return {exact}
+    if lettered:
+        alone = _ALONE.match(text)
+        if alone:
+            return _of_letter(alone[1].upper(), choices)
+        first = _FIRST.match(text)
+        if first:
+            rest = text[first.end() :]
+            return _of_letter(first[1], choices) | _in_text(rest, choices)
+    return _in_text(text, choices) | (_in_letters(text, choices) if lettered else set())
+
+
+def _of_letter(letter: str, choices: tuple[str, ...]) -> set[int]:
+    place = _LETTERS.index(letter)
+    return {place} if place < len(choices) else set()
+
+
+def _in_text(text: str, choices: tuple[str, ...]) -> set[int]:
+    places = _places(choices)
+    return {places[found.group()] for found in _pattern(choices).finditer(folded(text))}
+
+
+def _in_letters(text: str, choices: tuple[str, ...]) -> set[int]:
+    """Choices named by a capital that stands alone; not an article, nor the speaker."""
+    found: set[int] = set()
+    for match in _INSIDE.finditer(text):
+        letter, bracketed = match[1], match.group() != match[1]
+        pointed = bracketed or _POINTED.search(text[: match.start()])
+        if letter in "AI" and not pointed and _ARTICLE.match(text[match.end() :]):
+            continue
+        found |= _of_letter(letter, choices)
+    return found
+
+
+@lru_cache(maxsize=64)
+def _places(choices: tuple[str, ...]) -> dict[str, int]:
+    places: dict[str, int] = {}
+    for place, choice in enumerate(choices):
+        for form in (folded(choice), bare(choice)):
+            places.setdefault(form, place)
+    return places
+
+
+@lru_cache(maxsize=64)
+def _pattern(choices: tuple[str, ...]) -> re.Pattern[str]:
+    """Finds any choice as whole words, the longest first, so that `refund status` is no `refund`."""
+    forms = sorted(_places(choices), key=len, reverse=True)
+    return re.compile("|".join(f"{_edge(form[0], '<')}{re.escape(form)}{_edge(form[-1], '')}" for form in forms if form) or r"(?!)")
+
+
+def _edge(sign: str, behind: str) -> str:
+    """Where a word must begin or end; in scripts without spaces between words, and beside signs, anywhere."""
+    is_word = (sign.isalnum() or sign == "_") and unicodedata.category(sign) != "Lo"
+    return rf"(?{behind}!\w)" if is_word else ""

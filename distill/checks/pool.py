@@ -1,0 +1,207 @@
+"""Checks that may run for ever, in processes that are killed at a hard limit.
+
+A pattern of the user's, a function, or math-verify on an adversarial expression can run without end; limits by signals need the main
+thread, and nothing inside a process can interrupt sympy or a regular expression. A process can be killed. Its workers import no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from distill.checks import Found
+
+Key = TypeVar("Key")
+
+_TOGETHER = 32  # calls sent to a worker at once: the way there costs a fifth of a check
+TIMED_OUT, FAILED = "checker_timed_out", "checker_failed"
+
+
+class Call(NamedTuple):
+    """A check that is yet to be done. May never return."""
+
+    function: Callable[..., Found]
+    """Of a module, so that a process of its own finds it by its name."""
+    arguments: tuple[Any, ...]
+
+
+Question = Call | Found
+"""What is to be found out; or, where that needs no process, what was."""
+
+
+class Pool:
+    """Calls functions in processes that live as long as the `with` block.
+
+    Args:
+        timeout_s: Hard limit for one call, in seconds; at it the process is killed and nothing is judged.
+        workers: Processes; null means one for each core this process may use.
+        prepare: Called once in each new process, outside of any limit: imports and the like.
+        name: Of the check, for errors.
+    """
+
+    def __init__(
+        self, timeout_s: float, workers: int | None = None, prepare: Callable[[], object] | None = None, name: str = "checks"
+    ) -> None:
+        self._timeout_s, self._prepare, self._name = timeout_s, prepare, name
+        self._num_workers = workers or _cores()
+        self._workers: list[_Worker[Any]] = []
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop()
+
+    def stream(self, questions: Iterable[tuple[Key, Question]]) -> Generator[tuple[Key, Found], None, None]:
+        """Each question's key and what was found, as it comes, so that nothing waits for a slow one.
+
+        Args:
+            questions: Taken when there is room: some dozens for each worker are on the way.
+        """
+        waiting: deque[tuple[Key, Call]] = deque()
+        try:
+            for key, question in questions:
+                if isinstance(question, Call):
+                    waiting.append((key, question))
+                else:
+                    yield key, question
+                while len(waiting) >= _TOGETHER * self._num_workers and not self._hand_out(waiting):
+                    yield from self._answers(waiting)
+            while waiting or any(worker.owed for worker in self._workers):
+                if not self._hand_out(waiting):
+                    yield from self._answers(waiting)
+        finally:
+            if any(worker.owed for worker in self._workers):  # nobody listens any more
+                self._stop()
+
+    def _hand_out(self, waiting: deque[tuple[Key, Call]]) -> bool:
+        """Gives calls to a worker that has none, and says whether there was one."""
+        if not self._workers:
+            self._workers = [self._new_worker() for _ in range(self._num_workers)]
+        idle = next((worker for worker in self._workers if worker.ready and not worker.owed), None)
+        if idle is None or not waiting:
+            return False
+        share = min(_TOGETHER, -(-len(waiting) // self._num_workers))
+        idle.ask([waiting.popleft() for _ in range(share)])
+        return True
+
+    def _answers(self, waiting: deque[tuple[Key, Call]]) -> Iterator[tuple[Key, Found]]:
+        """Waits until a worker has something to say or has reached its limit, and yields what there is."""
+        soonest = min((worker.since for worker in self._workers if worker.owed), default=None)
+        patience_s = None if soonest is None else max(0.0, soonest + self._timeout_s - time.monotonic())
+        wait([worker.pipe for worker in self._workers], patience_s)
+        for place, worker in enumerate(self._workers):
+            try:
+                yield from worker.answers()
+                if not worker.owed or time.monotonic() < worker.since + self._timeout_s:
+                    continue
+                reason = TIMED_OUT
+            except (EOFError, OSError):
+                reason = FAILED
+            exit_code = worker.stop()
+            if not worker.ready:
+                raise RuntimeError(f"{self._name}: its process can't start, got exit code {exit_code}. Look whether memory is left.")
+            self._workers[place] = self._new_worker()
+            if worker.owed:
+                key, _ = worker.owed.popleft()
+                waiting.extendleft(reversed(worker.owed))
+                yield key, (None, reason)
+
+    def _new_worker(self) -> _Worker[Any]:
+        return _Worker(2 * self._timeout_s, self._prepare)
+
+    def _stop(self) -> None:
+        for worker in self._workers:
+            worker.stop()
+        self._workers = []
+
+
+class _Worker(Generic[Key]):
+    """A process that does one call after the other, and those that it owes an answer to.
+
+    Args:
+        alarm_s: After so long with one call it ends itself.
+        prepare: What it does first.
+    """
+
+    def __init__(self, alarm_s: float, prepare: Callable[[], object] | None) -> None:
+        # Not forked: a copy of a process with torch's threads in it can hang.
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs, alarm_s, prepare), daemon=True)
+        self._process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
+        self.owed: deque[tuple[Key, Call]] = deque()
+        self.ready = False
+        self.since = 0.0
+        """When it began with the first call that it owes."""
+
+    def ask(self, calls: list[tuple[Key, Call]]) -> None:
+        """Sends calls to a worker that owes nothing: it reads, so this cannot hang, whatever their length."""
+        self.owed.extend(calls)
+        self.since = time.monotonic()
+        with contextlib.suppress(OSError):  # it is gone, which `answers` will say
+            self.pipe.send([tuple(call) for _, call in calls])
+
+    def answers(self) -> Iterator[tuple[Key, Found]]:
+        """What has come.
+
+        Raises:
+            EOFError, OSError: the process is gone.
+        """
+        while self.pipe.poll():
+            found: Found | None = self.pipe.recv()
+            self.since = time.monotonic()
+            if found is None:
+                self.ready = True
+                continue
+            key, _ = self.owed.popleft()
+            yield key, found
+
+    def stop(self) -> int | None:
+        """Ends the process, whatever it does, and returns its exit code."""
+        self._process.kill()
+        self._process.join()
+        self.pipe.close()
+        return self._process.exitcode
+
+
+def _cores() -> int:
+    """Cores this process may use, which in a batch job are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _work(pipe: Connection, alarm_s: float, prepare: Callable[[], object] | None) -> None:
+    """What a worker does: answers calls, one message each, until nobody is left to ask."""
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):  # of all in a job: the stage stops its workers itself
+        signal.signal(number, signal.SIG_IGN)
+    if prepare is not None:
+        prepare()
+    try:
+        pipe.send(None)
+        while True:
+            for function, arguments in pipe.recv():
+                pipe.send(guarded(alarm_s, function, *arguments))
+    except (EOFError, OSError):
+        return
+
+
+def guarded(alarm_s: float, function: Callable[..., Found], *arguments: Any) -> Found:
+    """A call, under an alarm that ends a worker whom nobody is left to kill because the stage itself was killed."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, alarm_s)
+    try:
+        return function(*arguments)
+    except Exception:  # whatever is raised on strange input, the answer has not been judged
+        return None, FAILED
+    finally:
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
