@@ -25,6 +25,7 @@ from distill.checks.tool_calls import check_tool_calls
 from distill.recipe.checks import Check, CheckSection
 
 _HERE: dict[str, Callable[[Given, Any], Found]] = {
+    "finish": lambda given, _: check_finish(given.finish_reason, given.completion)[1:],
     "think": check_thinking,
     "label": check_label,
     "number": check_number,
