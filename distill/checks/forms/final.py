@@ -43,6 +43,9 @@ _CLAUSE_END = re.compile(r"[.!?](?=\s+[^\W\d_]|\s*$)|,?\s+(?:because|since|which
 _DISPLAY = re.compile(r"\s*(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$|\\\((.*?)\\\)|(?<!\\)\$([^$\n]+)\$)", re.DOTALL)
 _BOLD = re.compile(r"\*\*(?!\s)([^*\n]+?)(?<!\s)\*\*|(?<![\w`])`([^`\n]+)`(?![\w`])|<b>(.*?)</b>")
 _BOLD_END = re.compile(rf"(?:{_BOLD.pattern})[.!:]?\s*\Z")
+_PART = re.compile(r"(-?\d+(?:[./]\d+)?|-?\\frac\{\d+\}\{\d+\}) of\b")
+_COPULA = re.compile(r"(?:です|でした|である|입니다|이다)\s*$")
+_LABEL = re.compile(r"\(?[A-Z][).:]?|\*\*\(?[A-Z]\)?\.?\*\*")
 _FEW = 4  # words that may be an answer and nothing else
 _HEADING = re.compile(r"[^\W\d_][^:=]*:")
 _STATES = re.compile(
@@ -75,6 +78,8 @@ def final_answer(text: str) -> Final:
     texts = [text, last]
     if (bold := _bold(last)) is not None:
         texts = [bold, text]
+    elif _LABEL.fullmatch(lines[0]):
+        texts.append(lines[0])
     elif found := _STATES.fullmatch(_until_clause_end(last.rsplit(". ", 1)[-1])):
         texts.append(found[1])
     return Final(list(dict.fromkeys(part for part in texts if part)), False)
@@ -182,10 +187,13 @@ def _after_phrase(rest: str) -> list[str]:
         return [inside] if len(rest[display.end() :].strip()) < 2 or display.end() >= len(clause) else [clause, inside]
     if not clause:
         return []
+    line = rest.split("\n")[0].strip()
+    if of_what := _PART.match(clause):
+        return [of_what[1], clause]
     found = _NUMBER.match(clause)
     if found is not None and re.match(r"[\s.]", clause[found.end() :]) and not re.search(r"\bor\b|\band\b|[,;=]", clause):
-        return [clause, found.group().strip()]
-    return [clause]
+        return [clause, found.group().strip(), line]
+    return list(dict.fromkeys([clause, line, _COPULA.sub("", clause)]))
 
 
 def _until_clause_end(text: str) -> str:
