@@ -9,7 +9,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from distill.checks.forms.dates import clock, days
-from distill.checks.forms.expressions import has_words, is_expression
+from distill.checks.forms.expressions import has_words, is_expression, is_letters
 from distill.checks.forms.intervals import intervals
 from distill.checks.forms.numbers import Number, leading, number, with_decimal_comma
 from distill.checks.forms.plain import as_words, exact_key, text_key, trimmed
@@ -238,7 +238,7 @@ def _is_prose(parts: list[str]) -> bool:
 
 def _equation(text: str, depth: int) -> Iterator[Form]:
     sides = split(text, re.compile(r"\s*(?<![<>=!\\])=(?!=)\s*"))
-    if len(sides) < 2 or not all(sides):
+    if len(sides) < 2 or not all(sides) or not all(is_letters(side) or number(side) is not None for side in sides[1:-1]):
         return
     left, right = sides[0], sides[-1]
     is_value = _NAME.fullmatch(left) is not None or not re.search(r"[^\W\d_]", re.sub(r"\\[A-Za-z]+", "", as_words(left)))
