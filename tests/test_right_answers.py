@@ -147,6 +147,13 @@ WHOLE = [
     ("Paris", "The capital of France is Paris.", True),
     ("Paris", "It is not Paris.", False),
     ("14:30", "The answer is 2:30 PM.", True),
+    ("D", "The correct answer is option D: Paris", True),
+    ("D", "D\n\nBecause it is so.", True),
+    ("D", "A\n\nBecause D is not.", False),
+    ("St. Louis", "The answer is St. Louis.", True),
+    ("1/3", "The answer is 1/3 of the cake.", True),
+    ("10 m", "The answer is 10 km.", False),
+    ("1234.56", "Die Antwort lautet 1.234,56 \u20ac.", True),
     ("a}b", "\\boxed{a}b}", True),
 ]
 

@@ -43,6 +43,11 @@ _CLAUSE_END = re.compile(r"[.!?](?=\s+[^\W\d_]|\s*$)|,?\s+(?:because|since|which
 _DISPLAY = re.compile(r"\s*(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$|\\\((.*?)\\\)|(?<!\\)\$([^$\n]+)\$)", re.DOTALL)
 _BOLD = re.compile(r"\*\*(?!\s)([^*\n]+?)(?<!\s)\*\*|(?<![\w`])`([^`\n]+)`(?![\w`])|<b>(.*?)</b>")
 _BOLD_END = re.compile(rf"(?:{_BOLD.pattern})[.!:]?\s*\Z")
+_NAMED = re.compile(r"(?<![\w+*/^-])([A-Za-z](?:_\{?\w+\}?)?(?:\([^()\s]*\))?|[A-Za-z]{3,})\s*=\s*$")
+_PART = re.compile(r"(-?\d+(?:[./]\d+)?|-?\\frac\{\d+\}\{\d+\}) of\b")
+_COPULA = re.compile(r"(?:です|でした|である|입니다|이다)\s*$")
+_LABELLED = re.compile(r"\(?[A-Z][).:]+\s+\S")
+_LABEL = re.compile(r"\(?[A-Z][).:]?|\*\*\(?[A-Z]\)?\.?\*\*")
 _FEW = 4  # words that may be an answer and nothing else
 _HEADING = re.compile(r"[^\W\d_][^:=]*:")
 _STATES = re.compile(
@@ -75,6 +80,8 @@ def final_answer(text: str) -> Final:
     texts = [text, last]
     if (bold := _bold(last)) is not None:
         texts = [bold, text]
+    elif _LABEL.fullmatch(lines[0]):
+        texts.append(lines[0])
     elif found := _STATES.fullmatch(_until_clause_end(last.rsplit(". ", 1)[-1])):
         texts.append(found[1])
     return Final(list(dict.fromkeys(part for part in texts if part)), False)
@@ -97,14 +104,15 @@ def is_final(text: str) -> bool:
 
 def loose_numbers(text: str) -> list[str]:
     """The last formula and the last number in a text that marks no answer: what a sentence ends in is often what it finds."""
-    text = unified(text)
+    text = unified(text).replace("**", "")
     formulas, numbers = list(_MATH.finditer(text)), list(_NUMBER.finditer(text))
     last = max((found.end() for found in formulas), default=0)
     if formulas and not any(found.start() > last for found in numbers):
         return [next(part for part in formulas[-1].groups() if part is not None)]
     if not numbers or re.search(r"\bor\s+$|\bnot\s+$", text[: numbers[-1].start()]):
         return []
-    return [numbers[-1].group().strip()]
+    named = _NAMED.search(text[: numbers[-1].start()])
+    return [(f"{named[1]} = " if named else "") + numbers[-1].group().strip()]
 
 
 def reference_answer(text: str) -> Final:
@@ -182,10 +190,15 @@ def _after_phrase(rest: str) -> list[str]:
         return [inside] if len(rest[display.end() :].strip()) < 2 or display.end() >= len(clause) else [clause, inside]
     if not clause:
         return []
+    line = rest.split("\n")[0].strip()
+    if _LABELLED.match(line):
+        return [line]
+    if of_what := _PART.match(clause):
+        return [of_what[1], clause]
     found = _NUMBER.match(clause)
     if found is not None and re.match(r"[\s.]", clause[found.end() :]) and not re.search(r"\bor\b|\band\b|[,;=]", clause):
-        return [clause, found.group().strip()]
-    return [clause]
+        return [clause, found.group().strip(), line]
+    return list(dict.fromkeys([clause, line, _COPULA.sub("", clause)]))
 
 
 def _until_clause_end(text: str) -> str:

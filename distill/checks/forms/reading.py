@@ -9,7 +9,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from distill.checks.forms.dates import clock, days
-from distill.checks.forms.expressions import has_words, is_expression
+from distill.checks.forms.expressions import has_words, is_expression, is_letters
 from distill.checks.forms.intervals import intervals
 from distill.checks.forms.numbers import Number, leading, number, with_decimal_comma
 from distill.checks.forms.plain import as_words, exact_key, text_key, trimmed
@@ -24,7 +24,7 @@ _SCORE = re.compile(r"\d+(?:-\d+)+")
 """A score, a range, a telephone number: no difference that somebody left to be computed."""
 _AND = r"\s*\\text\{\s*(?:and|or)\s*\}\s*"
 _LIST = re.compile(rf"\s*[,;]\s*(?:and |or |{_AND})?|\s+(?:and|or|&)\s+|{_AND}|\s*(?:和|与|或|、)\s*")
-_LABELLED = re.compile(r"(?:\(([A-Za-z])\)|([A-Z])[.):]|\\text\{\s*\(?([A-Z])\)?[.:]?\s*\})\s*(\S.*)")
+_LABELLED = re.compile(r"(?:[Oo]ption |[Cc]hoice )?(?:\(([A-Za-z])\)|([A-Z])[.):]|\\text\{\s*\(?([A-Z])\)?[.:]?\s*\})\s*(\S.*)")
 _OPTION = re.compile(r"(?:option|choice|answer)\s+\(?([A-Za-z])\)?", re.IGNORECASE)
 _MATRIX = re.compile(r"\\begin\s*\{([pbvBV]?matrix|array)\}(?:\s*\{[lcr| ]*\})?(.*)\\end\s*\{\1\}")
 _NAME = re.compile(
@@ -32,6 +32,7 @@ _NAME = re.compile(
     r"|\([A-Za-z], ?[A-Za-z](?:, ?[A-Za-z])?\)|[^\W\d_][\w ]{1,40}|\\text\{[^{}]*\}"  # (x, y), Area
 )
 _PARTS = re.compile(r"(?<=[A-Za-z'\".])(?:,? and |, | )(?=\d)")
+_COMMA_HEAD = re.compile(r"-?(?:\d{1,3}(?:[. ]\d{3})+|\d+),\d{1,2}(?![\d,.]\d)(?!\d)")
 _PLAIN_TAIL = re.compile(r"(.*[\d})a-z])\s+([A-Za-zμΩ]\S*)")
 _TAIL_UNIT = re.compile(r"(.*\S)\s*(\\text\s*\{\s*([^{}]+?)\s*\}(?:\s*\^\s*\{?\s*-?\d\s*\}?)?|[%°])")
 
@@ -119,14 +120,14 @@ def _quantity(text: str, depth: int) -> Iterator[Form]:
     """A number with a unit: money before it, or a unit behind it; else an expression with upright text behind it."""
     negative = text.startswith("-")
     body = text.removeprefix("-").lstrip()
-    if (sign := MONEY_SIGN.match(body)) and (found := leading(body[sign.end() :])):
+    if (sign := MONEY_SIGN.match(body)) and (found := _leading(body[sign.end() :])):
         value, rest = found
         value, rest = _scaled(value.scaled(-1) if negative else value, rest)
         if not rest.strip() or unit_in(rest) is not None:
             yield Quantity(value, sign.group().strip() + rest)
         return
     for candidate in dict.fromkeys([text, as_words(text)]):
-        if found := leading(candidate):
+        if found := _leading(candidate):
             value, rest = _scaled(*found)
             unit = unit_in(rest)
             if rest.strip() and unit is not None:
@@ -139,6 +140,15 @@ def _quantity(text: str, depth: int) -> Iterator[Form]:
         yield total
         return
     yield from _expression_with_unit(text)
+
+
+def _leading(text: str) -> tuple[Number, str] | None:
+    """The number before a unit, decimals behind a comma too: there it is no list."""
+    if (found := leading(text)) is not None:
+        return found
+    head = _COMMA_HEAD.match(text)
+    value = with_decimal_comma(head.group().replace(" ", "")) if head else None
+    return None if head is None or value is None else (value, text[head.end() :])
 
 
 def _expression_with_unit(text: str) -> Iterator[Form]:
@@ -228,7 +238,7 @@ def _is_prose(parts: list[str]) -> bool:
 
 def _equation(text: str, depth: int) -> Iterator[Form]:
     sides = split(text, re.compile(r"\s*(?<![<>=!\\])=(?!=)\s*"))
-    if len(sides) < 2 or not all(sides):
+    if len(sides) < 2 or not all(sides) or not all(is_letters(side) or number(side) is not None for side in sides[1:-1]):
         return
     left, right = sides[0], sides[-1]
     is_value = _NAME.fullmatch(left) is not None or not re.search(r"[^\W\d_]", re.sub(r"\\[A-Za-z]+", "", as_words(left)))
