@@ -142,6 +142,10 @@ def _options(settings: CodeSettings, interpreter: Interpreter) -> list[str]:
         options += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         options += ["--unshare-user", "--uid", "1000", "--gid", "1000"]
+    # Made here, where anyone may pass: bubblewrap makes them for itself alone, and root becomes somebody else.
+    parents = [str(parent) for folder in interpreter.folders for parent in reversed(Path(folder).parents[:-1])]
+    for name in dict.fromkeys(["/usr", "/usr/share", "/etc", "/kit", *parents]):
+        options += ["--perms", "0755", "--dir", name]
     for name in ("/usr/bin", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/share/zoneinfo"):
         options += ["--ro-bind-try", name, name]
     for name in ("/bin", "/lib", "/lib32", "/lib64"):
@@ -149,8 +153,6 @@ def _options(settings: CodeSettings, interpreter: Interpreter) -> list[str]:
         options += ["--symlink", str(path.readlink()), name] if path.is_symlink() else ["--ro-bind-try", name, name]
     options += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     for folder in interpreter.folders:
-        for parent in reversed(Path(folder).parents[:-1]):  # made here, where anyone may pass, whatever they are outside
-            options += ["--perms", "0755", "--dir", str(parent)]
         options += ["--ro-bind", folder, folder]
     options += ["--ro-bind", str(_INSIDE), "/kit/inside", "--perms", "1777", "--size", size, "--tmpfs", "/tmp"]
     options += ["--perms", "0755", "--size", str(1 << 20), "--tmpfs", "/dev", "--symlink", "/tmp", "/dev/shm"]

@@ -1,12 +1,14 @@
 """Things of the answer's code as the tests see them: what is done with one is done in the code's own process, and data comes back.
 
 What is true is decided here. A thing that is no data equals nothing but itself: its `__eq__` could say anything. Only between two things
-whose class the tests themselves name is the code asked, because there its comparison is what is being tested.
+whose class the tests themselves name is the code asked, because there its comparison is what is being tested; one that equals a text which
+nobody can expect equals nothing.
 """
 
 from __future__ import annotations
 
 import builtins
+import random
 import sys
 import threading
 from collections.abc import Callable
@@ -238,7 +240,9 @@ class Thing:
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        return self._thing_decides(other) and self._thing_do("__eq__", other) is True
+        if not self._thing_decides(other) or self._thing_do("__eq__", other) is not True:
+            return False
+        return self._thing_do("__eq__", f"nothing equals this: {random.random()}") is not True
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -247,7 +251,10 @@ class Thing:
         return int(self._thing_do("__hash__")) if self._thing_decides() else object.__hash__(self)
 
     def __contains__(self, item: Any) -> bool:
-        return self._thing_do("__contains__", item) is True if self._thing_decides() else any(item == held for held in self)
+        try:
+            return any(item == held for held in self)
+        except TypeError as error:
+            raise Unsupported("whether something is in a thing that can't be gone through") from error
 
     def __iter__(self) -> Any:
         return self._thing_do("__iter__")
