@@ -55,7 +55,7 @@ FILES = [
     Attack("reads its mounts", tries("open('/proc/self/mountinfo').read()")),
     Attack("reads memory by /proc", tries("open('/proc/self/mem', 'rb')")),
     Attack("changes the interpreter", tries("assert os.access(os.path.dirname(os.__file__), os.W_OK)"), "root"),
-    Attack("changes what watches over it", tries("from inside import confine\nassert os.access(confine.__file__, os.W_OK)")),
+    Attack("changes what watches over it", tries("from inside import confine\nassert os.access(confine.__file__, os.W_OK)"), "root"),
     Attack("writes at the top", tries("assert os.access('/', os.W_OK)"), "root"),
     Attack("writes in /dev", tries("open('/dev/NAME', 'w')\nos.unlink('/dev/NAME')"), "root"),
     Attack("reads the kernel's log", tries("open('/dev/kmsg', 'rb')"), "perhaps"),

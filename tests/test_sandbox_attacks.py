@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,31 +35,23 @@ def protected() -> Place:
 
 
 @pytest.fixture
-def words(tmp_path: Path) -> Iterator[dict[str, str]]:
+def words() -> Iterator[dict[str, str]]:
     """What the programs look for: files that everybody may read, and servers."""
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.owner() == Path.home().owner() and folder.is_relative_to("/tmp") and folder != Path("/tmp"):
-            folder.chmod(0o755)
-    secret = tmp_path / "secret"
-    secret.write_text("secret")
-    tmp_path.chmod(0o777)
     with (
+        tempfile.TemporaryDirectory() as folder,  # pytest's own lie where nobody else may pass
         socket.create_server(("127.0.0.1", 0)) as server,
         socket.socket(socket.AF_UNIX) as abstract,
         socket.socket(socket.AF_UNIX) as named,
     ):
+        Path(folder).chmod(0o777)
+        secret = Path(folder) / "secret"
+        secret.write_text("secret")
         abstract.bind(f"\0{NAME}")
         abstract.listen()
-        named.bind(str(tmp_path / "s"))
+        named.bind(f"{folder}/s")
         named.listen()
-        yield {
-            "SECRET": str(secret),
-            "FOLDER": str(tmp_path),
-            "ROOT": str(ROOT),
-            "PORT": str(server.getsockname()[1]),
-            "NAME": NAME,
-            "PID": str(os.getpid()),
-        }
+        port = str(server.getsockname()[1])
+        yield {"SECRET": str(secret), "FOLDER": folder, "ROOT": str(ROOT), "PORT": port, "NAME": NAME, "PID": str(os.getpid())}
 
 
 def source_of(attack: Attack, words: dict[str, str]) -> str:
@@ -127,17 +120,21 @@ def test_what_the_sandbox_ends_would_go_on_without_it() -> None:
 
 
 def test_one_run_leaves_nothing_to_the_next(protected: Place) -> None:
-    source = "import os\nprint(os.listdir('/tmp'))\nopen('/tmp/left', 'w').write('x')"
+    source = "import os\nprint(os.path.exists('/tmp/left'))\nopen('/tmp/left', 'w').write('x')"
     for _ in range(2):
-        assert run_program(source, "", TIGHT, protected).output == b"[]\n"
+        assert run_program(source, "", TIGHT, protected).output == b"False\n"
 
 
 def test_a_file_of_the_parent_does_not_come_along(protected: Place, tmp_path: Path) -> None:
     """Files that are open here, even those that other commands inherit, are not open there."""
-    source = "import os\nprint([fd for fd in range(3, 100) if os.path.exists(f'/dev/null') and not _closed(fd)])".replace(
-        "_closed", "closed"
-    )
-    source = "import os\ndef closed(fd):\n    try: os.fstat(fd)\n    except OSError: return True\n" + source
+    source = """
+import os
+for fd in range(3, 100):
+    try:
+        print(fd, os.fstat(fd))
+    except OSError:
+        pass
+"""
     with (tmp_path / "x").open("w") as file:
         os.set_inheritable(file.fileno(), True)
-        assert run_program(source, "", TIGHT, protected).output == b"[]\n"
+        assert run_program(source, "", TIGHT, protected).output == b""

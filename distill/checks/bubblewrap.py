@@ -8,6 +8,7 @@ called inside; and a filter of system calls refuses memory that no limit counts.
 
 from __future__ import annotations
 
+import compileall
 import itertools
 import json
 import math
@@ -60,7 +61,9 @@ class Job(NamedTuple):
     output: int = subprocess.DEVNULL
 
 
-def start(job: Job, settings: CodeSettings, interpreter: Interpreter, *, protected: bool) -> subprocess.Popen[bytes]:
+def start(
+    job: Job, settings: CodeSettings, interpreter: Interpreter, *, protected: bool, errors: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
     """Starts a process of the sandbox; ending it ends all that it has started, and so does the end of this one."""
     handed = _file(json.dumps({**job.content, **_limits(settings, protected)}).encode())
     given = _file(job.input) if job.input is not None else subprocess.DEVNULL
@@ -87,7 +90,7 @@ def start(job: Job, settings: CodeSettings, interpreter: Interpreter, *, protect
             words,
             stdin=given,
             stdout=job.output,
-            stderr=subprocess.DEVNULL,
+            stderr=errors,
             pass_fds=extra,
             env=_ENVIRONMENT if not protected else {},
             cwd="/",
@@ -142,6 +145,7 @@ def _options(settings: CodeSettings, interpreter: Interpreter) -> list[str]:
         options += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         options += ["--unshare-user", "--uid", "1000", "--gid", "1000"]
+    options += ["--perms", "1777", "--size", size, "--tmpfs", "/tmp"]  # first, for an interpreter may lie in there
     # Made here, where anyone may pass: bubblewrap makes them for itself alone, and root becomes somebody else.
     parents = [str(parent) for folder in interpreter.folders for parent in reversed(Path(folder).parents[:-1])]
     for name in dict.fromkeys(["/usr", "/usr/share", "/etc", "/kit", *parents]):
@@ -154,7 +158,7 @@ def _options(settings: CodeSettings, interpreter: Interpreter) -> list[str]:
     options += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     for folder in interpreter.folders:
         options += ["--ro-bind", folder, folder]
-    options += ["--ro-bind", str(_INSIDE), "/kit/inside", "--perms", "1777", "--size", size, "--tmpfs", "/tmp"]
+    options += ["--ro-bind", str(_INSIDE), "/kit/inside"]
     options += ["--perms", "0755", "--size", str(1 << 20), "--tmpfs", "/dev", "--symlink", "/tmp", "/dev/shm"]
     for name in _DEVICES:
         options += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
@@ -185,6 +189,7 @@ def interpreter_of(python: str | None) -> Interpreter:
         OSError, subprocess.SubprocessError, ValueError: it is none, or it lies in a folder that holds more than that.
     """
     if python is None:
+        compileall.compile_dir(str(_INSIDE), quiet=2)  # once, and not in each run
         executable = os.path.realpath(sys.executable)
         return Interpreter(executable, _outside([sys.base_prefix]), ("-I", "-S", "-B"))
     ask = "import json, os, sys; print(json.dumps([sys.executable, os.path.realpath(sys.executable), sys.prefix, sys.base_prefix]))"

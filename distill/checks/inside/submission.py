@@ -6,7 +6,6 @@ the process. What it can't do is find out more than it is asked: the tests are i
 
 from __future__ import annotations
 
-import asyncio
 import builtins
 import copy
 import io
@@ -37,15 +36,20 @@ _OPERATIONS |= {
     "get": getattr,
     "set": setattr,
     "delete": delattr,
-    "await": lambda thing: asyncio.run(_awaited(thing)),
+    "await": lambda thing: _awaited(thing),
     "copy": copy.deepcopy,
     "__enter__": lambda thing: type(thing).__enter__(thing),
     "__exit__": lambda thing, *error: type(thing).__exit__(thing, None, None, None),
 }
 
 
-async def _awaited(thing: Any) -> Any:
-    return await thing
+def _awaited(thing: Any) -> Any:
+    import asyncio  # takes longer than all else here together
+
+    async def wait() -> Any:
+        return await thing
+
+    return asyncio.run(wait())
 
 
 class _Remote:
