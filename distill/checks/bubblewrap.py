@@ -31,7 +31,7 @@ _ENVIRONMENT = {
     "HOME": "/tmp",
     "LANG": "C.UTF-8",
     "PYTHONHASHSEED": "0",
-    "PYTHONDONTWRITEBYTECODE": "1",
+    "PYTHONUTF8": "1",
     "MALLOC_ARENA_MAX": "2",  # each reserves 64 MiB, which count as memory
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -71,7 +71,7 @@ def start(
     place = "/kit" if protected else str(_INSIDE.parent)
     call = job.call.format(*job.fds, job=handed)
     # Appended: beside the folder lie modules that are called like some of Python's.
-    program = f"import sys; sys.path.append({place!r}); from inside import {call.split('.')[0]}; {call}"
+    program = f"import sys; sys.path[:] = [*filter(None, sys.path), {place!r}]; from inside import {call.split('.')[0]}; {call}"
     words = [interpreter.executable, *interpreter.isolated, "-c", program]
     opened = [handed]
     try:
@@ -191,11 +191,11 @@ def interpreter_of(python: str | None) -> Interpreter:
     if python is None:
         compileall.compile_dir(str(_INSIDE), quiet=2)  # once, and not in each run
         executable = os.path.realpath(sys.executable)
-        return Interpreter(executable, _outside([sys.base_prefix]), ("-I", "-S", "-B"))
+        return Interpreter(executable, _outside([sys.base_prefix]), ("-s", "-S", "-B"))
     ask = "import json, os, sys; print(json.dumps([sys.executable, os.path.realpath(sys.executable), sys.prefix, sys.base_prefix]))"
     said = subprocess.run([python, "-I", "-c", ask], capture_output=True, check=True, timeout=60, stdin=subprocess.DEVNULL)
     executable, _, prefix, base = json.loads(said.stdout)
-    return Interpreter(executable, _outside([base, prefix]), ("-I", "-B"))
+    return Interpreter(executable, _outside([base, prefix]), ("-s", "-B"))
 
 
 def _outside(folders: Sequence[str]) -> tuple[str, ...]:

@@ -140,4 +140,4 @@ def _by_output(blocks: list[str], examples: list[_Example], settings: CodeSettin
 
 def _lines(text: str) -> list[str]:
     """Lines as they are compared: without blanks and empty lines at the end."""
-    return [line.rstrip() for line in text.rstrip().splitlines()]
+    return [line.rstrip() for line in text.rstrip().split("\n")]

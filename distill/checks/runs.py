@@ -128,11 +128,12 @@ def _above(processes: Sequence[subprocess.Popen[bytes]], settings: CodeSettings)
     held = 0
     for process in processes:
         with contextlib.suppress(psutil.Error):
-            family = psutil.Process(process.pid).children(recursive=True)
+            first = psutil.Process(process.pid)
+            family = [first, *first.children(recursive=True)]
             for member in family:
                 with contextlib.suppress(psutil.Error):
                     held += member.memory_info().rss
-            for member in family[:1]:
+            for member in family[1:2]:
                 with contextlib.suppress(OSError):
                     files = os.statvfs(f"/proc/{member.pid}/root/tmp")
                     if files.f_blocks * files.f_frsize == settings.files_mib << 20:  # the sandbox's own, and not the machine's

@@ -8,8 +8,8 @@ nobody can expect equals nothing.
 from __future__ import annotations
 
 import builtins
+import importlib
 import random
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -51,12 +51,11 @@ class Link:
 
         Raises:
             NameError: it has none of this name.
+            ImportError: it is a module that is not there for the tests.
         """
         answer = self._ask({"do": "name", "name": name})
         if "module" in answer:
-            if str(answer["module"]).split(".")[0] not in sys.stdlib_module_names:
-                raise Unsupported(f"module {answer['module']}")
-            return __import__(answer["module"], fromlist=["_"])
+            return importlib.import_module(str(answer["module"]))  # this process's own
         if answer.get("missing"):
             raise NameError(f"name {name!r} is not defined")
         value = values.unpack(answer["value"], self.resolve)
@@ -138,10 +137,17 @@ class Link:
             return self._functions[held["theirs"]]
         number = int(held["number"])
         if number not in self._things:
-            self._things[number] = self._class(number, held["class"]) if "class" in held else self._instance(number, held["of"])
+            if "awaited" in held:
+                self._things[number] = self._awaited(number)
+            else:
+                self._things[number] = self._class(number, held["class"]) if "class" in held else self._instance(number, held)
         return self._things[number]
 
-    def _instance(self, number: int, of: dict[str, Any] | None) -> Any:
+    async def _awaited(self, number: int) -> Any:
+        return self.do("await", number)
+
+    def _instance(self, number: int, held: dict[str, Any]) -> Any:
+        of = held["of"]
         kind = self.resolve(of) if of else Thing
         if not (isinstance(kind, type) and issubclass(kind, Thing)):
             kind = Thing
@@ -149,6 +155,7 @@ class Link:
         object.__setattr__(thing, "_thing_link", self)
         object.__setattr__(thing, "_thing_number", number)
         object.__setattr__(thing, "_thing_kind", int(of["number"]) if of else None)
+        object.__setattr__(thing, "_thing_foreign", bool(held.get("foreign")))
         return thing
 
     def _class(self, number: int, held: dict[str, Any]) -> type:
@@ -206,6 +213,7 @@ class Thing:
     _thing_link: Link
     _thing_number: int
     _thing_kind: int | None
+    _thing_foreign: bool
 
     def _thing_do(self, what: str, *given: Any, **named: Any) -> Any:
         return self._thing_link.do(what, self._thing_number, *given, **named)
@@ -228,10 +236,6 @@ class Thing:
     def __deepcopy__(self, _: Any) -> Any:
         return self._thing_do("copy")
 
-    def __await__(self) -> Any:
-        yield from ()
-        return self._thing_do("await")
-
     def _thing_decides(self, other: Any = None) -> bool:
         """Whether the code may say what is true of a thing: its class is one that the tests name, and so is the other's."""
         mine = self._thing_kind in self._thing_link.named
@@ -240,6 +244,8 @@ class Thing:
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
+        if self._thing_foreign:
+            raise Unsupported("a value of a library's own type")
         if not self._thing_decides(other) or self._thing_do("__eq__", other) is not True:
             return False
         return self._thing_do("__eq__", f"nothing equals this: {random.random()}") is not True

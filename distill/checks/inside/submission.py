@@ -126,7 +126,11 @@ class Serve:
         number = self._numbers[id(thing)]
         if isinstance(thing, type):
             return {"number": number, "class": self._described(thing)}
-        return {"number": number, "of": self.refer(type(thing)) if self._is_own(type(thing)) else None}
+        if isinstance(thing, types.CoroutineType):
+            return {"number": number, "awaited": True}
+        origin = str(getattr(type(thing), "__module__", "")).split(".")[0]
+        foreign = origin not in sys.stdlib_module_names and not self._is_own(type(thing))
+        return {"number": number, "of": self.refer(type(thing)) if self._is_own(type(thing)) else None, "foreign": foreign}
 
     def _described(self, kind: type) -> dict[str, Any]:
         bases = [self.refer(base) for base in kind.__bases__ if self._is_own(base)]

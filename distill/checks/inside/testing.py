@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
+import importlib
 import json
 import os
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 from .channel import Channel, Closed
@@ -27,6 +30,7 @@ _OWN = frozenset(
     )
 )
 """Modules that tests use without importing them: they are Python's, never something of the code that is called so."""
+_SHORT = {"np": "numpy", "pd": "pandas"}
 _CANDIDATES = 8  # functions of the code that `check(candidate)` is tried on
 
 Found = tuple[bool | None, str]  # passed, reason
@@ -80,17 +84,17 @@ def _blamed(error: BaseException | None, link: Link, failed: Any) -> Found:
 
 def _space(tree: ast.Module, link: Link) -> dict[str, Any]:
     """The globals of the tests: what they use and the code has. Nothing else of the code gets there, so it replaces nothing."""
-    module = types.ModuleType("tests")
+    module = sys.modules["__main__"] = types.ModuleType("__main__")
     space = vars(module)
-    sys.modules["tests"] = sys.modules["__main__"] = module  # the second for `unittest.main()`
     sys.argv = ["tests.py"]
     for name in _MODULES:
         sys.modules[name] = _Solution(name, link)
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     owners = {node.value.id for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
     for name in sorted(used):
-        if name in _OWN and name in owners:
-            space[name] = __import__(name)
+        if (name in _OWN or name in _SHORT) and name in owners:
+            with contextlib.suppress(ImportError):
+                space[name] = importlib.import_module(_SHORT.get(name, name))
         elif not hasattr(builtins, name) and not name.startswith("__"):
             _take(space, name, link)
     if not space.keys() & used:
@@ -102,7 +106,7 @@ def _space(tree: ast.Module, link: Link) -> dict[str, Any]:
 def _take(space: dict[str, Any], name: str, link: Link) -> None:
     try:
         space[name] = link.lookup(name)
-    except NameError:  # one of the tests' own, or it is missing, which they will find out
+    except (NameError, ImportError):  # one of the tests' own, or it is missing, which they will find out
         return
 
 
@@ -140,12 +144,10 @@ def _run(code: types.CodeType, space: dict[str, Any], link: Link) -> None:
     except SystemExit as error:
         if error.code not in (None, 0, False):
             raise
-    own = [value for value in list(space.values()) if getattr(value, "__module__", None) == "tests"]
+    own = [value for value in list(space.values()) if getattr(value, "__module__", None) == "__main__"]
     for function in own:
         if isinstance(function, types.FunctionType) and function.__name__.startswith("test"):
-            if _needs(function):
-                raise Unsupported("a test with arguments")
-            function()
+            _run_test(function)
     for case in [value for value in own if isinstance(value, type)]:
         if any(base.__module__ == "unittest.case" for base in case.__mro__):
             _run_case(case)
@@ -156,10 +158,23 @@ def _run(code: types.CodeType, space: dict[str, Any], link: Link) -> None:
         _try_each(check, link)
 
 
-def _needs(function: types.FunctionType) -> int:
+def _run_test(test: Callable[[], Any]) -> None:
+    given = 1 if isinstance(test, types.MethodType) else 0
+    if _needs(getattr(test, "__func__", test)) > given:
+        raise Unsupported("a test with arguments")
+    result = test()
+    if isinstance(result, types.CoroutineType):
+        import asyncio  # takes longer than all else here together
+
+        asyncio.run(result)
+    elif isinstance(result, types.GeneratorType):
+        raise Unsupported("a test that is a generator")
+
+
+def _needs(function: Any) -> int:
     """Arguments that a function must be given."""
-    code, by_name = function.__code__, function.__kwdefaults__ or {}
-    return code.co_argcount - len(function.__defaults__ or ()) + code.co_kwonlyargcount - len(by_name)
+    code: types.CodeType = function.__code__
+    return code.co_argcount - len(function.__defaults__ or ()) + code.co_kwonlyargcount - len(function.__kwdefaults__ or {})
 
 
 def _run_case(case: type) -> None:
@@ -180,7 +195,7 @@ def _run_methods(case: type) -> None:
         instance = case()
         if hasattr(instance, "setup_method"):
             instance.setup_method()
-        getattr(instance, name)()
+        _run_test(getattr(instance, name))
 
 
 def _try_each(check: types.FunctionType, link: Link) -> None:

@@ -38,8 +38,8 @@ def pack(value: Any, refer: Refer) -> Any:
     for kind, write in _WRITERS:
         if isinstance(value, kind):
             return write(value, refer)
-    if type(value).__module__ == "numpy" and hasattr(value, "item") and not getattr(value, "shape", ()):
-        return pack(value.item(), refer)
+    if type(value).__module__ == "numpy" and hasattr(value, "item"):
+        return _write_array(value) if type(value).__name__ == "ndarray" else pack(value.item(), refer)
     return {"object": refer(value)}
 
 
@@ -78,6 +78,12 @@ def _write_tuple(value: tuple[Any, ...], refer: Refer) -> Any:
     return {"tuple": items}
 
 
+def _write_array(value: Any) -> Any:
+    if value.dtype.hasobject:
+        raise TypeError("an array of objects")
+    return {"array": [value.dtype.str, list(value.shape), value.tobytes().hex()]}
+
+
 def _items(name: str, kind: Any) -> Callable[[Any, Refer], Any]:
     return lambda value, refer: {name: [pack(item, refer) for item in kind.__iter__(value)]}
 
@@ -95,6 +101,7 @@ _WRITERS: list[tuple[Any, Callable[[Any, Refer], Any]]] = [
     (bytes, lambda value, _: {"bytes": bytes.hex(value)}),
     (bytearray, lambda value, _: {"bytearray": bytearray.hex(value)}),
     (range, lambda value, _: {"range": [hex(value.start), hex(value.stop), hex(value.step)]}),
+    (slice, lambda value, refer: {"slice": [pack(item, refer) for item in (value.start, value.stop, value.step)]}),
     (collections.deque, lambda value, refer: {"deque": [[pack(item, refer) for item in value], value.maxlen]}),
     (decimal.Decimal, lambda value, _: {"decimal": str(value)}),
     (fractions.Fraction, lambda value, _: {"fraction": [hex(value.numerator), hex(value.denominator)]}),
@@ -116,6 +123,13 @@ def _pairs(pairs: Any, refer: Refer) -> dict[Any, Any]:
 def _read_named(held: Any, refer: Refer) -> Any:
     name, fields, items = held
     return collections.namedtuple(name, fields)(*_all(items, refer))
+
+
+def _read_array(held: Any, _: Refer) -> Any:
+    import numpy as np  # where the interpreter has it
+
+    kind, shape, content = held
+    return np.frombuffer(bytes.fromhex(content), dtype=np.dtype(str(kind))).reshape(shape).copy()
 
 
 def _read_builtin(held: Any, _: Refer) -> Any:
@@ -145,6 +159,8 @@ _READERS: dict[str, Callable[[Any, Refer], Any]] = {
     "date": lambda held, _: datetime.date.fromisoformat(held),
     "time": lambda held, _: datetime.time.fromisoformat(held),
     "timedelta": lambda held, _: datetime.timedelta(*held),
+    "slice": lambda held, refer: slice(*_all(held, refer)),
+    "array": _read_array,
     "builtin": _read_builtin,
 }
 
