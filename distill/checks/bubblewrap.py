@@ -172,9 +172,14 @@ def _bwrap() -> str | None:
     return shutil.which("bwrap")
 
 
+def on_linux() -> bool:
+    """Whether this is Linux, whose files without names and limits everything here uses."""
+    return sys.platform.startswith("linux")
+
+
 def missing() -> str | None:
     """What the sandbox needs and this machine has not, before anything is tried; null where all is there."""
-    if not sys.platform.startswith("linux"):
+    if not on_linux():
         return "it needs Linux"
     if _bwrap() is None:
         return "bubblewrap (bwrap) is not installed"

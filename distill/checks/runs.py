@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import selectors
+import select
 import signal
 import socket
 import subprocess
@@ -83,6 +83,7 @@ def watch(
         source: What is read, and closed afterwards; by default the leader's output.
     """
     deadline = time.monotonic() + settings.timeout_s
+    look = time.monotonic() + _LOOK_EVERY_S
     output = bytearray()
     limit = None
     if source is None:
@@ -90,37 +91,44 @@ def watch(
         source = os.dup(leader.stdout.fileno())
         leader.stdout.close()
     try:
-        with selectors.DefaultSelector() as selector:
-            selector.register(source, selectors.EVENT_READ)
-            look = time.monotonic() + _LOOK_EVERY_S
-            while limit is None and not (not selector.get_map() and leader.poll() is not None):
-                if selector.get_map():
-                    ready = selector.select(max(0.0, min(look, deadline) - time.monotonic()))
-                    if ready and not _read(source, output):
-                        selector.unregister(source)
-                else:
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        leader.wait(max(0.0, min(look, deadline) - time.monotonic()))
-                now = time.monotonic()
-                if len(output) > settings.output_mib << 20:
-                    limit = "too_much_output"
-                elif now >= deadline:
-                    limit = "timed_out"
-                elif now >= look:
-                    limit, look = _above([leader, *others], settings), now + _LOOK_EVERY_S
-        exit_code = leader.returncode if limit is None else None
+        while limit is None and not _over(leader, source, output, min(look, deadline)):
+            now = time.monotonic()
+            if len(output) > settings.output_mib << 20:
+                limit = "too_much_output"
+            elif now >= deadline:
+                limit = "timed_out"
+            elif now >= look:
+                limit, look = _above([leader, *others], settings), now + _LOOK_EVERY_S
     finally:
         for process in (leader, *others):
             end(process)
         os.close(source)
-    return Outcome(bytes(output), exit_code, limit)
+    return Outcome(bytes(output), leader.returncode if limit is None else None, limit)
 
 
-def _read(fd: int, output: bytearray) -> int:
-    """Bytes that were there to read, 0 at the end."""
-    piece = os.read(fd, 1 << 16)
+def _over(leader: subprocess.Popen[bytes], source: int, output: bytearray, until: float) -> bool:
+    """Reads what is there, or waits for it; returns whether a process has ended and nothing is left to read.
+
+    Args:
+        leader: The process. Others may hold the pipe open after it: nobody waits for them.
+        source: What is read.
+        output: What is added to.
+        until: When it returns at the latest, by `time.monotonic`.
+    """
+    has_ended = _has_ended(leader)  # asked first, so that nothing is written between the last look and the end
+    readable = select.poll()  # `select` knows no file above 1,023
+    readable.register(source, select.POLLIN)
+    ready = readable.poll(0 if has_ended else max(0.0, until - time.monotonic()) * 1000)
+    piece = os.read(source, 1 << 16) if ready else b""
     output += piece
-    return len(piece)
+    if ready and not piece and not has_ended:
+        time.sleep(0.002)  # it has closed what is read, which as a rule is its end
+    return has_ended and not piece
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process is over. It is left to be waited for: until then no other process gets its number, which is that of its group."""
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _above(processes: Sequence[subprocess.Popen[bytes]], settings: CodeSettings) -> str | None:
@@ -146,7 +154,7 @@ def _above(processes: Sequence[subprocess.Popen[bytes]], settings: CodeSettings)
 def end(process: subprocess.Popen[bytes]) -> None:
     """Ends a process of the sandbox and all that it has started: the kernel ends a namespace with its first process."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        if os.getpgid(process.pid) == process.pid:  # without a sandbox: it leads a session of its own
+        if process.returncode is None and os.getpgid(process.pid) == process.pid:  # without a sandbox: it leads a session of its own
             os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     process.wait()

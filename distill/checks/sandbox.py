@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from distill.checks.bubblewrap import Interpreter, Job, interpreter_of, is_root, missing, start
+from distill.checks.bubblewrap import Interpreter, Job, interpreter_of, is_root, missing, on_linux, start
 from distill.checks.runs import Outcome, Place, end, run_program
 from distill.errors import visible
 from distill.recipe.code import CodeSettings
@@ -38,7 +38,7 @@ def place_for(settings: CodeSettings) -> Place | str:
     why_not = missing() or _broken(interpreter)
     if why_not is None:
         return Place(interpreter, protected=True)
-    return Place(interpreter, protected=False) if settings.unprotected else why_not
+    return Place(interpreter, protected=False) if settings.unprotected and on_linux() else why_not
 
 
 @cache
