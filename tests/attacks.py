@@ -21,7 +21,7 @@ class Attack(NamedTuple):
     """Limits under which it comes through."""
 
 
-_IMPORTS = "import ctypes, os, resource, signal, socket, sys, time"
+_IMPORTS = "import ctypes, os, resource, signal, socket, sys, time\narm = os.uname().machine == 'aarch64'"
 
 
 def tries(body: str) -> str:
@@ -32,7 +32,7 @@ def tries(body: str) -> str:
 
 def calls(expression: str) -> str:
     """A program that is through where a call of the C library, or of the kernel, does not fail."""
-    return tries(f"libc = ctypes.CDLL(None, use_errno=True)\nif {expression} == -1:\n    raise OSError(ctypes.get_errno(), 'refused')")
+    return tries(f"libc = ctypes.CDLL(None, use_errno=True)\nif ({expression}) == -1:\n    raise OSError(ctypes.get_errno(), 'refused')")
 
 
 FILES = [
@@ -107,6 +107,12 @@ except RuntimeError as error:
 over.set()
 """
 
+_BPF = """
+libc = ctypes.CDLL(None, use_errno=True)
+libc.syscall(280 if arm else 321, 0, bytes(72), 72)
+assert ctypes.get_errno() != 1
+"""
+
 PROCESSES = [
     Attack("forks", _FORKS, "loose", loose={"processes": 100, "memory_mib": 2048}),
     Attack("starts threads", _THREADS, "loose", loose={"processes": 100, "memory_mib": 2048}),
@@ -115,18 +121,18 @@ PROCESSES = [
     Attack("signals all", tries("os.kill(-1, 0)")),
     Attack("watches who started it", tries("os.pidfd_open(os.getppid())")),
     Attack("is traced", calls("libc.ptrace(0, 0, 0, 0)")),
-    Attack("reads the memory of another", calls("libc.syscall(310, PID, 0, 0, 0, 0, 0)"), "root"),
+    Attack("reads the memory of another", calls("libc.syscall(270 if arm else 310, PID, 0, 0, 0, 0, 0)"), "root"),
     Attack("becomes root", tries("os.setuid(0)"), "root"),
     Attack("becomes somebody else", tries("os.setresuid(65534, 65534, 65534)"), "root"),
     Attack("may gain rights", tries("assert ctypes.CDLL(None).prctl(39, 0, 0, 0, 0) == 0")),
     Attack("goes before others", tries("os.setpriority(os.PRIO_PROCESS, 0, -5)"), "root"),
     Attack("raises its limits", tries("resource.setrlimit(resource.RLIMIT_AS, (-1, -1))"), "perhaps"),
     Attack("makes a namespace of users", calls("libc.unshare(0x10000000)"), "perhaps"),
-    Attack("clones into a namespace", calls("libc.syscall(56, 0x10000000 | 17, 0, 0, 0, 0) or os._exit(0)"), "perhaps"),
+    Attack("clones into a namespace", calls("libc.syscall(220 if arm else 56, 0x10000000 | 17, 0, 0, 0, 0) or os._exit(0)"), "perhaps"),
     Attack("mounts", tries("libc = ctypes.CDLL(None, use_errno=True)\nlibc.mount(0, 0, 0, 0, 0)\nassert ctypes.get_errno() != 1"), "root"),
     Attack("changes its root", tries("os.chroot('/')"), "root"),
     Attack("asks io_uring for it", calls("libc.syscall(425, 1, bytes(120))"), "perhaps"),
-    Attack("loads a program into the kernel", calls("libc.syscall(321, 0, bytes(72), 72)"), "perhaps"),
+    Attack("loads a program into the kernel", tries(_BPF), "perhaps"),
 ]
 
 _FAMILY = """
@@ -161,7 +167,7 @@ RESOURCES = [
     Attack("takes memory in a family", _FAMILY, "loose", "too_much_memory", {"memory_mib": 1024}),
     Attack("takes memory without an owner", tries("os.memfd_create('x')")),
     Attack("takes memory of System V", calls(_SYSTEM_V)),
-    Attack("leaves a key with the kernel", calls("libc.syscall(248, b'user', b'x', b'x', 1, -2)"), "perhaps"),
+    Attack("leaves a key with the kernel", calls("libc.syscall(217 if arm else 248, b'user', b'x', b'x', 1, -2)"), "perhaps"),
     Attack("locks memory", calls("libc.mlock(ctypes.create_string_buffer(1 << 20), 1 << 20)"), "root"),
     Attack(
         "writes a large file",

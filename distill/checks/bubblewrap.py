@@ -121,7 +121,7 @@ def _limits(settings: CodeSettings, protected: bool) -> dict[str, Any]:
         "processor_s": math.ceil(settings.timeout_s) + 1,
         # Without a sandbox all processes of the user are counted; in one without root, its first process too.
         "processes": settings.processes + (0 if is_root() else 1) if protected else None,
-        "user": _user() if protected and is_root() else None,
+        "user": _user() if protected else None,
     }
 
 
@@ -130,10 +130,15 @@ def is_root() -> bool:
     return hasattr(os, "geteuid") and os.geteuid() == 0
 
 
-def _user() -> int:
-    """A user that owns nothing here, another one for each process, because limits of processes count those of a user."""
+def _user() -> int | None:
+    """A user that owns nothing here, another one for each process, because limits of processes count those of a user.
+
+    Null where there is none, because this is not root, or root of a container that has no other users.
+    """
+    if not is_root():
+        return None
     first, _, count = (int(word) for word in Path("/proc/self/uid_map").read_text().split("\n")[0].split())
-    return min(first + count, 1 << 30) - 2 - next(_USERS) % 5000
+    return min(first + count, 1 << 30) - 2 - next(_USERS) % 5000 if count > 10_000 else None
 
 
 def _options(settings: CodeSettings, interpreter: Interpreter) -> list[str]:
@@ -142,7 +147,8 @@ def _options(settings: CodeSettings, interpreter: Interpreter) -> list[str]:
     options = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try", "--hostname", "sandbox"]
     options += ["--die-with-parent", "--new-session", "--clearenv"]
     if is_root():
-        options += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+        options += ["--cap-drop", "ALL"]
+        options += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if _user() is not None else []
     else:
         options += ["--unshare-user", "--uid", "1000", "--gid", "1000"]
     options += ["--perms", "1777", "--size", size, "--tmpfs", "/tmp"]  # first, for an interpreter may lie in there
