@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from distill.checks import Verdict
 from distill.checks.code import Tests, code_of, judge_code, judge_codes, read_tests
 from distill.checks.sandbox import place_for
 from distill.recipe.code import CodeSettings
+from distill.run import early
 
 SETTINGS = CodeSettings(timeout_s=20, memory_mib=256)
 
@@ -171,3 +173,30 @@ def test_many_rows_are_judged_side_by_side() -> None:
     assert sorted(number for number, _ in found) == list(range(12))
     assert {number for number, verdict in found if verdict.passed} == {2, 6, 10}
     assert dict(found)[1].reason == "timed_out"
+
+
+POOL = """
+from multiprocessing import Pool
+def g(x):
+    return x * x
+if __name__ == "__main__":
+    with Pool(2) as pool:
+        print(sum(pool.map(g, range(int(input())))))
+"""
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_signals_to_all_of_a_job_do_not_reach_the_code() -> None:
+    """What Ctrl-C and a scheduler send to every process; pools of processes of the code's own work all the same."""
+    source = "import signal\nprint(sorted(int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
+    blocked = sorted([int(signal.SIGINT), int(signal.SIGUSR1)])
+    assert judged(source, [{"input": "", "output": str(blocked)}]) == ("code", True, "tests_passed")
+    assert judged(POOL, [{"input": "4", "output": "14"}]) == ("code", True, "tests_passed")
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_code_that_fails_while_its_job_is_ended_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(early._asked, "name", "SIGTERM")
+    assert judged("def double(x):\n    return 2 * x", DOUBLE).passed
+    with pytest.raises(early.EndedEarly):
+        judged("def double(x):\n    return x", DOUBLE)

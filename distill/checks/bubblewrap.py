@@ -9,14 +9,16 @@ called inside; and a filter of system calls refuses memory that no limit counts.
 from __future__ import annotations
 
 import compileall
+import contextlib
 import itertools
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,19 +88,30 @@ def start(
                 extra.append(again)
                 options += ["--perms", "0444", "--ro-bind-data", str(again), "/dev/stdin"]
             words = [_bwrap() or "bwrap", *options, "--remount-ro", "/dev", "--", *words]
-        return subprocess.Popen(
-            words,
-            stdin=given,
-            stdout=job.output,
-            stderr=errors,
-            pass_fds=extra,
-            env=_ENVIRONMENT if not protected else {},
-            cwd="/",
-            start_new_session=not protected,
-        )
+        with _deaf():
+            return subprocess.Popen(
+                words,
+                stdin=given,
+                stdout=job.output,
+                stderr=errors,
+                pass_fds=extra,
+                env=_ENVIRONMENT if not protected else {},
+                cwd="/",
+                start_new_session=not protected,
+            )
     finally:
         for fd in [*opened, *([given] if given != subprocess.DEVNULL else [])]:
             os.close(fd)
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """What is started inside hears none of the signals that a terminal or a scheduler sends to all of a job: they are not for it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _file(content: bytes) -> int:

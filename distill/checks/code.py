@@ -17,6 +17,7 @@ from distill.checks.form import answer_of
 from distill.checks.runs import Place, run_program, run_tests
 from distill.checks.sandbox import place_for
 from distill.recipe.code import CodeSettings
+from distill.run import early
 
 Tests = str | list[str] | list[dict[str, Any]] | dict[str, Any] | None
 
@@ -39,6 +40,9 @@ def judge_code(completion: str, tests: Tests, settings: CodeSettings) -> Verdict
         tests: Python, or a list of lines of it; or dicts with `input` and `output`; or a dict of lists `inputs` and `outputs`; or JSON of
             one of these.
         settings: Limits, and whether code may run without a sandbox.
+
+    Raises:
+        EndedEarly: SIGTERM came to this process, and so perhaps to the code, which has not passed.
     """
     asked = read_tests(tests)
     if asked is None:
@@ -51,6 +55,8 @@ def judge_code(completion: str, tests: Tests, settings: CodeSettings) -> Verdict
     if isinstance(place, str):
         return Verdict("code", None, f"no_sandbox: {place}")
     passed, reason = _by_asserts(blocks, asked, settings, place) if isinstance(asked, str) else _by_output(blocks, asked, settings, place)
+    if not passed and early.asked() == "SIGTERM":
+        raise early.EndedEarly("SIGTERM")
     return Verdict("code", passed, reason)
 
 

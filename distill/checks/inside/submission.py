@@ -11,6 +11,7 @@ import copy
 import io
 import operator
 import os
+import signal
 import sys
 import types
 from collections.abc import Callable
@@ -178,9 +179,16 @@ def _run_blocks(blocks: list[str], module: types.ModuleType) -> str | None:
     return failed
 
 
+def _own_job(job_fd: int) -> dict[str, Any]:
+    """The job of this process, which from now on hears SIGTERM: pools of processes end their workers by it."""
+    job = read_job(job_fd)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    return job
+
+
 def serve(job_fd: int, channel_fd: int) -> None:
     """Runs the code of a job and answers to the tests."""
-    job = read_job(job_fd)
+    job = _own_job(job_fd)
     module = types.ModuleType("solution")
     sys.modules["solution"] = module
     failed = _run_blocks(job["blocks"], module)
@@ -192,7 +200,7 @@ def serve(job_fd: int, channel_fd: int) -> None:
 
 def program(job_fd: int) -> None:
     """Runs the code of a job as a program: its input and output are this process's own."""
-    source = read_job(job_fd)["blocks"][-1]
+    source = _own_job(job_fd)["blocks"][-1]
     sys.argv = ["answer.py"]
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
