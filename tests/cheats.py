@@ -152,6 +152,12 @@ def double(x):
             return int(found[1])
 """
 
+_MAPPED = "assert all(map(lambda i: double(i) == 2 * i, range(5)))"
+RAISES = [
+    Cheat("ends what goes through it", "def double(x):\n    raise StopIteration", _MAPPED),
+    Cheat("ends it by a class of its own", "class E(StopIteration):\n    pass\ndef double(x):\n    raise E", _MAPPED),
+]
+
 LOOKS = [
     Cheat("reads the code of its caller", _BY_FRAME, "assert double(2000) == 4000\nassert double(3000) == 6000"),
     Cheat("looks through all objects", _BY_OBJECTS),
@@ -193,4 +199,4 @@ FORGERIES = [
     Cheat("answers without end", forges("[" + "1," * 3_000_000), fools_naive=False),
 ]
 
-ALL = [*OBJECTS, *ENDS, *PATCHES, *LOOKS, *FORGERIES]
+ALL = [*OBJECTS, *ENDS, *PATCHES, *RAISES, *LOOKS, *FORGERIES]

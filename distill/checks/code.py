@@ -69,13 +69,16 @@ def judge_codes(rows: Iterable[tuple[int, tuple[str, Tests]]], settings: CodeSet
         workers: Runs at once.
     """
     running: dict[Future[Verdict], int] = {}
-    with ThreadPoolExecutor(workers, "code") as pool:
+    pool = ThreadPoolExecutor(workers, "code")
+    try:
         for number, (completion, tests) in rows:
             running[pool.submit(judge_code, completion, tests, settings)] = number
             if len(running) > workers:
                 yield from _finished(running)
         while running:
             yield from _finished(running)
+    finally:  # also where nobody listens any more
+        pool.shutdown(cancel_futures=True)
 
 
 def _finished(running: dict[Future[Verdict], int]) -> Iterator[tuple[int, Verdict]]:
