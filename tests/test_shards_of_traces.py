@@ -21,10 +21,10 @@ from distill.run.tables import read_rows
 from distill.stages import evaluate, generate, prompts
 
 
-def recipe(place: Path, model: Path, url: str, **server: Any) -> Recipe:
-    """A recipe whose teacher and student stand behind a server."""
+def recipe(place: Path, model: Path, url: str, *, count: int = 30, **server: Any) -> Recipe:
+    """A recipe whose teacher and student stand behind a server; `count` prompts, of which 9 are held out."""
     served = {"kind": "vllm", "url": url, "model": "stub"} | server
-    rows = "".join(f'{{"question": "How much is {number} and 1?", "answer": "{number + 1}"}}\n' for number in range(30))
+    rows = "".join(f'{{"question": "How much is {number} and 1?", "answer": "{number + 1}"}}\n' for number in range(count))
     place.mkdir(parents=True, exist_ok=True)
     (place / "p.jsonl").write_text(rows)
     return Recipe.model_validate(
@@ -86,33 +86,35 @@ def test_a_part_that_there_is_not_is_refused(shard: str) -> None:
         part_of(shard)
 
 
-@pytest.mark.slow
-def test_parts_on_the_command_line_survive_kills(tmp_path: Path, tiny_model_dir: Path) -> None:
-    """Two processes share the stage; one is killed twice while it writes; nothing answered is asked for again."""
+@pytest.mark.parametrize(
+    ("kills", "count"), [pytest.param(2, 30, marks=pytest.mark.slow), pytest.param(50, 320, marks=pytest.mark.nightly)]
+)
+def test_parts_on_the_command_line_survive_kills(kills: int, count: int, tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Two processes share the stage; one is killed again and again while it writes; nothing answered is asked for again."""
     with Faulty() as server:
-        whole = recipe(tmp_path / "whole", tiny_model_dir, server.url, concurrency=2)
+        whole = recipe(tmp_path / "whole", tiny_model_dir, server.url, count=count, concurrency=2)
         prompts.run(whole)
         made = generate.run(whole)
     with Faulty(delay_s=0.4) as server:
-        asked = recipe(tmp_path / "parts", tiny_model_dir, server.url, concurrency=2)
+        asked = recipe(tmp_path / "parts", tiny_model_dir, server.url, count=count, concurrency=2)
         prompts.run(asked)
         (tmp_path / "parts/recipe.yaml").write_text(recipe_text(asked))
         command = [sys.executable, "-m", "distill", "generate", str(tmp_path / "parts/recipe.yaml"), "--shard"]
         journal = Part(0, 2).folder(tmp_path / "parts/run/traces") / "journal.jsonl"
-        for kill in range(2):
+        for kill in range(kills):
             with subprocess.Popen([*command, "1/2"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
                 deadline = time.monotonic() + 120
                 # By what is on disk: when the server has answered, the answer may be on its way there.
                 while (not journal.exists() or journal.read_bytes().count(b"\n") < 4 * (kill + 1)) and time.monotonic() < deadline:
                     time.sleep(0.02)
                 process.kill()
-            assert process.returncode == -signal.SIGKILL and sum(server.asked.values()) < 21, "it was to be killed while it writes"
+            assert process.returncode == -signal.SIGKILL and sum(server.asked.values()) < count - 9, "it was to be killed while it writes"
         server.delay_s = 0.0
         ended = [subprocess.run([*command, part], capture_output=True, text=True, timeout=300) for part in ("2/2", "1/2")]
         assert [each.returncode for each in ended] == [0, 0], ended[0].stderr + ended[1].stderr
         again = sum(count - 1 for count in server.asked.values())
     found = read_manifest(tmp_path / "parts/run/traces")
-    assert found.digest == made.digest and again <= 2 * 2  # what was in flight at each kill
+    assert found.digest == made.digest and again <= 2 * kills  # what was in flight at each kill
     assert "nothing to do" in subprocess.run(command[:-1], capture_output=True, text=True, timeout=300).stdout
 
 
