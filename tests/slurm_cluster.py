@@ -112,7 +112,7 @@ class Cluster:
         return result.stdout
 
     def ask(self, *words: str) -> str:
-        """What a command prints that changes nothing; asked again where no answer comes, as was seen on a busy machine (of munge, by its log)."""
+        """What a command prints that changes nothing; asked again where no answer comes, as was seen on a busy machine."""
         for _ in range(LIMIT_S // _ANSWER_S):
             with suppress(subprocess.TimeoutExpired):
                 result = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=_ANSWER_S)
