@@ -57,6 +57,7 @@ def test_every_combination_is_a_training_in_a_run_of_its_own(tmp_path: Path) -> 
     last = found[-1].recipe
     assert last.run_dir == str(tmp_path / "sweep" / "learning_rate=2e-3_r=16")
     assert last.train.trainer_args["learning_rate"] == 0.002 and last.student.adapter.model_dump()["r"] == 16
+    assert len(variants(tmp_path, "train.trainer_args.optim_args='a=1,b=2','a=3'")) == 2
     (listed,) = variants(tmp_path, "student.adapter={type: lora, r: 8}")
     assert "/" not in listed.name and " " not in listed.name and listed.recipe.student.adapter.model_dump()["r"] == 8
 

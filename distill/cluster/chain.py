@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from distill.cluster.parts import Parts, files_of, parts_of
 from distill.cluster.site import Site
+from distill.errors import ClusterError
 from distill.recipe.experiment import Recipe
 from distill.stages import Step
 
@@ -72,7 +73,9 @@ class Job:
     after: tuple[str, ...] = ()
     """Jobs that must have ended well."""
     beside: str | None = None
-    """The job whose server it uses: it begins once that has begun."""
+    """The job whose server it uses: it begins once that, or the first of an array, has begun."""
+    servers: int = 1
+    """Tasks of that."""
     task_by_task: tuple[str, ...] = ()
     """Arrays of the same tasks: each task waits for that of its number to end well."""
     behind: tuple[str, ...] = ()
@@ -107,6 +110,7 @@ def jobs_of(recipe: Recipe, file: Path, steps: Sequence[Step], wanted: Wanted, s
 
     Raises:
         StageConflictError: a step was begun in another number of parts than is asked for.
+        ClusterError: more arrays than tasks may run at once.
     """
     found: list[Job] = []
     before: tuple[str, ...] = ()
@@ -125,8 +129,8 @@ def _jobs(recipe: Recipe, file: Path, step: Step, wanted: Wanted, site: Site, be
     if role and server:
         yield _serving(server, file, step, role, wanted, before)
     for job in _work(recipe, file, step, wanted, site, is_served=role is not None):
-        wait = {"DISTILL_WAIT_FOR_SERVER_S": str(_WAIT_S)} if server else {}
-        yield _with(job, before, server, wait, wanted.follow_ups)
+        wait = {"DISTILL_WAIT_FOR_SERVER_S": str(_WAIT_S), "DISTILL_SERVERS": str(wanted.servers)} if server else {}
+        yield _with(job, before, server, wait, wanted)
 
 
 def _serving(name: str, file: Path, step: Step, role: str, wanted: Wanted, before: tuple[str, ...]) -> Job:
@@ -150,12 +154,14 @@ def _serving(name: str, file: Path, step: Step, role: str, wanted: Wanted, befor
     )
 
 
-_WAIT_S = 7200  # for a server of another job, which may have to load hundreds of gigabytes
+# For a server of another job, whose follow-up may be queued for days; it is given up before, where that job has failed for good, and a
+# client's own time limit ends the waiting, too.
+_WAIT_S = 7 * 24 * 3600
 
 
-def _with(job: Job, before: tuple[str, ...], server: str | None, more: Mapping[str, str], follow_ups: int) -> Job:
-    values = {**vars(job), "after": before, "beside": server, "environment": {**job.environment, **more}, "follow_ups": follow_ups}
-    return Job(**values)
+def _with(job: Job, before: tuple[str, ...], server: str | None, more: Mapping[str, str], wanted: Wanted) -> Job:
+    values = {**vars(job), "after": before, "environment": {**job.environment, **more}, "follow_ups": wanted.follow_ups}
+    return Job(**values | ({"beside": server, "servers": wanted.servers} if server else {}))
 
 
 def _work(recipe: Recipe, file: Path, step: Step, wanted: Wanted, site: Site, *, is_served: bool) -> Iterator[Job]:
@@ -173,6 +179,11 @@ def _work(recipe: Recipe, file: Path, step: Step, wanted: Wanted, site: Site, *,
         yield Job(label(step), "stage.sbatch", words, (step,), gpus=gpus, commands=(command,), writes=(files_of(recipe, step),))
         return
     chunks = list(_chunks(parts, site.max_array))
+    if site.max_at_once is not None and len(chunks) > site.max_at_once:
+        raise ClusterError(
+            f"--shards: {parts.number:,} parts of {step} are {len(chunks):,} arrays (SITE_MAX_ARRAY={site.max_array:,}), of each of which "
+            f"one task runs at least, and SITE_MAX_AT_ONCE is {site.max_at_once:,}. Take fewer parts."
+        )
     at_once = max(1, site.max_at_once // len(chunks)) if site.max_at_once is not None else None
     for number, (offset, tasks) in enumerate(chunks, start=1):
         shards = [offset + task for task in tasks]

@@ -53,7 +53,7 @@ def _of_no_step(jobs: Sequence[JobStatus]) -> list[Failure]:
     """What has failed of jobs that do no step of the run, as those of a sweep; that one was ended says nothing of it."""
     found = []
     for name in dict.fromkeys(job.name for job in jobs if job.step is None):
-        ended = [job for job in jobs if job.name == name and job.state not in ("gone", "cancelled")]
+        ended = [job for job in jobs if job.name == name and job.state not in ("gone", "cancelled", "barred")]
         found += _lost(None, _last(ended))
     return found
 
@@ -96,8 +96,8 @@ def _tasks(jobs: Sequence[JobStatus]) -> list[list[JobStatus]]:
 def _failed(step: Step | None, tasks: Sequence[JobStatus]) -> Failure | None:
     """Why a task has failed for good; null where it is done, at work, or another goes on from it."""
     begun = [task for task in tasks if task.state != "waits"]
-    if not begun or any(task.state in ("done", "runs") for task in tasks):
-        return None
+    if not begun or any(task.state in ("done", "runs") for task in tasks) or all(task.state == "barred" for task in begun):
+        return None  # what bars it is said of the job that has failed
     last, waits = begun[-1], len(begun) < len(tasks)
     ran = next((task for task in reversed(begun) if task.attempts), last)
     if last.state in ("early", "unknown") or (last.state == "gone" and waits):

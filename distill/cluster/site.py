@@ -23,6 +23,14 @@ SITE = "DISTILL_SITE"
 _PREFIX = "SITE_"
 _SLURM = re.compile(r"SBATCH_[A-Z][A-Z0-9_]*")
 _FOR_SHELLS_ALONE = frozenset({"SITE_SETUP", "SITE_SCRATCH"})  # Python reads no meaning in them, so a shell may expand them
+
+
+def _is_one(value: object) -> bool:
+    if value not in ("0", "1", True, False):
+        raise ValueError("is 0 or 1")  # as the batch scripts take it
+    return value in ("1", True)
+
+
 _WORDS = BeforeValidator(lambda value: shlex.split(value) if isinstance(value, str) else value)
 
 
@@ -51,7 +59,7 @@ class Site(BaseModel):
     """Seconds before its time limit at which a job is told to end."""
     follow_ups: Annotated[int, Field(ge=0)] = 2
     """Further jobs that go on where one ended early; each ends at once where nothing is left."""
-    requeue: bool = False
+    requeue: Annotated[bool, BeforeValidator(_is_one)] = False
     """Have a job that ended early queued again, instead of further jobs."""
     max_idle_restarts: Annotated[int, Field(ge=1)] = 3
     """Attempts without any progress after which a task is given up."""

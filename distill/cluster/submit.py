@@ -25,6 +25,7 @@ from distill.recipe.experiment import Recipe
 from distill.recipe.reading import recipe_text
 from distill.recipe.steps import step_size
 from distill.run.log import say
+from distill.servers.commands import gpus_of
 from distill.stages import SCRATCH, Step, folder, run_dir, stop_before
 from distill.trainers.launches import refuse_launch
 
@@ -47,7 +48,7 @@ def submit(recipe: Recipe, asked: Submission, wanted: Wanted, site: Site, *, dry
         ClusterError: the scheduler refuses, or jobs of the run are under way.
         StageConflictError: what is there was made with other settings, or in another number of parts.
     """
-    if dry_run and not check(recipe, asked, wanted, site):
+    if not check(recipe, asked, wanted, site, dry_run=dry_run):
         return False
     if not asked.jobs:
         say(f"submit    nothing to do: all of {asked.run} is done", result=True)
@@ -106,22 +107,51 @@ def _stamp() -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
 
 
-def check(recipe: Recipe, asked: Submission, wanted: Wanted, site: Site) -> bool:
-    """Says whether processes, rows of a step, parts and arrays go together; true if they do."""
+def check(recipe: Recipe, asked: Submission, wanted: Wanted, site: Site, *, dry_run: bool = False) -> bool:
+    """Says whether processes, rows of a step, parts, arrays and servers go together; true if they do."""
     found, file = Findings(), site_file()
-    found.good("site", str(file) if file.is_file() else f"no file {file}: Slurm's defaults")
+    if file.is_file():
+        found.good("site", str(file))
+    else:
+        found.warn("site", f"there is no file {file}, so Slurm's defaults hold, and nodes have {wanted.gpus or 'no'} GPUs")
     if any(job.script == "train.sbatch" for job in asked.jobs):
         found.prove("processes that train", lambda: _step(recipe, wanted, site))
+    if Step("evaluate") in {step for job in asked.jobs for step in job.steps}:
+        found.prove("GPUs of evaluate", lambda: _servers_of_evaluate(recipe, wanted))
     if wanted.shards is not None:
         found.prove("parts", lambda: _parts(recipe, asked, wanted.shards or 1))
     arrays = [job for job in asked.jobs if job.tasks]
     if arrays:
         limit = f"at most {site.max_at_once:,} of a step at once" if site.max_at_once else "as many at once as there is room for"
         found.good("arrays", f"{len(arrays):,} of {sum(len(job.tasks) for job in arrays):,} tasks, {limit}, ids up to {site.max_array:,}")
-    return found.end("these jobs would be submitted:")
+    return found.end("these jobs would be submitted:" if dry_run else "these jobs are submitted:")
+
+
+def _servers_of_evaluate(recipe: Recipe, wanted: Wanted) -> str:
+    """The servers that evaluate starts itself must find room on the GPUs of a task.
+
+    Raises:
+        ClusterError: one is told to take more.
+    """
+    assert recipe.evaluate is not None
+    own = {"teacher": recipe.teacher, "student": recipe.student, "base": recipe.student}
+    for role in recipe.evaluate.models:
+        spec = own[role]
+        if spec is None or spec.server is None or not spec.server.is_started:
+            continue
+        needed = gpus_of(spec.server.args)
+        if wanted.gpus and needed > min(wanted.gpus, wanted.gpus_per_task):
+            section = "teacher" if role == "teacher" else "student"
+            raise ClusterError(
+                f"{section}.server.args: evaluate starts this server itself, on {needed:,} GPUs, and a task of it has "
+                f"{min(wanted.gpus, wanted.gpus_per_task):,}. Add --gpus-per-task {needed}, or leave {role} out of evaluate.models."
+            )
+    return f"{min(wanted.gpus, wanted.gpus_per_task):,} a task"
 
 
 def _step(recipe: Recipe, wanted: Wanted, site: Site) -> str:
+    if wanted.gpus and (wanted.processes or 0) > wanted.gpus:
+        raise ClusterError(f"--processes: {wanted.processes:,} on a node of {wanted.gpus:,} GPUs. Give at most as many as there are GPUs.")
     processes, on_cpu = processes_of(wanted, site), not wanted.gpus
     trains = [recipe.train] if recipe.trains_on_traces or recipe.train.is_live else []
     trains += [recipe.train_in_rounds] if recipe.rounds else []
@@ -180,7 +210,12 @@ def run(load: Load, sweep: Sequence[str], *, dry_run: bool, beside: bool, **aske
     site, recipe = read_site(), load(())
     asked["launch"] = _launch_file(asked["launch"]) if asked["launch"] else None
     wanted = wanted_from(site, **asked)
-    if dry_run and not quick.run(recipe):
+    if not dry_run and wanted.gpus == 0 and asked["gpus"] is None and not site_file().is_file():
+        raise ClusterError(
+            f"{site_file()}: there is no such file, so nothing says whether nodes have GPUs. Copy {scripts() / 'site.env.example'} "
+            "there and adapt it, or give --gpus-per-node (0 trains on CPUs)."
+        )
+    if not quick.run(recipe, wanted.launch):
         return False
     jobs = prepare_sweep(recipe, sweep, load, wanted, site) if sweep else prepare(recipe, wanted, site)
     return submit(recipe, jobs, wanted, site, dry_run=dry_run, beside=beside)

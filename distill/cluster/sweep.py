@@ -83,11 +83,14 @@ def _key_and_values(text: str) -> tuple[str, list[str]]:
 
 
 def _split(values: str) -> list[str]:
-    """At the commas outside brackets."""
-    found, depth = [""], 0
+    """At the commas outside brackets and quotes."""
+    found, depth, quote = [""], 0, ""
     for sign in values:
-        depth += (sign in "[{") - (sign in "]}")
-        if sign == "," and not depth:
+        if quote or sign in "'\"":
+            quote = "" if sign == quote else quote or sign
+        else:
+            depth += (sign in "[{") - (sign in "]}")
+        if sign == "," and not depth and not quote:
             found.append("")
         else:
             found[-1] += sign
