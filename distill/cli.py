@@ -226,8 +226,9 @@ def check(
     """Prove a recipe before anything is spent: keys, files, packages, tokens, lengths; and rehearse it with miniature models."""
     from distill.before import check as whole
     from distill.before import quick as short
+    from distill.cluster.submit import launch_file
 
-    loaded = _load(recipe, context)
+    loaded, launch = _load(recipe, context), launch_file(launch) if launch else None
     if not (short.run(loaded, launch) if quick else whole.run(loaded, processes, launch)):
         raise typer.Exit(1)
 

@@ -34,7 +34,7 @@ set_up() {
     fail "DISTILL_SITE: $file can't be read"
   fi
   export SITE_MAX_IDLE_RESTARTS
-  eval "$SITE_SETUP"
+  eval "$SITE_SETUP" || fail "SITE_SETUP failed, see above: $SITE_SETUP"
   if [ -n "$SITE_SCRATCH" ]; then
     eval "TMPDIR=$SITE_SCRATCH"
     export TMPDIR
@@ -50,6 +50,7 @@ set_up() {
       python=$(command -v python || command -v python3) || fail "no python in PATH. Set SITE_SETUP in $file, or DISTILL_PYTHON."
     fi
   fi
+  "$python" -c 'import distill.recipe.reading' || fail "$python can't load the kit, see above. Set SITE_SETUP in $file, or DISTILL_PYTHON."
   export PYTHONUNBUFFERED=1
 }
 

@@ -18,7 +18,7 @@ from distill.cluster.chain import Job, Wanted, as_ranges, jobs_of
 from distill.cluster.handed import dependency
 from distill.cluster.parts import parts_of
 from distill.cluster.sbatch import environment_of, words_of
-from distill.cluster.site import Site, read_site
+from distill.cluster.site import Site, read_site, seconds_of
 from distill.cluster.tasks import tasks_of
 from distill.errors import EARLY, ClusterError, StageConflictError
 from distill.recipe.experiment import Recipe
@@ -34,6 +34,7 @@ SCRIPTS = sorted([*SLURM.glob("*.sbatch"), *SLURM.glob("*.sh")])
 
 TWO_BY_FOUR = '{kind: vllm, command: [/bin/true], args: [-tp, "4", --pipeline-parallel-size=2]}'
 PLAIN = Site()
+SERVED = {"teacher": {"model": "Qwen/Qwen3-8B", "server": {"kind": "vllm"}}}
 ONE_NODE = Wanted()
 
 
@@ -118,16 +119,16 @@ def test_arrays_above_the_limit_are_split_and_share_what_may_run_at_once(tmp_pat
 
 
 def test_a_served_model_is_a_job_beside_its_clients_that_is_ended_behind_them(tmp_path: Path) -> None:
-    jobs = {job.name: job for job in chain(recipe_for(tmp_path), Wanted(gpus=8, shards=2), served={Step("generate"): "teacher"})}
+    jobs = {job.name: job for job in chain(recipe_for(tmp_path, **SERVED), Wanted(gpus=8, shards=2), served={Step("generate"): "teacher"})}
     server, clients, end = jobs["generate-serve"], jobs["generate"], jobs["generate-end"]
-    assert server.words == ("recipe.yaml", "teacher") and server.after == ("prompts",) and server.gpus == 8
+    assert server.words == ("recipe.yaml", "teacher") and server.after == ("prompts",) and server.gpus == 1
     assert (clients.beside, clients.after, clients.gpus) == ("generate-serve", ("prompts",), 0)
     assert int(clients.environment["DISTILL_WAIT_FOR_SERVER_S"]) > 0
     assert end.behind == ("generate",) and end.ends == "generate-serve" and jobs["curate"].after == ("generate",)
     given = {"prompts": ["1", "2"], "generate-serve": ["3", "4"], "generate": ["5", "6"]}
     assert dependency(clients, given) == "afterok:2,after:3"
     assert dependency(end, given) == "afterany:6"
-    several = {job.name: job for job in chain(recipe_for(tmp_path), Wanted(gpus=8, servers=3), served={Step("generate"): "teacher"})}
+    several = {job.name: job for job in chain(recipe_for(tmp_path, **SERVED), Wanted(servers=3), served={Step("generate"): "teacher"})}
     assert dependency(several["generate"], given) == "afterok:2,after:3_1" and several["generate"].environment["DISTILL_SERVERS"] == "3"
     words = words_of(end, tmp_path / "50%", PLAIN)
     assert (
@@ -181,6 +182,10 @@ def test_the_site_is_read_as_a_shell_would(tmp_path: Path) -> None:
         ("HF_HOME=/x", "put `export HF_HOME=...` into SITE_SETUP"),
         ("SITE_GPUS_PER_NODE=many", "site.env:2: SITE_GPUS_PER_NODE: .*got 'many'"),
         ("SITE_REQUEUE=yes", "site.env:2: SITE_REQUEUE: .*is 0 or 1, got 'yes'"),
+        ("SBATCH_PARTITON=gpu", "site.env:2: SBATCH_PARTITON: unknown key, got 'gpu'. Did you mean SBATCH_PARTITION"),
+        ("SBATCH_PARTITION=cpu", "site.env:2: SBATCH_PARTITION: is there twice"),
+        ("SBATCH_TIMELIMIT=banana", "SBATCH_TIMELIMIT: got 'banana'"),
+        ("SBATCH_TIMELIMIT=5", "SITE_SIGNAL_S: a job of 300 s .* told to end 300 s before"),
         ("SITE_MAX_ARRAY=0", "site.env:2: SITE_MAX_ARRAY: .*greater than or equal to 1, got '0'"),
         ("SITE_GPU_ARGS=--mem 9G", "expected KEY=VALUE, got 'SITE_GPU_ARGS=--mem 9G'"),
         ("SITE_SETUP='module load", "Close the quotes"),
@@ -190,6 +195,27 @@ def test_the_site_is_read_as_a_shell_would(tmp_path: Path) -> None:
 def test_a_wrong_line_of_the_site_is_named(line: str, expected: str, tmp_path: Path) -> None:
     with pytest.raises(ClusterError, match=expected):
         site_with(tmp_path, f"SBATCH_PARTITION=gpu\n{line}\n")
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-12", 129600), ("1-0:30", 88200), ("x", None)],
+)
+def test_time_limits_are_read_as_slurm_does(limit: str, seconds: int | None) -> None:
+    assert seconds_of(limit) == seconds
+
+
+def test_gpus_are_asked_for_where_they_are_used(tmp_path: Path) -> None:
+    """A host needs none; a server takes what its arguments say."""
+    words = ["--run_dir", str(tmp_path), "--evaluate.models", "[student]"]
+    hosted = load_recipe(ROOT / "recipes" / "deepseek-v3.2-hosted-to-1.5b-kd.yaml", words)
+    gpus = {job.name: job.gpus for job in chain(hosted, Wanted(gpus=8, shards=2))}
+    assert (gpus["generate"], gpus["score"], gpus["train"], gpus["evaluate"]) == (0, 0, 8, 1)
+    large = load_recipe(ROOT / "recipes" / "r1-to-32b-lora-4x8.yaml", ["--run_dir", str(tmp_path)])
+    with pytest.raises(ClusterError, match=r"teacher.server.args: .*to 16 GPUs, and a server has 8. Add --serve-nodes 2"):
+        chain(large, Wanted(gpus=8), served={Step("generate"): "teacher"})
+    served = {job.name: job for job in chain(large, Wanted(gpus=8, serve_nodes=2), served={Step("generate"): "teacher"})}
+    assert (served["generate-serve"].nodes, served["generate-serve"].gpus, served["generate"].gpus) == (2, 8, 0)
 
 
 def test_without_a_file_nothing_is_set_unless_one_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from distill.cluster.parts import Parts, files_of, parts_of
 from distill.cluster.site import Site
 from distill.errors import ClusterError
 from distill.recipe.experiment import Recipe
+from distill.servers.commands import gpus_of
 from distill.stages import Step
 
 WITHOUT_GPU = frozenset({"prompts", "curate", "report"})
@@ -110,7 +111,7 @@ def jobs_of(recipe: Recipe, file: Path, steps: Sequence[Step], wanted: Wanted, s
 
     Raises:
         StageConflictError: a step was begun in another number of parts than is asked for.
-        ClusterError: more arrays than tasks may run at once.
+        ClusterError: more arrays than tasks may run at once, or a server that finds no room on its nodes.
     """
     found: list[Job] = []
     before: tuple[str, ...] = ()
@@ -127,14 +128,23 @@ def jobs_of(recipe: Recipe, file: Path, steps: Sequence[Step], wanted: Wanted, s
 def _jobs(recipe: Recipe, file: Path, step: Step, wanted: Wanted, site: Site, before: tuple[str, ...], role: str | None) -> Iterator[Job]:
     server = f"{label(step)}-serve" if role else None
     if role and server:
-        yield _serving(server, file, step, role, wanted, before)
+        yield _serving(recipe, server, file, step, role, wanted, before)
     for job in _work(recipe, file, step, wanted, site, is_served=role is not None):
         wait = {"DISTILL_WAIT_FOR_SERVER_S": str(_WAIT_S), "DISTILL_SERVERS": str(wanted.servers)} if server else {}
         yield _with(job, before, server, wait, wanted)
 
 
-def _serving(name: str, file: Path, step: Step, role: str, wanted: Wanted, before: tuple[str, ...]) -> Job:
-    """The job, or the array of as many as share the work, that holds the model of a step."""
+def _serving(recipe: Recipe, name: str, file: Path, step: Step, role: str, wanted: Wanted, before: tuple[str, ...]) -> Job:
+    """The job, or the array of as many as share the work, that holds the model of a step, on as many GPUs as its arguments say."""
+    spec = recipe.student if role == "student" else recipe.teacher
+    assert spec is not None and spec.server is not None
+    needed = gpus_of(spec.server.args)
+    if wanted.gpus and needed > wanted.gpus * wanted.serve_nodes:
+        raise ClusterError(
+            f"{'student' if role == 'student' else 'teacher'}.server.args: they deal the model out to {needed:,} GPUs, and a server has "
+            f"{wanted.gpus * wanted.serve_nodes:,}. Add --serve-nodes {-(-needed // wanted.gpus)}."
+        )
+    takes_all = wanted.serve_nodes > 1 or spec.server.command is not None  # a program of the user's, which says nothing of its GPUs
     words = (str(file), role, *(("--round", str(step.number)) if role == "student" and step.number else ()))
     tasks = tuple(range(1, wanted.servers + 1)) if wanted.servers > 1 else ()
     command = shlex.join(["distill", "serve", words[0], "--role", *words[1:]])
@@ -144,7 +154,7 @@ def _serving(name: str, file: Path, step: Step, role: str, wanted: Wanted, befor
         words,
         (step,),
         wanted.serve_nodes,
-        wanted.gpus,
+        wanted.gpus if takes_all else min(wanted.gpus, needed),
         tasks=tasks,
         after=before,
         serves=role,
@@ -170,8 +180,7 @@ def _work(recipe: Recipe, file: Path, step: Step, wanted: Wanted, site: Site, *,
     if step.stage == "train":
         yield _training(recipe, file, step, wanted, numbered)
         return
-    needs_none = step.stage in WITHOUT_GPU or (step.stage == "generate" and recipe.traces is not None) or is_served
-    gpus = 0 if needs_none else min(wanted.gpus, wanted.gpus_per_task)
+    gpus = 0 if is_served or _asks_elsewhere(recipe, step) else min(wanted.gpus, wanted.gpus_per_task)
     words = (step.stage, str(file), *numbered)
     parts = parts_of(recipe, step, wanted.parts, asked=wanted.shards)
     if parts is None:
@@ -199,6 +208,19 @@ def _work(recipe: Recipe, file: Path, step: Step, wanted: Wanted, site: Site, *,
             commands=tuple(shlex.join(["distill", *words, "--shard", f"{shard}/{parts.number}"]) for shard in shards),
             writes=tuple(files_of(recipe, step, shard, parts.number) for shard in shards),
         )
+
+
+def _asks_elsewhere(recipe: Recipe, step: Step) -> bool:
+    """Whether a step needs no GPU: it has no model, or its model is a host's, or behind a server that is there."""
+    if step.stage in WITHOUT_GPU or (step.stage == "generate" and recipe.traces is not None):
+        return True
+    spec = recipe.student if step.stage == "rollouts" else recipe.teacher
+    is_there = spec is not None and spec.server is not None and not spec.server.is_started
+    if step.stage == "score":
+        assert recipe.score is not None
+        source = recipe.score.resolved(recipe.teacher)
+        return source == "generation" or (source == "server" and is_there)
+    return step.stage in ("generate", "rollouts") and is_there
 
 
 def _training(recipe: Recipe, file: Path, step: Step, wanted: Wanted, numbered: tuple[str, ...]) -> Job:

@@ -54,7 +54,7 @@ def _of_no_step(jobs: Sequence[JobStatus]) -> list[Failure]:
     found = []
     for name in dict.fromkeys(job.name for job in jobs if job.step is None):
         ended = [job for job in jobs if job.name == name and job.state not in ("gone", "cancelled", "barred")]
-        found += _lost(None, _last(ended))
+        found += _lost(None, last_of(ended))
     return found
 
 
@@ -66,10 +66,11 @@ def _lost(step: Step | None, jobs: Sequence[JobStatus]) -> list[Failure]:
 
 def last_submission(jobs: Iterable[JobStatus], step: Step) -> list[JobStatus]:
     """The jobs of a step that were submitted last: what failed before them is theirs to do."""
-    return _last([job for job in jobs if job.step == step])
+    return last_of([job for job in jobs if job.step == step])
 
 
-def _last(jobs: Sequence[JobStatus]) -> list[JobStatus]:
+def last_of(jobs: Sequence[JobStatus]) -> list[JobStatus]:
+    """Those of some jobs that were submitted last."""
     return [job for job in jobs if job.submission == jobs[-1].submission]
 
 

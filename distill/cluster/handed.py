@@ -66,8 +66,11 @@ def _hand_over(asked: Submission, site: Site) -> list[int]:
             array = f"[{as_ranges(job.tasks)}]" if job.tasks else ""
             behind = f", and to go on {', '.join(given[job.name][1:])}" if given[job.name][1:] else ""
             say(f"submit    {given[job.name][0]}  {job.name}{array}{behind}", result=True)
-    except BaseException:
-        sbatch.cancel(numbers)
+    except BaseException as error:
+        try:
+            sbatch.cancel(numbers)
+        except ClusterError as other:
+            raise ClusterError(f"{error} And {', '.join(map(str, numbers))}, submitted before, are not ended: {other}") from error
         raise
     say(f"submit    {len(numbers)} jobs for {asked.run}; to end all of them: scancel {' '.join(map(str, reversed(numbers)))}", result=True)
     return numbers

@@ -113,6 +113,7 @@ def _call(words: Sequence[str], environment: Mapping[str, str] | None = None) ->
     if done.returncode:
         said = visible(done.stderr.strip() or done.stdout.strip(), 1000)
         raise ClusterError(
-            f"{words[0]}: exit code {done.returncode}, {said!r}. Correct the site's file (SBATCH_..., SITE_...), or ask your site."
+            f"{words[0]}: exit code {done.returncode}, {said!r}. Where that speaks of what was asked for, correct the site's file "
+            "(SBATCH_..., SITE_...); else try again, or ask your site."
         )
     return done.stdout

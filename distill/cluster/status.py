@@ -18,7 +18,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from distill.cluster.failed import Failure, failures_of, last_submission, left_alone
+from distill.cluster.failed import Failure, failures_of, last_of, last_submission, left_alone
 from distill.cluster.jobs import JobStatus, jobs_of
 from distill.cluster.progress import StepProgress, progress_of
 from distill.cluster.underway import UnderWay
@@ -62,6 +62,8 @@ def status_of(run: Path) -> Status:
     steps = [each._replace(state="at work") if each.step in runs and not each.is_finished else each for each in found.steps]
     notes = [f"the rounds have ended: {found.ended_because}"] if found.ended_because else []
     notes += [f"jobs as they said it themselves: {no_queue}"] if no_queue else []
+    names = dict.fromkeys(job.name for job in jobs if job.step is None)
+    notes += [f"{name}: {_jobs(last_of([job for job in jobs if job.name == name]))}" for name in names]
     alone = [each.step for each in steps if not each.is_finished and left_alone(jobs, each.step)]
     notes += [f"{step}: there is more to do, and no job is left to do it; submit it again" for step in alone]
     return Status(run, at, steps, jobs, failures_of(run, steps, jobs), notes)
