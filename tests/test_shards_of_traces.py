@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 from faulty import Faulty
+from filelock import FileLock
 
 from distill.errors import BudgetError, RecipeError, ServerError, StageConflictError
 from distill.recipe.experiment import Recipe
 from distill.recipe.reading import recipe_text
-from distill.run.manifest import MANIFEST, Manifest, read_manifest
-from distill.run.parts import PARTS, Part, part_of
+from distill.run.manifest import MANIFEST, PARTS, Manifest, read_manifest
+from distill.run.parts import Part, part_of
 from distill.run.tables import read_rows
 from distill.stages import evaluate, generate, prompts
 
@@ -78,6 +79,23 @@ def test_what_fails_ends_the_stage_with_its_causes_and_is_asked_again(tmp_path: 
         made = generate.run(asked)
     assert made.rows_kept == len(read_rows(tmp_path / "run/traces", "traces")) and "dropped" not in made.tables
     assert read_manifest(tmp_path / "run/traces").facts["device"].startswith("server (vllm")
+
+
+def test_parts_that_made_nothing_bind_nobody(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """A server that refused all, by other settings; while somebody works by these they count."""
+    with Faulty(never=(401, '{"error": {"message": "no such key"}}')) as server:
+        wrong, asked = (recipe(tmp_path, tiny_model_dir, server.url, body={"tag": name}) for name in ("wrong", "stub"))
+        prompts.run(asked)
+        with pytest.raises(ServerError, match="401"):
+            generate.run_shard(wrong, Part(0, 2))
+        server.never = None
+        place = tmp_path / "run/traces"
+        with FileLock(place / ".lock-00002-of-00002"), pytest.raises(StageConflictError, match="'wrong' there and 'stub' here"):
+            generate.run_shard(asked, Part(0, 2))
+        assert generate.run_shard(asked, Part(0, 2)) is None
+        with pytest.raises(StageConflictError, match="'stub' there and 'wrong' here"):
+            generate.run_shard(wrong, Part(1, 2))
+        assert isinstance(generate.run_shard(asked, Part(1, 2)), Manifest)
 
 
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b"])

@@ -22,8 +22,7 @@ from typing import NamedTuple
 from distill.cluster.jobs import step_named
 from distill.cluster.tasks import JOBS, Attempt, lines_of, tasks_of
 from distill.errors import EARLY
-from distill.run.manifest import JOURNAL, MANIFEST, SHARDS
-from distill.run.parts import PARTS
+from distill.run.manifest import JOURNAL, MANIFEST, PARTS, SHARDS
 from distill.stages import FOLDERS, ROUNDS
 
 MOST_IDLE = 3
