@@ -17,6 +17,7 @@ from faulty import Faulty
 from filelock import FileLock
 from test_shards_of_traces import recipe as served_recipe
 
+from distill.cli import _run_folder
 from distill.cluster.progress import progress_of
 from distill.cluster.status import as_object, show, status_of
 from distill.cluster.underway import LATELY_S
@@ -264,3 +265,8 @@ def test_a_stage_is_watched_at_work_and_behind_a_kill(tmp_path: Path, tiny_model
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     text, _, last = shown.stdout.rstrip().rpartition("\n")
     assert last == "0 set()" and json.loads(text)["steps"] == json.loads(json.dumps(as_object(status_of(run))))["steps"]
+
+
+def test_a_run_is_named_by_its_folder_or_its_recipe(tmp_path: Path) -> None:
+    assert _run_folder(tmp_path) == tmp_path and _run_folder(Path("quickstart")) == Path("runs/quickstart")
+    assert _run_folder(tmp_path / "none") == tmp_path / "none"
