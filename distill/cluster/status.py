@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,12 +76,14 @@ def show(run: Path, *, as_json: bool = False, watch: bool = False) -> bool:
     Args:
         run: Its folder.
         as_json: One object, for machines.
-        watch: Make it anew every few seconds until Ctrl-C or until all is done; on a terminal.
+        watch: Make it anew every few seconds until Ctrl-C or until all is done; on a terminal, elsewhere it is printed once.
 
     Raises:
         MissingStageError: as `status_of`.
     """
     found = status_of(run)
+    if watch and (as_json or not sys.stdout.isatty()):
+        print("--watch: only a terminal is refreshed, so this is printed once", file=sys.stderr)
     if as_json:
         print(json.dumps(as_object(found), indent=2))
     elif watch and sys.stdout.isatty():
@@ -93,14 +96,11 @@ def show(run: Path, *, as_json: bool = False, watch: bool = False) -> bool:
 def _watch(found: Status) -> Status:
     from rich.live import Live
 
-    with Live(as_table(found), console=Console(highlight=False), auto_refresh=False) as live:
-        try:
-            while not all(each.is_finished for each in found.steps):
-                time.sleep(_EVERY_S)
-                found = status_of(found.run)
-                live.update(as_table(found), refresh=True)
-        except KeyboardInterrupt:
-            pass
+    with suppress(KeyboardInterrupt), Live(as_table(found), console=Console(highlight=False), auto_refresh=False) as live:
+        while not all(each.is_finished for each in found.steps):
+            time.sleep(_EVERY_S)
+            found = status_of(found.run)
+            live.update(as_table(found), refresh=True)
     return found
 
 
