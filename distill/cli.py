@@ -226,8 +226,9 @@ def check(
     """Prove a recipe before anything is spent: keys, files, packages, tokens, lengths; and rehearse it with miniature models."""
     from distill.before import check as whole
     from distill.before import quick as short
+    from distill.cluster.submit import launch_file
 
-    loaded = _load(recipe, context)
+    loaded, launch = _load(recipe, context), launch_file(launch) if launch else None
     if not (short.run(loaded, launch) if quick else whole.run(loaded, processes, launch)):
         raise typer.Exit(1)
 
@@ -284,8 +285,27 @@ def serve(
     serve_role(_load(recipe, context), role, number)
 
 
+def _run_folder(given: Path) -> Path:
+    """The folder of a run: as given, or where the recipe of that file or name has it."""
+    from distill.errors import RecipeError
+    from distill.recipe.reading import load_recipe
+    from distill.stages import run_dir
+
+    if given.is_dir():
+        return given
+    try:
+        return run_dir(load_recipe(given))
+    except RecipeError:
+        return given
+
+
+RunPath = Annotated[
+    Path, typer.Argument(metavar="RUN", help="The folder of a run, e.g. runs/quickstart, or its recipe.", callback=_run_folder)
+]
+
+
 @app.command()
-def verify(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, e.g. runs/quickstart.")]) -> None:
+def verify(run: RunPath) -> None:
     """Compare every file of a run with the digest it was written with, and list what is missing, altered, extra or outdated."""
     from distill.pipeline import verify_run
 
@@ -295,7 +315,7 @@ def verify(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder o
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, e.g. runs/quickstart.")],
+    run: RunPath,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh every few seconds, on a terminal, until all is done or Ctrl-C.")] = False,
 ) -> None:

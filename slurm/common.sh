@@ -8,6 +8,7 @@
 #   DISTILL_RUN         the run's folder; default: as the recipe has it
 #   DISTILL_NAME        of the task in records and logs; default: the stage
 #   DISTILL_FORERUNNER  the job that this one goes on from
+#   DISTILL_FIRST       the first of those that go on from each other; default: the forerunner
 
 received= # the first signal that came before the command began
 as=       # the signal that the command gets, whichever came; empty: the same
@@ -32,11 +33,14 @@ set_up() {
   elif [ -n "$DISTILL_SITE" ]; then
     fail "DISTILL_SITE: $file can't be read"
   fi
-  eval "$SITE_SETUP"
+  export SITE_MAX_IDLE_RESTARTS
+  eval "$SITE_SETUP" || fail "SITE_SETUP failed, see above: $SITE_SETUP"
   if [ -n "$SITE_SCRATCH" ]; then
     eval "TMPDIR=$SITE_SCRATCH"
     export TMPDIR
-    mkdir -p "$TMPDIR" || fail "SITE_SCRATCH: $TMPDIR can't be made"
+    local each=() # a node has a disk of its own
+    if [ "${SLURM_NNODES:-1}" -gt 1 ]; then each=(srun "--nodes=$SLURM_NNODES" "--ntasks=$SLURM_NNODES" --ntasks-per-node=1); fi
+    "${each[@]}" mkdir -p "$TMPDIR" || fail "SITE_SCRATCH: $TMPDIR can't be made"
   fi
   python=$DISTILL_PYTHON
   if [ -z "$python" ]; then
@@ -46,6 +50,7 @@ set_up() {
       python=$(command -v python || command -v python3) || fail "no python in PATH. Set SITE_SETUP in $file, or DISTILL_PYTHON."
     fi
   fi
+  "$python" -c 'import distill.recipe.reading' || fail "$python can't load the kit, see above. Set SITE_SETUP in $file, or DISTILL_PYTHON."
   export PYTHONUNBUFFERED=1
 }
 
@@ -74,18 +79,20 @@ open_log() {
   printf 'revision  %s\n' "$(git -C "$DISTILL_SLURM" describe --always --dirty --abbrev=12 '--exclude=*' 2> /dev/null || echo "no checkout")"
 }
 
-# Sets `recipe` to what is meant by a recipe, or by @FILE: the recipe in the line of FILE that has the number of the array's task.
+# Sets `recipe` to what is meant by a recipe, or by @FILE: the recipe in the line of FILE that has the number of the array's task, and
+# `of` to the folder of that one's own run.
 name_recipe() {
   recipe=$1
   if [ "${recipe#@}" = "$recipe" ]; then return; fi
   recipe=$(sed -n "${SLURM_ARRAY_TASK_ID:-1}p" "${1#@}")
   if [ -z "$recipe" ]; then fail "${1#@} has no line ${SLURM_ARRAY_TASK_ID:-1}"; fi
+  of=${recipe%/jobs/*}
 }
 
 # Ends the task where going on has no sense: what it goes on from has failed for good, or comes no further.
 end_if_hopeless() {
   if [ -z "$DISTILL_FORERUNNER" ] && [ "$attempt" = 0 ]; then return; fi
-  "$python" -m distill.cluster.again "$run" "${DISTILL_NAME:-$1}" ${task:+--task "$task"} || exit 1
+  "$python" -m distill.cluster.again "$run" "${DISTILL_NAME:-$1}" ${task:+--task "$task"} ${of:+--of "$of"} || exit 1
 }
 
 # Becomes the command of the task: passes signals on to it, writes down how it began and ended, ends as it ended.

@@ -32,6 +32,7 @@ LIMIT_S = 900
 """How long anything may take before it counts as hung; two cores are slow when others use them."""
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "sinfo", "srun", "scancel")
 _PAUSE_S = 0.1
+_ANSWER_S = 30
 _UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
 _FOR_EVER = ("DependencyNeverSatisfied", "JobHeldUser", "JobHeldAdmin")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -110,13 +111,24 @@ class Cluster:
         )
         return result.stdout
 
+    def ask(self, *words: str) -> str:
+        """What a command prints that changes nothing; asked again where no answer comes, as was seen on a busy machine."""
+        for _ in range(LIMIT_S // _ANSWER_S):
+            with suppress(subprocess.TimeoutExpired):
+                result = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=_ANSWER_S)
+                assert result.returncode == 0, (
+                    f"{' '.join(words)} ended with {result.returncode}: {result.stdout[-2000:]}{result.stderr[-2000:]}"
+                )
+                return result.stdout
+        raise AssertionError(f"{' '.join(words)}: no answer within {LIMIT_S} s\n{self.last_words()}")
+
     def submit(self, *words: str | Path) -> int:
         """The number of a job that `sbatch WORDS` makes."""
         return int(self.run("sbatch", "--parsable", *words).strip().split(";")[0])
 
     def jobs(self) -> list[dict[str, str]]:
         """All jobs and tasks of arrays, also ended ones, as `scontrol show job -o` has them."""
-        lines = self.run("scontrol", "show", "job", "-o").splitlines()
+        lines = self.ask("scontrol", "show", "job", "-o").splitlines()
         return [dict(word.partition("=")[::2] for word in line.split(" ") if "=" in word) for line in lines if line.startswith("JobId=")]
 
     def job(self, number: int) -> dict[str, str]:
@@ -138,12 +150,14 @@ class Cluster:
             assert time.monotonic() < end_s, f"not within {LIMIT_S} s: {what}\n{self.run('scontrol', 'show', 'job')}\n{self.last_words()}"
             for number, state, reason in left:
                 if (state, reason) == ("PENDING", "BeginTime"):  # queued again: it would wait for a while
-                    subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], env=self.environment, capture_output=True)
+                    words = ["scontrol", "update", f"JobId={number}", "StartTime=now"]
+                    with suppress(subprocess.TimeoutExpired):
+                        subprocess.run(words, env=self.environment, capture_output=True, timeout=_ANSWER_S)
             time.sleep(_PAUSE_S)
 
     def _left(self) -> list[tuple[str, str, str]]:
         """Number, state, and why it waits, of each job that is yet to end."""
-        lines = [line.split("|") for line in self.run("squeue", "-h", "-r", "-t", "all", "-o", "%A|%T|%r").splitlines()]
+        lines = [line.split("|") for line in self.ask("squeue", "-h", "-r", "-t", "all", "-o", "%A|%T|%r").splitlines()]
         return [(number, state, reason) for number, state, reason in lines if state in _UNFINISHED]
 
     def until_ended(self, first: int = 0) -> list[dict[str, str]]:
@@ -173,7 +187,7 @@ class Cluster:
         self.until(lambda: self._state(node) in ("IDLE", "MIXED", "ALLOCATED"), f"{node} is up", by_jobs=False)
 
     def _state(self, node: str) -> str:
-        return self.run("sinfo", "-h", "-n", node, "-p", "main", "-o", "%T").strip().upper()
+        return self.ask("sinfo", "-h", "-n", node, "-p", "main", "-o", "%T").strip().upper()
 
     def _do(self, command: str) -> None:
         with (self.folder / "do").open("w") as file:
@@ -244,7 +258,7 @@ class _Keeper:
         """Returns when all nodes are idle."""
         folder = self.folder
         munge = [f"--{name}={folder}/munge.{name.split('-')[0]}" for name in ("socket", "pid-file", "log-file", "seed-file")]
-        self._start("munged", ["munged", "--foreground", "--force", f"--key-file={folder}/munge.key", *munge])
+        self._start("munged", ["munged", "--foreground", "--force", "--num-threads=8", f"--key-file={folder}/munge.key", *munge])
         self._wait(lambda: (folder / "munge.socket").exists(), "munged answers")
         self._start("slurmctld", ["slurmctld", "-D", "-f", str(self.conf)])
         for node in NODES:

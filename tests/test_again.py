@@ -41,9 +41,10 @@ def test_what_failed_for_good_is_not_gone_on_from(end: str, tmp_path: Path, caps
     record(tmp_path, "train-7", "failed")  # and was submitted again
     record(tmp_path, "train-8", end)
     assert verdict(tmp_path, "train").go_on == goes_on
-    assert asks(tmp_path, 9) == (0 if goes_on else 1)
+    assert asks(tmp_path, 9, DISTILL_FORERUNNER="8") == (0 if goes_on else 1)
     assert goes_on or capsys.readouterr().out.startswith("given up: train-8 failed with exit code 1, see")
     assert "train-7" in verdict(tmp_path, "train", now=(8, 0)).reason  # the attempt that asks is none of those before it
+    assert asks(tmp_path, 9) == 0  # submitted again, after a correction
 
 
 def test_a_task_goes_on_from_its_own_forerunner(tmp_path: Path) -> None:
@@ -51,23 +52,25 @@ def test_a_task_goes_on_from_its_own_forerunner(tmp_path: Path) -> None:
     record(tmp_path, "generate-7_1", "failed")
     record(tmp_path, "generate-7_2", "early")
     record(tmp_path, "generate-2-7_2", "failed")  # of another name
-    assert asks(tmp_path, 8, "--task", "2", name="generate") == 0
-    assert asks(tmp_path, 8, "--task", "1", name="generate") == 1
-    assert "generate-7_1 failed" in verdict(tmp_path, "generate").reason
+    chain = {"DISTILL_FORERUNNER": "7", "DISTILL_FIRST": "7"}
+    assert asks(tmp_path, 8, "--task", "2", name="generate", **chain) == 0
+    assert asks(tmp_path, 8, "--task", "1", name="generate", **chain) == 1
+    record(tmp_path, "generate-9", "early")  # in one part: what failed in an array before is none of it
+    assert asks(tmp_path, 10, name="generate", DISTILL_FIRST="9") == 0
 
 
 def test_an_end_without_progress_is_given_up_after_some_attempts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint(tmp_path, 40)
     record(tmp_path, "train-1", "early")  # the first of a chain, which asks nobody
     for job, end in ((2, "early"), (3, "killed"), (4, "taken by its node")):
-        assert asks(tmp_path, job) == 0
+        assert asks(tmp_path, job, DISTILL_FIRST="1") == 0
         record(tmp_path, f"train-{job}", end)
-    assert asks(tmp_path, 5) == 1
+    assert asks(tmp_path, 5, DISTILL_FIRST="1") == 1
     assert "3 attempts in a row came no further (SITE_MAX_IDLE_RESTARTS=3); the last was train-4" in capsys.readouterr().out
-    assert asks(tmp_path, 5, SITE_MAX_IDLE_RESTARTS="4") == 0
+    assert asks(tmp_path, 5, DISTILL_FIRST="1", SITE_MAX_IDLE_RESTARTS="4") == 0
     record(tmp_path, "train-5", "early")
     checkpoint(tmp_path, 41)
-    assert asks(tmp_path, 6) == 0
+    assert asks(tmp_path, 6, DISTILL_FIRST="1") == 0
     record(tmp_path, "train-9", "early")  # submitted again, by hand: a new chain
     assert verdict(tmp_path, "train").go_on
 
@@ -78,6 +81,16 @@ def test_requeued_attempts_count_and_a_first_one_that_made_nothing(tmp_path: Pat
         assert asks(tmp_path, 1, attempt=attempt) == 0
         record(tmp_path, "train-1", "early", attempt=attempt)
     assert asks(tmp_path, 1, attempt=3) == 1
+
+
+def test_a_training_of_a_sweep_is_judged_by_its_own_progress(tmp_path: Path) -> None:
+    own = tmp_path / "sweep" / "r=8"
+    checkpoint(tmp_path / "sweep" / "r=16", 900)  # of another
+    record(tmp_path, "sweep-train-1_2", "early")
+    for attempt in range(1, 6):
+        checkpoint(own, 100 * attempt)
+        assert asks(tmp_path, 1, "--task", "2", "--of", str(own), name="sweep-train", attempt=attempt) == 0
+        record(tmp_path, "sweep-train-1_2", "early", attempt=attempt)
 
 
 def test_progress_is_what_is_on_disk(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from distill.errors import BudgetError, ServerError
 from distill.recipe.base import Sampling
 from distill.recipe.servers import Price, Server
-from distill.servers import Answer, Call, Failure
+from distill.servers import Answer, Call, Failure, Usage
 from distill.servers.client import Client
 from distill.servers.protocols import protocol_of
 from distill.servers.spending import Spending
@@ -207,6 +207,22 @@ def test_an_error_of_the_caller_and_of_the_reader_end_it() -> None:
                 list(client.run(calls_of(server, 50), broken, lambda answer: answer.usage))
             with pytest.raises(KeyboardInterrupt):
                 list(client.run(source(), protocol_of(server, "tiny").answer, lambda answer: answer.usage))
+
+
+def test_base_and_student_share_the_limits_of_their_section(tmp_path: Path) -> None:
+    server = Server.model_validate({"kind": "vllm", "url": "http://localhost:1", "max_tokens": 100})
+    base = Spending(tmp_path, "base", server)
+    base.add(Usage(input_tokens=60, output_tokens=30, requests=1))
+    base.keep()
+    student, teacher = (Spending(tmp_path, role, server) for role in ("student", "teacher"))
+    student.add(Usage(input_tokens=5, output_tokens=4, requests=1))
+    student.check()
+    for one in (student, teacher):
+        one.add(Usage(input_tokens=1, output_tokens=0, requests=1))
+    teacher.check()
+    with pytest.raises(BudgetError, match=r"student\.server\.max_tokens: 100 is reached: 100 tokens in 3 requests"):
+        student.check()
+    assert student.facts()["requests"] == 2
 
 
 @pytest.mark.parametrize("limit", [{"max_tokens": 400}, {"max_cost": 0.004, "price": Price(input=1.0, output=10.0)}])

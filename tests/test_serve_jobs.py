@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import commands
 import pytest
 from faulty import Faulty, faulty
 from test_client import calls_of
@@ -24,7 +25,7 @@ from distill.run.files import read_json, write_json
 from distill.servers import Answer, alive
 from distill.servers.client import Client
 from distill.servers.commands import Command
-from distill.servers.left import WAIT, Watch, identity
+from distill.servers.left import JOBS, SERVERS, WAIT, Watch, identity
 from distill.servers.needs import ServerNeeds
 from distill.servers.nodes import Nodes, nodes, own_address, replica
 from distill.servers.pace import Pace
@@ -195,6 +196,23 @@ def test_one_that_never_comes_is_an_error(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv(WAIT, "soon")
     with pytest.raises(RecipeError, match=f"{WAIT}: got 'soon'"):
         use(tmp_path)
+
+
+def test_nobody_waits_for_jobs_that_have_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WAIT, "600")
+    monkeypatch.setenv(JOBS, "70,71")
+    monkeypatch.setenv(SERVERS, "2")
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    dies = json.dumps({"kind": "vllm", "command": [sys.executable, "-c", "raise SystemExit('no such weights')"]})
+    words = ["-m", "distill", "serve", str(tmp_path / "recipe.yaml"), "--run_dir", str(tmp_path / "run"), "--teacher.server", dies]
+    for task in ("1", "2"):
+        job = {"SLURM_JOB_ID": "70", "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": task}
+        watch(tmp_path / "run").refuse_to_wait()  # one of the two is left
+        assert commands.run(words, environment={**os.environ, **job}).returncode == 1
+    with pytest.raises(ServerError, match=r"(?s)the jobs that were to serve it \(70, 71\) have failed: .*no such weights"):
+        watch(tmp_path / "run").wait()
+    monkeypatch.setenv(JOBS, "80")  # of a new submission
+    watch(tmp_path / "run").refuse_to_wait()
 
 
 def test_as_many_requests_are_in_flight_as_servers_can_take() -> None:

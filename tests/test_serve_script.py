@@ -110,7 +110,7 @@ def test_a_job_that_serves_is_found_from_another_node(slurm: Cluster, tmp_path: 
     client = slurm.submit(*sbatch, "--nodelist=node2", ROOT / "slurm" / "stage.sbatch", "generate", *words)
     slurm.until(lambda: "waiting for a server of teacher" in said(run), "the stage waits for its server")
     server = slurm.submit(*sbatch, "--nodelist=node1", ROOT / "slurm" / "serve.sbatch", *words)
-    slurm.until_ended(client)
+    slurm.until(lambda: slurm.job(client)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), "the stage has ended")
     assert slurm.job(client)["JobState"] == "COMPLETED", said(run)
     _same_answers(here, run)
     assert (run / "servers" / f"teacher-{server}.json").exists()

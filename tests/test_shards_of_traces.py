@@ -11,20 +11,21 @@ from typing import Any
 
 import pytest
 from faulty import Faulty
+from filelock import FileLock
 
 from distill.errors import BudgetError, RecipeError, ServerError, StageConflictError
 from distill.recipe.experiment import Recipe
 from distill.recipe.reading import recipe_text
-from distill.run.manifest import MANIFEST, Manifest, read_manifest
-from distill.run.parts import PARTS, Part, part_of
+from distill.run.manifest import MANIFEST, PARTS, Manifest, read_manifest
+from distill.run.parts import Part, part_of
 from distill.run.tables import read_rows
 from distill.stages import evaluate, generate, prompts
 
 
-def recipe(place: Path, model: Path, url: str, **server: Any) -> Recipe:
-    """A recipe whose teacher and student stand behind a server."""
+def recipe(place: Path, model: Path, url: str, *, count: int = 30, **server: Any) -> Recipe:
+    """A recipe whose teacher and student stand behind a server; `count` prompts, of which 9 are held out."""
     served = {"kind": "vllm", "url": url, "model": "stub"} | server
-    rows = "".join(f'{{"question": "How much is {number} and 1?", "answer": "{number + 1}"}}\n' for number in range(30))
+    rows = "".join(f'{{"question": "How much is {number} and 1?", "answer": "{number + 1}"}}\n' for number in range(count))
     place.mkdir(parents=True, exist_ok=True)
     (place / "p.jsonl").write_text(rows)
     return Recipe.model_validate(
@@ -80,39 +81,58 @@ def test_what_fails_ends_the_stage_with_its_causes_and_is_asked_again(tmp_path: 
     assert read_manifest(tmp_path / "run/traces").facts["device"].startswith("server (vllm")
 
 
+def test_parts_that_made_nothing_bind_nobody(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """A server that refused all, by other settings; while somebody works by these they count."""
+    with Faulty(never=(401, '{"error": {"message": "no such key"}}')) as server:
+        wrong, asked = (recipe(tmp_path, tiny_model_dir, server.url, body={"tag": name}) for name in ("wrong", "stub"))
+        prompts.run(asked)
+        with pytest.raises(ServerError, match="401"):
+            generate.run_shard(wrong, Part(0, 2))
+        server.never = None
+        place = tmp_path / "run/traces"
+        with FileLock(place / ".lock-00002-of-00002"), pytest.raises(StageConflictError, match="'wrong' there and 'stub' here"):
+            generate.run_shard(asked, Part(0, 2))
+        assert generate.run_shard(asked, Part(0, 2)) is None
+        with pytest.raises(StageConflictError, match="'stub' there and 'wrong' here"):
+            generate.run_shard(wrong, Part(1, 2))
+        assert isinstance(generate.run_shard(asked, Part(1, 2)), Manifest)
+
+
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b"])
 def test_a_part_that_there_is_not_is_refused(shard: str) -> None:
     with pytest.raises(RecipeError, match="--shard"):
         part_of(shard)
 
 
-@pytest.mark.slow
-def test_parts_on_the_command_line_survive_kills(tmp_path: Path, tiny_model_dir: Path) -> None:
-    """Two processes share the stage; one is killed twice while it writes; nothing answered is asked for again."""
+@pytest.mark.parametrize(
+    ("kills", "count"), [pytest.param(2, 30, marks=pytest.mark.slow), pytest.param(50, 320, marks=pytest.mark.nightly)]
+)
+def test_parts_on_the_command_line_survive_kills(kills: int, count: int, tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Two processes share the stage; one is killed again and again while it writes; nothing answered is asked for again."""
     with Faulty() as server:
-        whole = recipe(tmp_path / "whole", tiny_model_dir, server.url, concurrency=2)
+        whole = recipe(tmp_path / "whole", tiny_model_dir, server.url, count=count, concurrency=2)
         prompts.run(whole)
         made = generate.run(whole)
     with Faulty(delay_s=0.4) as server:
-        asked = recipe(tmp_path / "parts", tiny_model_dir, server.url, concurrency=2)
+        asked = recipe(tmp_path / "parts", tiny_model_dir, server.url, count=count, concurrency=2)
         prompts.run(asked)
         (tmp_path / "parts/recipe.yaml").write_text(recipe_text(asked))
         command = [sys.executable, "-m", "distill", "generate", str(tmp_path / "parts/recipe.yaml"), "--shard"]
         journal = Part(0, 2).folder(tmp_path / "parts/run/traces") / "journal.jsonl"
-        for kill in range(2):
+        for kill in range(kills):
             with subprocess.Popen([*command, "1/2"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
                 deadline = time.monotonic() + 120
                 # By what is on disk: when the server has answered, the answer may be on its way there.
                 while (not journal.exists() or journal.read_bytes().count(b"\n") < 4 * (kill + 1)) and time.monotonic() < deadline:
                     time.sleep(0.02)
                 process.kill()
-            assert process.returncode == -signal.SIGKILL and sum(server.asked.values()) < 21, "it was to be killed while it writes"
+            assert process.returncode == -signal.SIGKILL and sum(server.asked.values()) < count - 9, "it was to be killed while it writes"
         server.delay_s = 0.0
         ended = [subprocess.run([*command, part], capture_output=True, text=True, timeout=300) for part in ("2/2", "1/2")]
         assert [each.returncode for each in ended] == [0, 0], ended[0].stderr + ended[1].stderr
         again = sum(count - 1 for count in server.asked.values())
     found = read_manifest(tmp_path / "parts/run/traces")
-    assert found.digest == made.digest and again <= 2 * 2  # what was in flight at each kill
+    assert found.digest == made.digest and again <= 2 * kills  # what was in flight at each kill
     assert "nothing to do" in subprocess.run(command[:-1], capture_output=True, text=True, timeout=300).stdout
 
 

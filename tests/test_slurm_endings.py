@@ -173,7 +173,8 @@ def test_what_fails_for_good_ends_its_dependents_and_is_gone_on_from(slurm: Clus
     given = give(2)
     assert "prompts" not in given
     jobs = go_on()
-    assert sorted(states(jobs, given["generate"][:1]).values()) == ["CANCELLED", "COMPLETED", "COMPLETED"], said(run)
+    first = given["generate"][0]  # Slurm keeps no record of a task that was cancelled before it began
+    assert [task for task in (1, 2, 3) if (run / "logs" / f"generate-{first}_{task}.log").exists()] == [1, 3], said(run)
     assert set(states(jobs, given["curate"]).values()) == {"CANCELLED"}, said(run)
     given = give()
     assert next(line["tasks"] for line in submitted(run) if line["job"] == given["generate"][0]) == "2"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from faulty import Faulty
 from filelock import FileLock
 from test_shards_of_traces import recipe as served_recipe
 
+from distill.cli import _run_folder
 from distill.cluster.progress import progress_of
 from distill.cluster.status import as_object, show, status_of
 from distill.cluster.underway import LATELY_S
@@ -264,3 +266,26 @@ def test_a_stage_is_watched_at_work_and_behind_a_kill(tmp_path: Path, tiny_model
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     text, _, last = shown.stdout.rstrip().rpartition("\n")
     assert last == "0 set()" and json.loads(text)["steps"] == json.loads(json.dumps(as_object(status_of(run))))["steps"]
+
+
+def test_a_run_is_named_by_its_folder_or_its_recipe(tmp_path: Path) -> None:
+    assert _run_folder(tmp_path) == tmp_path and _run_folder(Path("quickstart")) == Path("runs/quickstart")
+    assert _run_folder(tmp_path / "none") == tmp_path / "none"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_it_is_watched_on_a_terminal_until_ctrl_c(tmp_path: Path) -> None:
+    started(tmp_path)
+    words = [sys.executable, "-m", "distill", "status", str(tmp_path), "--watch"]
+    once = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert once.returncode == 0 and "40 rows" in once.stdout and "printed once" in once.stderr
+    ours, theirs = os.openpty()
+    with subprocess.Popen(words, stdout=theirs, stderr=theirs, cwd=ROOT) as process:
+        os.close(theirs)
+        shown = b""
+        while b"generate" not in shown:
+            shown += os.read(ours, 4096)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    os.close(ours)
+    assert b"Traceback" not in shown

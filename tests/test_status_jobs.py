@@ -75,12 +75,28 @@ def test_a_job_that_fails_for_good_is_said_with_its_last_lines(tmp_path: Path, q
     said = capsys.readouterr().out
     assert "generate generate-7: exit code 1" in said and "row 5" in said and "row 4" not in said and "error: no more" in said
     assert "line 11" not in said and "\x1b[2J" not in said and "--- 2026" not in said
-    assert "curate curate-8: it can never begin, because generate-7 has failed" in said
-    assert "train train-9: it can never begin, because curate-8 has failed" in said
+    assert "8 barred" in said, said
+    assert "curate-8" not in said  # the cause alone
     found = states(tmp_path)
-    assert found["generate"] == found["train"] == "failed" and found["export"] == "not begun"
+    assert found["generate"] == "failed" and found["train"] == found["export"] == "not begun"
+    assert {job.id: job.why for job in status_of(tmp_path).jobs}["train-9"] == "it can never begin, because curate-8 has failed"
     queue("8|N/A|PENDING|DependencyNeverSatisfied|")  # where Slurm leaves them in the queue
-    assert states(tmp_path)["curate-8"] == "cancelled"
+    assert states(tmp_path)["curate-8"] == "barred"
+
+
+def test_what_slurm_knows_better_is_no_failure(tmp_path: Path, queue: Queue) -> None:
+    started(tmp_path)
+    submit(tmp_path, 7, "generate")
+    task(tmp_path, "generate-7", None)
+    queue("7|N/A|COMPLETED|None|n1")  # its last line is on its way here
+    assert states(tmp_path)["generate-7"] == "done" and not status_of(tmp_path).failures
+    with (tmp_path / "jobs" / "submitted.jsonl").open("a") as file:
+        line = {"job": 8, "name": "generate-end", "steps": [["generate", 0]], "ends": "generate-serve", "sbatch": []}
+        file.write(json.dumps(line) + "\n")
+    (tmp_path / "logs" / "generate-end-8.log").touch()
+    task(tmp_path, "generate-7", 0)
+    queue()
+    assert states(tmp_path)["generate-end-8"] == "done" and not status_of(tmp_path).failures
 
 
 def test_what_ended_early_or_was_killed_goes_on_where_a_job_is_left(tmp_path: Path, queue: Queue) -> None:
@@ -147,7 +163,7 @@ def test_without_slurm_the_records_count(tmp_path: Path, queue: Queue, monkeypat
         assert [job.state for job in found.jobs] == ["unknown", "unknown"] and not found.failures
         assert found.notes[0].startswith("jobs as they said it themselves: ")
     task(tmp_path, "generate-7", 1)
-    assert [failure.where for failure in status_of(tmp_path).failures] == ["generate-7", "curate-8"]
+    assert [failure.where for failure in status_of(tmp_path).failures] == ["generate-7"]
 
 
 def test_jobs_that_were_submitted_by_hand_and_runs_that_none_has_begun(tmp_path: Path, queue: Queue) -> None:

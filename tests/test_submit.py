@@ -18,7 +18,7 @@ from distill.cluster.chain import Job, Wanted, as_ranges, jobs_of
 from distill.cluster.handed import dependency
 from distill.cluster.parts import parts_of
 from distill.cluster.sbatch import environment_of, words_of
-from distill.cluster.site import Site, read_site
+from distill.cluster.site import Site, read_site, seconds_of
 from distill.cluster.tasks import tasks_of
 from distill.errors import EARLY, ClusterError, StageConflictError
 from distill.recipe.experiment import Recipe
@@ -32,7 +32,9 @@ SLURM = ROOT / "slurm"
 SCRIPTS = sorted([*SLURM.glob("*.sbatch"), *SLURM.glob("*.sh")])
 
 
+TWO_BY_FOUR = '{kind: vllm, command: [/bin/true], args: [-tp, "4", --pipeline-parallel-size=2]}'
 PLAIN = Site()
+SERVED = {"teacher": {"model": "Qwen/Qwen3-8B", "server": {"kind": "vllm"}}}
 ONE_NODE = Wanted()
 
 
@@ -109,21 +111,31 @@ def test_arrays_above_the_limit_are_split_and_share_what_may_run_at_once(tmp_pat
     assert max(max(job.tasks) for job in jobs.values() if job.tasks) <= 1000
     assert jobs["generate-1"].at_once == jobs["generate-2"].at_once == 32
     assert jobs["curate"].after == ("generate-1", "generate-2")
+    with pytest.raises(ClusterError, match=r"2,500 parts of generate are 3 arrays .* SITE_MAX_AT_ONCE is 2"):
+        chain(recipe_for(tmp_path / "other"), Wanted(shards=2500), Site(max_array=1000, max_at_once=2))
     words = words_of(jobs["generate-2"], tmp_path, Site(max_array=1000))
     assert "--array=1-299,301-500%32" in words
     assert as_ranges([1, 2, 3, 5, 7, 8]) == "1-3,5,7-8"
 
 
 def test_a_served_model_is_a_job_beside_its_clients_that_is_ended_behind_them(tmp_path: Path) -> None:
-    jobs = {job.name: job for job in chain(recipe_for(tmp_path), Wanted(gpus=8, shards=2), served={Step("generate"): "teacher"})}
+    jobs = {job.name: job for job in chain(recipe_for(tmp_path, **SERVED), Wanted(gpus=8, shards=2), served={Step("generate"): "teacher"})}
     server, clients, end = jobs["generate-serve"], jobs["generate"], jobs["generate-end"]
-    assert server.words == ("recipe.yaml", "teacher") and server.after == ("prompts",) and server.gpus == 8
+    assert server.words == ("recipe.yaml", "teacher") and server.after == ("prompts",) and server.gpus == 1
     assert (clients.beside, clients.after, clients.gpus) == ("generate-serve", ("prompts",), 0)
     assert int(clients.environment["DISTILL_WAIT_FOR_SERVER_S"]) > 0
     assert end.behind == ("generate",) and end.ends == "generate-serve" and jobs["curate"].after == ("generate",)
     given = {"prompts": ["1", "2"], "generate-serve": ["3", "4"], "generate": ["5", "6"]}
     assert dependency(clients, given) == "afterok:2,after:3"
     assert dependency(end, given) == "afterany:6"
+    several = {job.name: job for job in chain(recipe_for(tmp_path, **SERVED), Wanted(servers=3), served={Step("generate"): "teacher"})}
+    assert dependency(several["generate"], given) == "afterok:2,after:3_1" and several["generate"].environment["DISTILL_SERVERS"] == "3"
+    words = words_of(end, tmp_path / "50%", PLAIN)
+    assert (
+        "--time=5" in words
+        and not any("--signal" in word for word in words)
+        and f"--output={tmp_path}/50%%/logs/generate-end-%j.log" in words
+    )
 
 
 def test_what_sbatch_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,8 +150,12 @@ def test_what_sbatch_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     environment = environment_of(job, tmp_path, site, {"DISTILL_FORERUNNER": "9"})
     assert environment["SBATCH_PARTITION"] == "a" and environment["SBATCH_QOS"] == "high" and "SLURM_JOB_ID" not in environment
     assert environment["DISTILL_RUN"] == str(tmp_path) and environment["DISTILL_PYTHON"] == sys.executable
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DISTILL_SITE", "~/site.env")
+    (tmp_path / "site.env").touch()
     closed = environment_of(job, tmp_path, Site(slurm={"SBATCH_EXPORT": "NONE"}), {})
-    assert "DISTILL_RUN" in closed["SBATCH_EXPORT"].split(",") and "NONE" not in closed["SBATCH_EXPORT"]
+    assert {"DISTILL_RUN", "DISTILL_SITE"} < set(closed["SBATCH_EXPORT"].split(",")) and "NONE" not in closed["SBATCH_EXPORT"]
+    assert closed["DISTILL_SITE"] == str(tmp_path / "site.env")
 
 
 def site_with(tmp_path: Path, text: str) -> Site:
@@ -165,6 +181,11 @@ def test_the_site_is_read_as_a_shell_would(tmp_path: Path) -> None:
         ("SITE_GPU_PER_NODE=8", r"site.env:2: SITE_GPU_PER_NODE: unknown key, got '8'. Did you mean SITE_GPUS_PER_NODE\?"),
         ("HF_HOME=/x", "put `export HF_HOME=...` into SITE_SETUP"),
         ("SITE_GPUS_PER_NODE=many", "site.env:2: SITE_GPUS_PER_NODE: .*got 'many'"),
+        ("SITE_REQUEUE=yes", "site.env:2: SITE_REQUEUE: .*is 0 or 1, got 'yes'"),
+        ("SBATCH_PARTITON=gpu", "site.env:2: SBATCH_PARTITON: unknown key, got 'gpu'. Did you mean SBATCH_PARTITION"),
+        ("SBATCH_PARTITION=cpu", "site.env:2: SBATCH_PARTITION: is there twice"),
+        ("SBATCH_TIMELIMIT=banana", "SBATCH_TIMELIMIT: got 'banana'"),
+        ("SBATCH_TIMELIMIT=5", "SITE_SIGNAL_S: a job of 300 s .* told to end 300 s before"),
         ("SITE_MAX_ARRAY=0", "site.env:2: SITE_MAX_ARRAY: .*greater than or equal to 1, got '0'"),
         ("SITE_GPU_ARGS=--mem 9G", "expected KEY=VALUE, got 'SITE_GPU_ARGS=--mem 9G'"),
         ("SITE_SETUP='module load", "Close the quotes"),
@@ -174,6 +195,27 @@ def test_the_site_is_read_as_a_shell_would(tmp_path: Path) -> None:
 def test_a_wrong_line_of_the_site_is_named(line: str, expected: str, tmp_path: Path) -> None:
     with pytest.raises(ClusterError, match=expected):
         site_with(tmp_path, f"SBATCH_PARTITION=gpu\n{line}\n")
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-12", 129600), ("1-0:30", 88200), ("x", None)],
+)
+def test_time_limits_are_read_as_slurm_does(limit: str, seconds: int | None) -> None:
+    assert seconds_of(limit) == seconds
+
+
+def test_gpus_are_asked_for_where_they_are_used(tmp_path: Path) -> None:
+    """A host needs none; a server takes what its arguments say."""
+    words = ["--run_dir", str(tmp_path), "--evaluate.models", "[student]"]
+    hosted = load_recipe(ROOT / "recipes" / "deepseek-v3.2-hosted-to-1.5b-kd.yaml", words)
+    gpus = {job.name: job.gpus for job in chain(hosted, Wanted(gpus=8, shards=2))}
+    assert (gpus["generate"], gpus["score"], gpus["train"], gpus["evaluate"]) == (0, 0, 8, 1)
+    large = load_recipe(ROOT / "recipes" / "r1-to-32b-lora-4x8.yaml", ["--run_dir", str(tmp_path)])
+    with pytest.raises(ClusterError, match=r"teacher.server.args: .*to 16 GPUs, and a server has 8. Add --serve-nodes 2"):
+        chain(large, Wanted(gpus=8), served={Step("generate"): "teacher"})
+    served = {job.name: job for job in chain(large, Wanted(gpus=8, serve_nodes=2), served={Step("generate"): "teacher"})}
+    assert (served["generate-serve"].nodes, served["generate-serve"].gpus, served["generate"].gpus) == (2, 8, 0)
 
 
 def test_without_a_file_nothing_is_set_unless_one_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +249,12 @@ def test_a_dry_run_shows_all_and_makes_nothing(tmp_path: Path) -> None:
         (["--nodes", "64", "--gpus-per-node", "8"], "32 rows a step leave 480 of 512 processes without any. Set it to 512 or more"),
         (["--shards", "2001"], "2,001 parts of 2,000 prompts would leave some without any. Give at most 2,000"),
         (["--launch", "fdsp"], "there is no file fdsp"),
+        (["--launch", "zero3", "--student.quantization", "nf4"], "student.quantization"),
+        (["--gpus-per-node", "2", "--processes", "4"], "--processes: 4 on a node of 2 GPUs"),
+        (
+            ["--gpus-per-node", "8", "--teacher.server", TWO_BY_FOUR],
+            "teacher.server.args: evaluate starts this server itself, on 8 GPUs, and a task of it has 1. Add --gpus-per-task 8",
+        ),
     ],
 )
 def test_a_dry_run_refuses_what_does_not_come_out(words: list[str], expected: str, tmp_path: Path) -> None:
@@ -216,7 +264,33 @@ def test_a_dry_run_refuses_what_does_not_come_out(words: list[str], expected: st
 
 def test_where_there_is_no_slurm_that_is_said(tmp_path: Path) -> None:
     done = submit(tmp_path, PATH=str(tmp_path))
-    assert done.returncode == 1 and "sbatch: there is no such command" in done.stderr and "--dry-run works anywhere" in done.stderr
+    assert done.returncode == 1 and "nothing says whether nodes have GPUs" in done.stderr and not (tmp_path / "run").exists()
+    done = submit(tmp_path, "--gpus-per-node", "0", PATH=str(tmp_path))
+    assert done.returncode == 1 and "squeue: there is no such command" in done.stderr and "--dry-run works anywhere" in done.stderr
+
+
+def test_jobs_are_given_once_and_known_by_their_run(tmp_path: Path) -> None:
+    """With programs in the place of Slurm's; the third job is accepted, but its number does not arrive."""
+    sbatch = 'n=$(($(wc -l < jobs) + 101)); echo "$* $DISTILL_FORERUNNER $DISTILL_FIRST" >> jobs; if [ $n = 103 ]; then exit 1; fi; echo $n'
+    squeue = f'while read -r line; do echo "$((++n + 100)) distill:{tmp_path}/run"; done < jobs; echo "7 distill:/another"; echo "8 (null)"'
+    for name, text in {"sbatch": sbatch, "squeue": squeue, "scancel": 'echo "$*" > ended'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\ncd {tmp_path}\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "jobs").touch()
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = submit(tmp_path, "--gpus-per-node", "0", **path)
+    assert done.returncode == 1 and "these jobs are submitted" in done.stdout and "sbatch: exit code 1" in done.stderr
+    assert (tmp_path / "ended").read_text() == "102 101\n"
+    first, second, third = (tmp_path / "jobs").read_text().splitlines()
+    assert f"--comment=distill:{tmp_path}/run" in first and second.endswith(" 101 101") and third.endswith(" 102 101")
+    done = submit(tmp_path, "--gpus-per-node", "0", **path)
+    assert done.returncode == 1 and "are queued or running (101, 102, 103)" in done.stderr
+    assert len((tmp_path / "jobs").read_text().splitlines()) == 3
+
+
+def test_what_does_not_come_out_is_refused_before_anything_is_submitted(tmp_path: Path) -> None:
+    done = submit(tmp_path, "--nodes", "64", "--gpus-per-node", "8", PATH=str(tmp_path))
+    assert done.returncode == 1 and "leave 480 of 512 processes without any" in done.stdout and not (tmp_path / "run").exists()
 
 
 # The scripts
@@ -288,6 +362,24 @@ def test_a_signal_before_the_command_is_no_reason_to_begin(tmp_path: Path) -> No
     assert (task.attempts[0].code, task.attempts[0].signal) == (EARLY, "USR1")
 
 
+def test_a_follow_up_asks_by_the_site_s_limit_and_of_its_own_chain_alone(tmp_path: Path) -> None:
+    (tmp_path / "site.env").write_text("SITE_MAX_IDLE_RESTARTS=1\n")
+    run = tmp_path / "run"
+    (run / "jobs" / "tasks").mkdir(parents=True)
+    for job, code in ((15, 1), (16, EARLY)):
+        begun = {"event": "started", "at": "", "attempt": 0, "host": ""}
+        lines = [json.dumps(begun), json.dumps(begun | {"event": "ended", "code": code})]
+        (run / "jobs" / "tasks" / f"prompts-{job}.jsonl").write_text("\n".join(lines) + "\n")
+    words = ("stage.sbatch", "prompts", "recipes/quickstart.yaml", "--run_dir", str(run))
+    for first, said in (("15", "prompts-15 failed"), ("16", "1 attempts in a row came no further (SITE_MAX_IDLE_RESTARTS=1)")):
+        more = {"DISTILL_SITE": str(tmp_path / "site.env"), "DISTILL_FORERUNNER": "16" if first == "16" else "15", "DISTILL_FIRST": first}
+        process = bash(*words, tmp_path=tmp_path, **more, SLURM_JOB_ID="16" if first == "15" else "17")
+        process.communicate()
+        logs = "".join(log.read_text() for log in (run / "logs").glob("*.log"))
+        assert process.returncode == 1 and f"given up: {said}" in logs, logs
+        shutil.rmtree(run / "logs")
+
+
 # A command that ends early as a stage does, or before it could listen; and one that fails.
 LISTENS = "import os, signal; signal.signal(signal.SIGUSR1, lambda *_: os._exit(75)); print('ready', flush=True); signal.pause()"
 DEAF = "import signal; print('ready', flush=True); signal.pause()"
@@ -330,12 +422,15 @@ def test_what_fails_or_is_killed_is_told_from_what_ended_early(tmp_path: Path) -
 
 
 def test_a_task_that_ended_early_is_queued_again_by_both_its_numbers(tmp_path: Path) -> None:
-    """With a program in the place of scontrol that says what it was told."""
-    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "scontrol $*"\n')
-    (tmp_path / "scontrol").chmod(0o755)
+    """With programs in the place of scontrol, which says what it was told, and of squeue, which knows how the job stands."""
+    for name, said in {"scontrol": "scontrol $*", "squeue": "$STATE"}.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{said}"\n')
+        (tmp_path / name).chmod(0o755)
     array = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "4", "SLURM_JOB_ID": "17"}  # of the last task $SLURM_JOB_ID is the array's
     path = f"{tmp_path}:{os.environ['PATH']}"
-    process = task(tmp_path, "raise SystemExit(75)", "--requeue", PATH=path, **array)
+    process = task(tmp_path, "raise SystemExit(75)", "--requeue", PATH=path, STATE="RUNNING", **array)
     assert "scontrol requeue 17_4\n" in process.communicate()[0] and process.returncode == EARLY
-    process = task(tmp_path, "", "--requeue", PATH=path, **array)
+    process = task(tmp_path, "raise SystemExit(75)", "--requeue", PATH=path, STATE="COMPLETING", **array)  # after scancel
+    assert "scontrol" not in process.communicate()[0] and process.returncode == EARLY
+    process = task(tmp_path, "", "--requeue", PATH=path, STATE="RUNNING", **array)
     assert "scontrol" not in process.communicate()[0] and process.returncode == 0

@@ -48,7 +48,7 @@ def variants(run: Path, *asked: str, **overrides: object) -> list[Variant]:
 
 def prepared(run: Path, *asked: str, wanted: Wanted | None = None) -> Submission:
     load = Loader(run)
-    return prepare_sweep(load(()), asked, load, wanted or Wanted(), Site())
+    return prepare_sweep(load(()), variants_of(asked, load(()), load), wanted or Wanted(), Site())
 
 
 def test_every_combination_is_a_training_in_a_run_of_its_own(tmp_path: Path) -> None:
@@ -57,6 +57,7 @@ def test_every_combination_is_a_training_in_a_run_of_its_own(tmp_path: Path) -> 
     last = found[-1].recipe
     assert last.run_dir == str(tmp_path / "sweep" / "learning_rate=2e-3_r=16")
     assert last.train.trainer_args["learning_rate"] == 0.002 and last.student.adapter.model_dump()["r"] == 16
+    assert len(variants(tmp_path, "train.trainer_args.optim_args='a=1,b=2','a=3'")) == 2
     (listed,) = variants(tmp_path, "student.adapter={type: lora, r: 8}")
     assert "/" not in listed.name and " " not in listed.name and listed.recipe.student.adapter.model_dump()["r"] == 8
 
@@ -68,7 +69,9 @@ def test_every_combination_is_a_training_in_a_run_of_its_own(tmp_path: Path) -> 
         (["train.max_length=128,256"], KD, "max_length=128 needs another score than the recipe has"),
         (["train.trainer_args.learning_rate"], {}, "expected KEY=VALUE,VALUE, got 'train.trainer_args.learning_rate'"),
         (["seed=1,1"], {}, "seed=1 needs another prompts"),
-        (["train.trainer_args.learning_rate=1e-3,1e-3"], {}, "two trainings would be called alike"),
+        (["train.trainer_args.learning_rate=1e-3,1e-3"], {}, "two trainings would be alike"),
+        (["train.trainer_args.learning_rate=1e-3,0.001"], {}, "two trainings would be alike"),
+        ([RATES, "train.trainer_args.learning_rate=3e-3"], {}, "a key is there twice"),
         (["train.learning_rat=1"], {}, "learning_rat"),
     ],
 )

@@ -16,8 +16,7 @@ from distill.errors import RecipeError
 from distill.models.launched import idle_note, refuse_own_servers
 from distill.models.processes import refuse_several
 from distill.recipe.experiment import Recipe
-from distill.run.manifest import MANIFEST, read_manifest
-from distill.run.parts import PARTS
+from distill.run.manifest import MANIFEST, PARTS, read_manifest
 
 STAGES = ("generate", "rollouts", "evaluate")
 FOLDERS = {"generate": "traces", "rollouts": "rounds/01/rollouts", "evaluate": "eval"}

@@ -15,7 +15,7 @@ from pathlib import Path
 from distill.before.findings import Findings
 from distill.before.outlook import outlook
 from distill.before.packages import check_packages
-from distill.before.servers import check_without_asking
+from distill.before.servers import check_without_asking, warn_of_keys
 from distill.data.completions import brought, columns_of
 from distill.data.files import Placed
 from distill.data.licences import check_terms
@@ -48,6 +48,7 @@ def run(recipe: Recipe, launch: Path | None = None, *, there: bool = True) -> bo
 def claims(recipe: Recipe, found: Findings, launch: Path | None = None) -> None:
     """What can be said of the recipe alone, whatever is in its folder."""
     common(recipe, found, launch)
+    warn_of_keys(recipe, found)
     check_packages(recipe, found, importing=False)
     given = len(recipe.train.trainer_args)
     found.good("trainer arguments", f"{given} are given, of known names and types" if given else "the kit's own")

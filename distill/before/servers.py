@@ -90,6 +90,13 @@ def _of_stages(recipe: Recipe, role: str, spec: ModelSpec, server: Server) -> It
             yield unhonoured(server, prompt_logprobs=target.k if target.kind == "top_k" else 1, **shared)  # type: ignore[arg-type]
 
 
+def warn_of_keys(recipe: Recipe, found: Findings) -> None:
+    """Whether the environment has the keys of servers that are there, which stages will look for."""
+    for role, (_, server) in served(recipe).items():
+        if server.urls and server.key_variable and not os.environ.get(server.key_variable):
+            found.warn(f"{role}'s key", f"{server.key_variable} is not set here. Export it where the stages will run.")
+
+
 def _plainly(role: str, server: Server) -> str:
     if not server.is_started:
         key = f", its key in {server.key_variable}" if server.key_variable else ""

@@ -1,7 +1,8 @@
-"""Whether a job goes on from one before it: `python -m distill.cluster.again RUN NAME [--task T]`; exit code 1 and a line say why not.
+"""Whether a job goes on from those before it: `python -m distill.cluster.again RUN NAME [--task T]`; exit code 1 and a line say why not.
 
 It does not where the one before has failed for good (an exit code that is neither 0 nor 75, and no signal's), or where several in a row
-have come no further. How far a step is, is seen from its files, and noted before every attempt:
+have come no further. Those before it are its own attempts and the jobs of the same chain (`DISTILL_FIRST` names the first of them): what
+failed in an earlier submission has been corrected since. How far a step is, is seen from its files, and noted before every attempt:
 
 ```
 <run>/jobs/progress/<name>[_<task>].jsonl     {"job": 12, "attempt": 0, "progress": {"checkpoint": 40, ...}}
@@ -21,8 +22,7 @@ from typing import NamedTuple
 from distill.cluster.jobs import step_named
 from distill.cluster.tasks import JOBS, Attempt, lines_of, tasks_of
 from distill.errors import EARLY
-from distill.run.manifest import JOURNAL, MANIFEST, SHARDS
-from distill.run.parts import PARTS
+from distill.run.manifest import JOURNAL, MANIFEST, PARTS, SHARDS
 from distill.stages import FOLDERS, ROUNDS
 
 MOST_IDLE = 3
@@ -44,52 +44,56 @@ class Verdict(NamedTuple):
 
 class _Before(NamedTuple):
     begun: Begun
-    task: int | None
     label: str
     attempt: Attempt
     log: Path
 
 
 def verdict(
-    run: Path, name: str, task: int | None = None, *, shard: int | None = None, now: Begun | None = None, most_idle: int = MOST_IDLE
+    run: Path,
+    name: str,
+    task: int | None = None,
+    *,
+    shard: int | None = None,
+    since: int = 0,
+    now: Begun | None = None,
+    most_idle: int = MOST_IDLE,
+    of: Path | None = None,
 ) -> Verdict:
     """Whether another attempt at a task has sense; reads files alone.
 
     Args:
         run: The run's folder.
         name: Of the job, as its records have it.
-        task: Within an array; null judges by all tasks of the name.
+        task: Within an array; null for a plain job.
         shard: The part that the task does, counted from 1; null looks at the progress of the whole step.
+        since: The first job that counts.
         now: The attempt that asks, which does not count.
         most_idle: Attempts without progress after which there is none.
+        of: The run whose progress counts, where it is another: the training of a sweep; null for none.
     """
-    before = [each for each in _attempts(run, name, task) if now is None or each.begun < now]
-    last = {each.task: each for each in before}
-    failed = next((each for each in last.values() if _has_failed(each.attempt)), None)
-    if failed is not None:
-        return Verdict(
-            False, f"{failed.label} failed with exit code {failed.attempt.code}, see {failed.log}: correct that, and submit again"
-        )
+    before = [each for each in _attempts(run, name, task) if each.begun[0] >= since and (now is None or each.begun < now)]
     if not before:
         return Verdict(True, "nothing went before")
-    if before[-1].attempt.code == 0:
-        return Verdict(True, f"{before[-1].label} is done")
-    idle = _idle(before, progress(run, name, shard), _notes(run, name, task))
+    last = before[-1]
+    if _has_failed(last.attempt):
+        return Verdict(False, f"{last.label} failed with exit code {last.attempt.code}, see {last.log}: correct that, and submit again")
+    if last.attempt.code == 0:
+        return Verdict(True, f"{last.label} is done")
+    idle = _idle(before, progress(of or run, name, shard), _notes(run, name, task))
     if idle >= most_idle:
-        return Verdict(
-            False, f"{idle} attempts in a row came no further (SITE_MAX_IDLE_RESTARTS={most_idle}); the last was {before[-1].label}"
-        )
-    return Verdict(True, f"goes on from {before[-1].label}")
+        return Verdict(False, f"{idle} attempts in a row came no further (SITE_MAX_IDLE_RESTARTS={most_idle}); the last was {last.label}")
+    return Verdict(True, f"goes on from {last.label}")
 
 
 def _attempts(run: Path, name: str, task: int | None) -> list[_Before]:
     found = []
     for each in tasks_of(run):
-        if each.name == name and task in (None, each.task):
+        if each.name == name and task == each.task:
             label = f"{name}-{each.job}" + (f"_{each.task}" if each.task is not None else "")
             for attempt in each.attempts:
                 again = f" (attempt {attempt.number})" if attempt.number else ""
-                found.append(_Before((each.job, attempt.number), each.task, label + again, attempt, each.log))
+                found.append(_Before((each.job, attempt.number), label + again, attempt, each.log))
     return sorted(found, key=lambda before: before.begun)
 
 
@@ -190,23 +194,25 @@ def main(words: Sequence[str], environment: Mapping[str, str]) -> int:
     """Says why not, or notes how far it is and says that it goes on; returns the exit code.
 
     Args:
-        words: RUN NAME [--task T].
+        words: RUN NAME [--task T] [--of RUN].
         environment: As Slurm, the batch script and the site's file set it.
     """
     parser = argparse.ArgumentParser(prog="python -m distill.cluster.again", allow_abbrev=False)
     parser.add_argument("run", type=Path)
     parser.add_argument("name")
     parser.add_argument("--task", type=int)
+    parser.add_argument("--of", type=Path)
     asked = parser.parse_args(words)
     job = environment.get("SLURM_ARRAY_JOB_ID") or environment.get("SLURM_JOB_ID") or "0"
     now = (int(job), int(environment.get("SLURM_RESTART_COUNT") or 0))
+    first = int(environment.get("DISTILL_FIRST") or environment.get("DISTILL_FORERUNNER") or job)
     shards = asked.task is not None and environment.get("DISTILL_SHARDS")
     shard = asked.task + int(environment.get("DISTILL_SHARD_OFFSET") or 0) if shards else None
     most_idle = int(environment.get("SITE_MAX_IDLE_RESTARTS") or MOST_IDLE)
-    found = verdict(asked.run, asked.name, asked.task, shard=shard, now=now, most_idle=most_idle)
+    found = verdict(asked.run, asked.name, asked.task, shard=shard, since=first, now=now, most_idle=most_idle, of=asked.of)
     print(f"again     {found.reason}" if found.go_on else f"given up: {found.reason}", flush=True)
     if found.go_on:
-        note(asked.run, asked.name, asked.task, now, progress(asked.run, asked.name, shard))
+        note(asked.run, asked.name, asked.task, now, progress(asked.of or asked.run, asked.name, shard))
     return 0 if found.go_on else 1
 
 

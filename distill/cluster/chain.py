@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 from distill.cluster.parts import Parts, files_of, parts_of
 from distill.cluster.site import Site
+from distill.errors import ClusterError
 from distill.recipe.experiment import Recipe
+from distill.servers.commands import gpus_of
 from distill.stages import Step
 
 WITHOUT_GPU = frozenset({"prompts", "curate", "report"})
@@ -72,7 +74,9 @@ class Job:
     after: tuple[str, ...] = ()
     """Jobs that must have ended well."""
     beside: str | None = None
-    """The job whose server it uses: it begins once that has begun."""
+    """The job whose server it uses: it begins once that, or the first of an array, has begun."""
+    servers: int = 1
+    """Tasks of that."""
     task_by_task: tuple[str, ...] = ()
     """Arrays of the same tasks: each task waits for that of its number to end well."""
     behind: tuple[str, ...] = ()
@@ -107,6 +111,7 @@ def jobs_of(recipe: Recipe, file: Path, steps: Sequence[Step], wanted: Wanted, s
 
     Raises:
         StageConflictError: a step was begun in another number of parts than is asked for.
+        ClusterError: more arrays than tasks may run at once, or a server that finds no room on its nodes.
     """
     found: list[Job] = []
     before: tuple[str, ...] = ()
@@ -123,14 +128,23 @@ def jobs_of(recipe: Recipe, file: Path, steps: Sequence[Step], wanted: Wanted, s
 def _jobs(recipe: Recipe, file: Path, step: Step, wanted: Wanted, site: Site, before: tuple[str, ...], role: str | None) -> Iterator[Job]:
     server = f"{label(step)}-serve" if role else None
     if role and server:
-        yield _serving(server, file, step, role, wanted, before)
+        yield _serving(recipe, server, file, step, role, wanted, before)
     for job in _work(recipe, file, step, wanted, site, is_served=role is not None):
-        wait = {"DISTILL_WAIT_FOR_SERVER_S": str(_WAIT_S)} if server else {}
-        yield _with(job, before, server, wait, wanted.follow_ups)
+        wait = {"DISTILL_WAIT_FOR_SERVER_S": str(_WAIT_S), "DISTILL_SERVERS": str(wanted.servers)} if server else {}
+        yield _with(job, before, server, wait, wanted)
 
 
-def _serving(name: str, file: Path, step: Step, role: str, wanted: Wanted, before: tuple[str, ...]) -> Job:
-    """The job, or the array of as many as share the work, that holds the model of a step."""
+def _serving(recipe: Recipe, name: str, file: Path, step: Step, role: str, wanted: Wanted, before: tuple[str, ...]) -> Job:
+    """The job, or the array of as many as share the work, that holds the model of a step, on as many GPUs as its arguments say."""
+    spec = recipe.student if role == "student" else recipe.teacher
+    assert spec is not None and spec.server is not None
+    needed = gpus_of(spec.server.args)
+    if wanted.gpus and needed > wanted.gpus * wanted.serve_nodes:
+        raise ClusterError(
+            f"{'student' if role == 'student' else 'teacher'}.server.args: they deal the model out to {needed:,} GPUs, and a server has "
+            f"{wanted.gpus * wanted.serve_nodes:,}. Add --serve-nodes {-(-needed // wanted.gpus)}."
+        )
+    takes_all = wanted.serve_nodes > 1 or spec.server.command is not None  # a program of the user's, which says nothing of its GPUs
     words = (str(file), role, *(("--round", str(step.number)) if role == "student" and step.number else ()))
     tasks = tuple(range(1, wanted.servers + 1)) if wanted.servers > 1 else ()
     command = shlex.join(["distill", "serve", words[0], "--role", *words[1:]])
@@ -140,7 +154,7 @@ def _serving(name: str, file: Path, step: Step, role: str, wanted: Wanted, befor
         words,
         (step,),
         wanted.serve_nodes,
-        wanted.gpus,
+        wanted.gpus if takes_all else min(wanted.gpus, needed),
         tasks=tasks,
         after=before,
         serves=role,
@@ -150,12 +164,14 @@ def _serving(name: str, file: Path, step: Step, role: str, wanted: Wanted, befor
     )
 
 
-_WAIT_S = 7200  # for a server of another job, which may have to load hundreds of gigabytes
+# For a server of another job, whose follow-up may be queued for days; it is given up before, where that job has failed for good, and a
+# client's own time limit ends the waiting, too.
+_WAIT_S = 7 * 24 * 3600
 
 
-def _with(job: Job, before: tuple[str, ...], server: str | None, more: Mapping[str, str], follow_ups: int) -> Job:
-    values = {**vars(job), "after": before, "beside": server, "environment": {**job.environment, **more}, "follow_ups": follow_ups}
-    return Job(**values)
+def _with(job: Job, before: tuple[str, ...], server: str | None, more: Mapping[str, str], wanted: Wanted) -> Job:
+    values = {**vars(job), "after": before, "environment": {**job.environment, **more}, "follow_ups": wanted.follow_ups}
+    return Job(**values | ({"beside": server, "servers": wanted.servers} if server else {}))
 
 
 def _work(recipe: Recipe, file: Path, step: Step, wanted: Wanted, site: Site, *, is_served: bool) -> Iterator[Job]:
@@ -164,8 +180,7 @@ def _work(recipe: Recipe, file: Path, step: Step, wanted: Wanted, site: Site, *,
     if step.stage == "train":
         yield _training(recipe, file, step, wanted, numbered)
         return
-    needs_none = step.stage in WITHOUT_GPU or (step.stage == "generate" and recipe.traces is not None) or is_served
-    gpus = 0 if needs_none else min(wanted.gpus, wanted.gpus_per_task)
+    gpus = 0 if is_served or _asks_elsewhere(recipe, step) else min(wanted.gpus, wanted.gpus_per_task)
     words = (step.stage, str(file), *numbered)
     parts = parts_of(recipe, step, wanted.parts, asked=wanted.shards)
     if parts is None:
@@ -173,6 +188,11 @@ def _work(recipe: Recipe, file: Path, step: Step, wanted: Wanted, site: Site, *,
         yield Job(label(step), "stage.sbatch", words, (step,), gpus=gpus, commands=(command,), writes=(files_of(recipe, step),))
         return
     chunks = list(_chunks(parts, site.max_array))
+    if site.max_at_once is not None and len(chunks) > site.max_at_once:
+        raise ClusterError(
+            f"--shards: {parts.number:,} parts of {step} are {len(chunks):,} arrays (SITE_MAX_ARRAY={site.max_array:,}), of each of which "
+            f"one task runs at least, and SITE_MAX_AT_ONCE is {site.max_at_once:,}. Take fewer parts."
+        )
     at_once = max(1, site.max_at_once // len(chunks)) if site.max_at_once is not None else None
     for number, (offset, tasks) in enumerate(chunks, start=1):
         shards = [offset + task for task in tasks]
@@ -188,6 +208,19 @@ def _work(recipe: Recipe, file: Path, step: Step, wanted: Wanted, site: Site, *,
             commands=tuple(shlex.join(["distill", *words, "--shard", f"{shard}/{parts.number}"]) for shard in shards),
             writes=tuple(files_of(recipe, step, shard, parts.number) for shard in shards),
         )
+
+
+def _asks_elsewhere(recipe: Recipe, step: Step) -> bool:
+    """Whether a step needs no GPU: it has no model, or its model is a host's, or behind a server that is there."""
+    if step.stage in WITHOUT_GPU or (step.stage == "generate" and recipe.traces is not None):
+        return True
+    spec = recipe.student if step.stage == "rollouts" else recipe.teacher
+    is_there = spec is not None and spec.server is not None and not spec.server.is_started
+    if step.stage == "score":
+        assert recipe.score is not None
+        source = recipe.score.resolved(recipe.teacher)
+        return source == "generation" or (source == "server" and is_there)
+    return step.stage in ("generate", "rollouts") and is_there
 
 
 def _training(recipe: Recipe, file: Path, step: Step, wanted: Wanted, numbered: tuple[str, ...]) -> Job:

@@ -53,8 +53,8 @@ def _of_no_step(jobs: Sequence[JobStatus]) -> list[Failure]:
     """What has failed of jobs that do no step of the run, as those of a sweep; that one was ended says nothing of it."""
     found = []
     for name in dict.fromkeys(job.name for job in jobs if job.step is None):
-        ended = [job for job in jobs if job.name == name and job.state not in ("gone", "cancelled")]
-        found += _lost(None, _last(ended))
+        ended = [job for job in jobs if job.name == name and job.state not in ("gone", "cancelled", "barred")]
+        found += _lost(None, last_of(ended))
     return found
 
 
@@ -66,10 +66,11 @@ def _lost(step: Step | None, jobs: Sequence[JobStatus]) -> list[Failure]:
 
 def last_submission(jobs: Iterable[JobStatus], step: Step) -> list[JobStatus]:
     """The jobs of a step that were submitted last: what failed before them is theirs to do."""
-    return _last([job for job in jobs if job.step == step])
+    return last_of([job for job in jobs if job.step == step])
 
 
-def _last(jobs: Sequence[JobStatus]) -> list[JobStatus]:
+def last_of(jobs: Sequence[JobStatus]) -> list[JobStatus]:
+    """Those of some jobs that were submitted last."""
     return [job for job in jobs if job.submission == jobs[-1].submission]
 
 
@@ -96,8 +97,8 @@ def _tasks(jobs: Sequence[JobStatus]) -> list[list[JobStatus]]:
 def _failed(step: Step | None, tasks: Sequence[JobStatus]) -> Failure | None:
     """Why a task has failed for good; null where it is done, at work, or another goes on from it."""
     begun = [task for task in tasks if task.state != "waits"]
-    if not begun or any(task.state in ("done", "runs") for task in tasks):
-        return None
+    if not begun or any(task.state in ("done", "runs") for task in tasks) or all(task.state == "barred" for task in begun):
+        return None  # what bars it is said of the job that has failed
     last, waits = begun[-1], len(begun) < len(tasks)
     ran = next((task for task in reversed(begun) if task.attempts), last)
     if last.state in ("early", "unknown") or (last.state == "gone" and waits):

@@ -7,7 +7,9 @@ import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from filelock import FileLock, Timeout
 
 from distill.cluster import sbatch
 from distill.cluster.chain import Job, as_ranges
@@ -38,9 +40,17 @@ def hand_over(asked: Submission, site: Site, *, beside: bool = False) -> list[in
     Raises:
         ClusterError: the scheduler refuses, or jobs of the run are under way.
     """
-    refuse_beside(asked.run, beside)
     for name in (JOBS, LOGS):
         (asked.run / name).mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(asked.run / JOBS / ".lock", timeout=0):
+            refuse_beside(asked.run, beside)
+            return _hand_over(asked, site)
+    except Timeout:
+        raise ClusterError(f"{asked.run}: another `distill submit` gives jobs of this run to Slurm. Wait for it.") from None
+
+
+def _hand_over(asked: Submission, site: Site) -> list[int]:
     for path, text in asked.files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
@@ -52,29 +62,34 @@ def hand_over(asked: Submission, site: Site, *, beside: bool = False) -> list[in
         for job in asked.jobs:
             given[job.name] = []
             for follow_up in range(1 + (0 if site.requeue else job.follow_ups)):
-                number = _give(asked, job, site, given, follow_up)
-                given[job.name].append(str(number))
-                numbers.append(number)
+                _give(asked, job, site, given, follow_up, numbers)
             array = f"[{as_ranges(job.tasks)}]" if job.tasks else ""
             behind = f", and to go on {', '.join(given[job.name][1:])}" if given[job.name][1:] else ""
             say(f"submit    {given[job.name][0]}  {job.name}{array}{behind}", result=True)
-    except BaseException:
-        sbatch.cancel(numbers)
+    except BaseException as error:
+        try:
+            sbatch.cancel(numbers)
+        except ClusterError as other:
+            raise ClusterError(f"{error} And {', '.join(map(str, numbers))}, submitted before, are not ended: {other}") from error
         raise
     say(f"submit    {len(numbers)} jobs for {asked.run}; to end all of them: scancel {' '.join(map(str, reversed(numbers)))}", result=True)
     return numbers
 
 
-def _give(asked: Submission, job: Job, site: Site, given: Mapping[str, Sequence[str]], follow_up: int) -> int:
-    """Submits a job, or one that goes on from it, and writes it down."""
+def _give(asked: Submission, job: Job, site: Site, given: Mapping[str, list[str]], follow_up: int, numbers: list[int]) -> None:
+    """Submits a job, or one that goes on from it, adds its number, and writes it down."""
     waits = dependency(job, given)
     if follow_up:  # and what the first one waits for: where that fails, none of them may begin
         waits = ",".join(filter(None, [waits, f"afterany:{given[job.name][-1]}"]))
     words = sbatch.words_of(job, asked.run, site, waits)
     if job.ends:
         words += ["--wrap", f"scancel {' '.join(reversed(given[job.ends]))}"]
-    more = {"DISTILL_FORERUNNER": given[job.name][-1]} if follow_up else {}
+    more = {"DISTILL_FORERUNNER": given[job.name][-1], "DISTILL_FIRST": given[job.name][0]} if follow_up else {}
+    if job.beside:
+        more |= {"DISTILL_SERVING_JOBS": ",".join(given[job.beside])}
     number = sbatch.submit(words, sbatch.environment_of(job, asked.run, site, more))
+    numbers.append(number)
+    given[job.name].append(str(number))
     line = {
         "at": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         "job": number,
@@ -91,7 +106,6 @@ def _give(asked: Submission, job: Job, site: Site, given: Mapping[str, Sequence[
     }
     with (asked.run / JOBS / SUBMITTED).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-    return number
 
 
 def dependency(job: Job, given: Mapping[str, Sequence[str]]) -> str:
@@ -104,7 +118,7 @@ def dependency(job: Job, given: Mapping[str, Sequence[str]]) -> str:
     kinds = {
         "afterok": [given[name][-1] for name in job.after],
         "aftercorr": [given[name][-1] for name in job.task_by_task],
-        "after": [given[job.beside][0]] if job.beside else [],
+        "after": [given[job.beside][0] + ("_1" if job.servers > 1 else "")] if job.beside else [],  # one server is enough to begin
         "afterany": [given[name][-1] for name in job.behind],
     }
     return ",".join(f"{kind}:{':'.join(numbers)}" for kind, numbers in kinds.items() if numbers)
@@ -116,23 +130,10 @@ def refuse_beside(run: Path, beside: bool) -> None:
     Raises:
         ClusterError: naming them.
     """
-    there = [] if beside else sbatch.under_way([line["job"] for line in submitted(run)])
+    there = [] if beside else sbatch.under_way(run)
     if there:
         named = ", ".join(map(str, there[:8])) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
         raise ClusterError(
             f"{run}: jobs of this run are queued or running ({named}). Wait for them (`distill status {os.path.relpath(run)}`), end them "
             f"(scancel {' '.join(map(str, there))}), or add --beside if these jobs have nothing to do with them."
         )
-
-
-def submitted(run: Path) -> list[dict[str, Any]]:
-    """What was given to the scheduler of a run, a mapping a job.
-
-    Raises:
-        ClusterError: a line can't be read.
-    """
-    file = run / JOBS / SUBMITTED
-    try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-    except ValueError:
-        raise ClusterError(f"{file}: holds a line that is no JSON. Delete that line.") from None

@@ -11,8 +11,8 @@ from distill.cluster.tasks import LOGS, Submitted, Task, submitted_in, tasks_of
 from distill.errors import EARLY
 from distill.stages import FOLDERS, Step
 
-State = Literal["waits", "runs", "done", "early", "failed", "gone", "cancelled", "unknown"]
-LOST = ("failed", "gone", "cancelled")
+State = Literal["waits", "runs", "done", "early", "failed", "gone", "cancelled", "barred", "unknown"]
+LOST = ("failed", "gone", "cancelled", "barred")
 """States of what has ended without having done its work or kept more to do."""
 _ROUND = re.compile(r"round-(?P<number>\d+)-(?P<stage>[a-z]+)")
 _KILLED = 128  # from this exit code on by a signal
@@ -39,8 +39,8 @@ class JobStatus(NamedTuple):
     submission: str
     """What was given to Slurm at once has one name; a task that was submitted by hand has its own."""
     state: State
-    """`early`: ended on a signal, with more to do. `gone`: it began, and neither it nor Slurm says how it ended. `unknown`: Slurm can't
-    be asked, and it wrote nothing of its end."""
+    """`early`: ended on a signal, with more to do. `gone`: it began, and neither it nor Slurm says how it ended. `barred`: a
+    job that it waited for has failed. `unknown`: Slurm can't be asked, and it wrote nothing of its end."""
     why: str
     code: int | None
     """Its exit code."""
@@ -123,19 +123,21 @@ def _state(
     last = record.attempts[-1] if record is not None and record.attempts else None
     if known is not None and not known.has_ended:
         if known.reason == NEVER:
-            return "cancelled", _never(given, before)
+            return "barred", _never(given, before)
         return ("waits", known.reason) if known.waits else ("runs", known.nodes)
     if last is not None and last.ended_at is not None:
         return _ended(last.code, last.signal)
-    says = _SLURM_SAYS.get(known.state, "") if known is not None else ""
+    if known is not None and known.state == "COMPLETED":  # what it wrote may be on its way here
+        return "done", ""
+    says = _SLURM_SAYS.get(known.state, f"Slurm says {known.state}") if known is not None else ""
     if last is not None:
         return ("unknown", "it wrote no end") if queue is None else ("gone", says or "it wrote no end, and Slurm knows it no more")
-    if known is not None and known.state == "COMPLETED":
-        return "done", ""
+    if given is not None and given.ends:  # it writes nothing, and nothing is lost with it
+        return "done" if queue is not None else "unknown", ""
     if log.is_file() and queue is not None:
         return "failed", says or "it ended before it began its work"
     if given is not None and any(_is_lost(before.get(job, [])) for job in given.after):
-        return "cancelled", _never(given, before)
+        return "barred", _never(given, before)
     if queue is None:
         return "unknown", "it was submitted, and has written nothing"
     return "cancelled", says or "it never began, and Slurm knows it no more"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,13 +34,21 @@ def main(words: Sequence[str]) -> None:
     arguments.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # torchrun's, which accelerate hands on; its own has SIGTERM, too
     try:
         launch_command(arguments)
+    except subprocess.CalledProcessError as error:  # of one process, which accelerate starts without torchrun
+        if error.returncode not in (EARLY, *(-number for number in _ENDINGS)):
+            raise
+        _tell_early()
     except ChildFailedError as error:
         first = error.get_first_failure()[1].exitcode
         if first not in (EARLY, *(-number for number in _ENDINGS)):  # the latter: before it had begun
             raise
-        if os.environ.get(MARK):
-            Path(os.environ[MARK]).touch()
-        sys.exit(EARLY)
+        _tell_early()
+
+
+def _tell_early() -> None:
+    if os.environ.get(MARK):
+        Path(os.environ[MARK]).touch()
+    sys.exit(EARLY)
 
 
 def _leave_to_processes(number: int, frame: FrameType | None) -> None:

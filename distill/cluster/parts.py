@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from distill.errors import StageConflictError
 from distill.recipe.experiment import Recipe
-from distill.run.manifest import MANIFEST, PLAN, read_manifest
-from distill.run.parts import PARTS, Part, begun, missing, refuse_other_number
+from distill.run.manifest import MANIFEST, PARTS, PLAN, read_manifest
+from distill.run.parts import Part, begun, missing, refuse_other_number
 from distill.stages import WRITES, Step, folder, run_dir
 from distill.stages.score import parts_begun, parts_missing
 

@@ -97,7 +97,7 @@ def recipe_of(run: Path) -> Recipe:
         raise MissingStageError(f"{run}: holds no stage of a run. Give the folder of one, e.g. runs/quickstart.") from error
 
 
-def _look(recipe: Recipe, step: Step, held: Held, at: float) -> tuple[StepProgress, Manifest | None]:
+def _look(recipe: Recipe, step: Step, held: Held, at: float, tries: int = 5) -> tuple[StepProgress, Manifest | None]:
     files = files_in(folder(recipe, *step))
     try:
         manifest = read_manifest(files.path) if files.is_done else None
@@ -108,8 +108,10 @@ def _look(recipe: Recipe, step: Step, held: Held, at: float) -> tuple[StepProgre
             there = (files.path / EARLIER / MANIFEST).exists()  # a kill came while it was put back
             return StepProgress(step, "stopped" if there else "not begun", "", UnderWay(total=total_of(recipe, step))), None
         check_sizes(files.path, manifest)
-    except FileNotFoundError:  # finished just now
-        return _look(recipe, step, held, at)
+    except FileNotFoundError as error:  # finished just now; or a listing that is old, as file systems of clusters have them
+        if not tries:
+            return StepProgress(step, "damaged", f"{error.filename}: is not there", UnderWay(written_at=files.written_at)), None
+        return _look(recipe, step, held, at, tries - 1)
     except DistillError as error:
         return StepProgress(step, "damaged", str(error), UnderWay(written_at=files.written_at)), None
     why = _outdated(recipe, step, manifest)

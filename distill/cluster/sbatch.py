@@ -11,12 +11,12 @@ from pathlib import Path
 
 from distill.cluster.chain import Job, as_ranges
 from distill.cluster.place import scripts
-from distill.cluster.site import Site
+from distill.cluster.site import SITE, Site, site_file
 from distill.cluster.tasks import LOGS
 from distill.errors import ClusterError, visible
 
 # Of the job that this command may itself run in: what it leaves behind would be taken for the new one's.
-_OF_A_JOB = ("SLURM_", "DISTILL_SHARD", "DISTILL_FORERUNNER", "DISTILL_EARLY")
+_OF_A_JOB = ("SLURM_", "DISTILL_SHARD", "DISTILL_FORERUNNER", "DISTILL_FIRST", "DISTILL_EARLY", "DISTILL_SERV")
 _OF_SLURM = frozenset({"SLURM_CONF", "SLURM_CLUSTERS"})
 _LONGEST_S = 120  # that a scheduler under load may take to answer
 
@@ -31,10 +31,12 @@ def words_of(job: Job, run: Path, site: Site, dependency: str = "") -> list[str]
         dependency: What it waits for, as Slurm writes it.
     """
     number = "%A_%a" if job.tasks else "%j"
-    words = ["sbatch", "--parsable", f"--job-name={run.name}-{job.name}", f"--nodes={job.nodes}"]
+    words = ["sbatch", "--parsable", f"--job-name={run.name}-{job.name}", f"--comment={comment(run)}", f"--nodes={job.nodes}"]
     words += [f"--gres={site.gres}:{job.gpus}"] if job.gpus else []
     words += [*(site.gpu_args if job.gpus else site.cpu_args)]
-    words += [f"--output={run / LOGS / job.name}-{number}.log", "--open-mode=append", f"--signal=B:USR1@{site.signal_s}"]
+    log = str(run / LOGS / job.name).replace("%", "%%")  # which would stand for something
+    words += [f"--output={log}-{number}.log", "--open-mode=append"]
+    words += ["--time=5"] if job.ends else [f"--signal=B:USR1@{site.signal_s}"]
     words += ["--requeue"] if site.requeue and not job.ends else []
     if job.tasks:
         words.append(f"--array={as_ranges(job.tasks)}" + (f"%{job.at_once}" if job.at_once else ""))
@@ -53,6 +55,7 @@ def environment_of(job: Job, run: Path, site: Site, more: Mapping[str, str]) -> 
     """
     own = {"DISTILL_SLURM": str(scripts()), "DISTILL_RUN": str(run), "DISTILL_NAME": job.name, **job.environment, **more}
     own |= {} if site.setup else {"DISTILL_PYTHON": sys.executable}
+    own |= {SITE: str(site_file().absolute())} if site_file().is_file() else {}
     kept = {name: value for name, value in os.environ.items() if name in _OF_SLURM or not name.startswith(_OF_A_JOB)}
     found = {**site.slurm, **kept, **own}
     if found.get("SBATCH_EXPORT", "ALL") not in ("", "ALL"):  # then only what is named is handed on
@@ -80,16 +83,22 @@ def cancel(jobs: Sequence[int]) -> None:
         _call(["scancel", *map(str, sorted(jobs, reverse=True))])
 
 
-def under_way(jobs: Sequence[int]) -> list[int]:
-    """Those of some jobs that are queued or running.
+def comment(run: Path) -> str:
+    """What the jobs of a run are known by, also one whose number never arrived because sbatch's answer was lost."""
+    return f"distill:{run}"
+
+
+def under_way(run: Path) -> list[int]:
+    """The jobs of a run that are queued or running.
+
+    Args:
+        run: Its folder, absolute.
 
     Raises:
         ClusterError: squeue is not there, or fails.
     """
-    if not jobs:
-        return []
-    queued = {int(word) for word in _call(["squeue", "--noheader", "--me", "--format=%F"]).split() if word.isdecimal()}
-    return [job for job in jobs if job in queued]
+    lines = [line.partition(" ")[::2] for line in _call(["squeue", "--noheader", "--me", "--format=%F %k"]).splitlines()]
+    return sorted({int(job) for job, said in lines if said.strip() == comment(run) and job.isdecimal()})
 
 
 def _call(words: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
@@ -104,6 +113,7 @@ def _call(words: Sequence[str], environment: Mapping[str, str] | None = None) ->
     if done.returncode:
         said = visible(done.stderr.strip() or done.stdout.strip(), 1000)
         raise ClusterError(
-            f"{words[0]}: exit code {done.returncode}, {said!r}. Correct the site's file (SBATCH_..., SITE_...), or ask your site."
+            f"{words[0]}: exit code {done.returncode}, {said!r}. Where that speaks of what was asked for, correct the site's file "
+            "(SBATCH_..., SITE_...); else try again, or ask your site."
         )
     return done.stdout

@@ -22,7 +22,34 @@ SITE = "DISTILL_SITE"
 """Environment variable with the path of the file."""
 _PREFIX = "SITE_"
 _SLURM = re.compile(r"SBATCH_[A-Z][A-Z0-9_]*")
+_USUAL = tuple(
+    "SBATCH_" + name
+    for name in (
+        *(
+            "ACCOUNT",
+            "CLUSTERS",
+            "CONSTRAINT",
+            "CPUS_PER_GPU",
+            "EXCLUSIVE",
+            "EXPORT",
+            "GPUS_PER_NODE",
+            "GRES",
+            "MEM_PER_CPU",
+            "MEM_PER_GPU",
+        ),
+        *("MEM_PER_NODE", "PARTITION", "QOS", "RESERVATION", "TIMELIMIT", "WCKEY"),
+    )
+)
+"""What people set of sbatch's variables; a key that nearly is one of these is misspelt, any other passes."""
 _FOR_SHELLS_ALONE = frozenset({"SITE_SETUP", "SITE_SCRATCH"})  # Python reads no meaning in them, so a shell may expand them
+
+
+def _is_one(value: object) -> bool:
+    if value not in ("0", "1", True, False):
+        raise ValueError("is 0 or 1")  # as the batch scripts take it
+    return value in ("1", True)
+
+
 _WORDS = BeforeValidator(lambda value: shlex.split(value) if isinstance(value, str) else value)
 
 
@@ -51,7 +78,7 @@ class Site(BaseModel):
     """Seconds before its time limit at which a job is told to end."""
     follow_ups: Annotated[int, Field(ge=0)] = 2
     """Further jobs that go on where one ended early; each ends at once where nothing is left."""
-    requeue: bool = False
+    requeue: Annotated[bool, BeforeValidator(_is_one)] = False
     """Have a job that ended early queued again, instead of further jobs."""
     max_idle_restarts: Annotated[int, Field(ge=1)] = 3
     """Attempts without any progress after which a task is given up."""
@@ -84,8 +111,12 @@ def read_site(environment: Mapping[str, str] | None = None) -> Site:
     values: dict[str, object] = {}
     slurm: dict[str, str] = {}
     places: dict[str, int] = {}
+    seen: set[str] = set()
     for number, key, value in _lines(path):
-        if _SLURM.fullmatch(key):
+        if key in seen:
+            raise ClusterError(f"{path}:{number}: {visible(key, 80)}: is there twice. Keep one.")
+        seen.add(key)
+        if _SLURM.fullmatch(key) and not _is_misspelt(key):
             slurm[key] = value
         elif key.startswith(_PREFIX) and (name := key.removeprefix(_PREFIX).lower()) in Site.model_fields and name != "slurm":
             if value or name in ("setup", "scratch"):  # an empty value is none
@@ -93,17 +124,57 @@ def read_site(environment: Mapping[str, str] | None = None) -> Site:
         else:
             raise ClusterError(f"{path}:{number}: {visible(key, 80)}: unknown key, got {shown(value)}. {_suggest(key)}")
     try:
-        return Site.model_validate(values | {"slurm": slurm})
+        site = Site.model_validate(values | {"slurm": slurm})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0])
         key = f"{_PREFIX}{name.upper()}"
         raise ClusterError(f"{path}:{places[name]}: {key}: {first['msg'].lower()}, got {shown(first['input'])}. Correct it.") from None
+    _refuse_late_signal(site, path)
+    return site
+
+
+def _is_misspelt(key: str) -> bool:
+    return key not in _USUAL and bool(get_close_matches(key, _USUAL, n=1, cutoff=0.93))
+
+
+def _refuse_late_signal(site: Site, path: Path) -> None:
+    """Refuses a time limit that can't be read, or in which there is no time before the signal.
+
+    Raises:
+        ClusterError: naming both keys.
+    """
+    limit = site.slurm.get("SBATCH_TIMELIMIT") or "UNLIMITED"
+    limit_s = seconds_of(limit)
+    if limit_s is None:
+        raise ClusterError(f"{path}: SBATCH_TIMELIMIT: got {shown(limit)}. Write it as Slurm does: HH:MM:SS, or D-HH.")
+    if limit_s <= site.signal_s:
+        raise ClusterError(
+            f"{path}: SITE_SIGNAL_S: a job of {limit_s:,.0f} s (SBATCH_TIMELIMIT) would be told to end {site.signal_s:,} s before its "
+            "limit. Set it lower."
+        )
+
+
+def seconds_of(limit: str) -> float | None:
+    """A time limit as Slurm writes it (minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S, UNLIMITED), in seconds; null for none of these."""
+    if limit.upper() in ("UNLIMITED", "INFINITE", "-1", "0"):
+        return float("inf")
+    match = re.fullmatch(r"(?:(?P<days>\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if match is None:
+        return None
+    first, second, third = (int(value or 0) for value in match.groups()[1:])
+    if match["days"]:
+        return int(match["days"]) * 86400.0 + first * 3600 + second * 60 + third
+    return first * 3600.0 + second * 60 + third if match[4] else first * 60.0 + second
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
     """Number, key and value of each line, as a shell would read it."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ClusterError(f"{path}: can't be read: {visible(str(error), 200)}. Write it as UTF-8.") from None
+    for number, line in enumerate(text.splitlines(), start=1):
         where = f"{path}:{number}"
         try:
             words = shlex.split(line, comments=True)
@@ -122,7 +193,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
 
 def _suggest(key: str) -> str:
     known = [f"{_PREFIX}{name.upper()}" for name in Site.model_fields if name != "slurm"]
-    close = get_close_matches(key, known, n=1)
+    close = get_close_matches(key, [*known, *_USUAL], n=1)
     if close:
         return f"Did you mean {close[0]}?"
     if not key.startswith(_PREFIX):

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from distill.cluster.failed import Failure, failures_of, last_submission, left_alone
+from distill.cluster.failed import Failure, failures_of, last_of, last_submission, left_alone
 from distill.cluster.jobs import JobStatus, jobs_of
 from distill.cluster.progress import StepProgress, progress_of
 from distill.cluster.underway import UnderWay
@@ -62,6 +63,8 @@ def status_of(run: Path) -> Status:
     steps = [each._replace(state="at work") if each.step in runs and not each.is_finished else each for each in found.steps]
     notes = [f"the rounds have ended: {found.ended_because}"] if found.ended_because else []
     notes += [f"jobs as they said it themselves: {no_queue}"] if no_queue else []
+    names = dict.fromkeys(job.name for job in jobs if job.step is None)
+    notes += [f"{name}: {_jobs(last_of([job for job in jobs if job.name == name]))}" for name in names]
     alone = [each.step for each in steps if not each.is_finished and left_alone(jobs, each.step)]
     notes += [f"{step}: there is more to do, and no job is left to do it; submit it again" for step in alone]
     return Status(run, at, steps, jobs, failures_of(run, steps, jobs), notes)
@@ -73,12 +76,14 @@ def show(run: Path, *, as_json: bool = False, watch: bool = False) -> bool:
     Args:
         run: Its folder.
         as_json: One object, for machines.
-        watch: Make it anew every few seconds until Ctrl-C or until all is done; on a terminal.
+        watch: Make it anew every few seconds until Ctrl-C or until all is done; on a terminal, elsewhere it is printed once.
 
     Raises:
         MissingStageError: as `status_of`.
     """
     found = status_of(run)
+    if watch and (as_json or not sys.stdout.isatty()):
+        print("--watch: only a terminal is refreshed, so this is printed once", file=sys.stderr)
     if as_json:
         print(json.dumps(as_object(found), indent=2))
     elif watch and sys.stdout.isatty():
@@ -91,14 +96,11 @@ def show(run: Path, *, as_json: bool = False, watch: bool = False) -> bool:
 def _watch(found: Status) -> Status:
     from rich.live import Live
 
-    with Live(as_table(found), console=Console(highlight=False), auto_refresh=False) as live:
-        try:
-            while not all(each.is_finished for each in found.steps):
-                time.sleep(_EVERY_S)
-                found = status_of(found.run)
-                live.update(as_table(found), refresh=True)
-        except KeyboardInterrupt:
-            pass
+    with suppress(KeyboardInterrupt), Live(as_table(found), console=Console(highlight=False), auto_refresh=False) as live:
+        while not all(each.is_finished for each in found.steps):
+            time.sleep(_EVERY_S)
+            found = status_of(found.run)
+            live.update(as_table(found), refresh=True)
     return found
 
 

@@ -18,13 +18,14 @@ from distill.cluster.parts import most_parts
 from distill.cluster.place import scripts
 from distill.cluster.served import serving_jobs
 from distill.cluster.site import Site, read_site, site_file
-from distill.cluster.sweep import before_training, jobs_of_sweep, links_of, variants_of
+from distill.cluster.sweep import Variant, before_training, jobs_of_sweep, links_of, variants_of
 from distill.cluster.tasks import JOBS
 from distill.errors import ClusterError
 from distill.recipe.experiment import Recipe
 from distill.recipe.reading import recipe_text
 from distill.recipe.steps import step_size
 from distill.run.log import say
+from distill.servers.commands import gpus_of
 from distill.stages import SCRATCH, Step, folder, run_dir, stop_before
 from distill.trainers.launches import refuse_launch
 
@@ -32,11 +33,13 @@ Load = Callable[[Sequence[str]], Recipe]
 """Reads a recipe with further overrides."""
 
 
-def submit(recipe: Recipe, asked: Submission, wanted: Wanted, site: Site, *, dry_run: bool = False, beside: bool = False) -> bool:
+def submit(
+    recipes: Sequence[Recipe], asked: Submission, wanted: Wanted, site: Site, *, dry_run: bool = False, beside: bool = False
+) -> bool:
     """Submits what is not done of a run; true if nothing spoke against it.
 
     Args:
-        recipe: The recipe.
+        recipes: The recipe, or those of a sweep.
         asked: Its jobs.
         wanted: On which nodes, in how many parts.
         site: The cluster.
@@ -47,7 +50,7 @@ def submit(recipe: Recipe, asked: Submission, wanted: Wanted, site: Site, *, dry
         ClusterError: the scheduler refuses, or jobs of the run are under way.
         StageConflictError: what is there was made with other settings, or in another number of parts.
     """
-    if dry_run and not check(recipe, asked, wanted, site):
+    if not check(recipes, asked, wanted, site, dry_run=dry_run):
         return False
     if not asked.jobs:
         say(f"submit    nothing to do: all of {asked.run} is done", result=True)
@@ -75,23 +78,21 @@ def prepare(recipe: Recipe, wanted: Wanted, site: Site) -> Submission:
     return Submission(run, jobs_of(recipe, file, steps, wanted, site, serving_jobs(recipe, steps)), {file: recipe_text(recipe)})
 
 
-def prepare_sweep(recipe: Recipe, sweep: Sequence[str], load: Load, wanted: Wanted, site: Site) -> Submission:
+def prepare_sweep(recipe: Recipe, variants: Sequence[Variant], wanted: Wanted, site: Site) -> Submission:
     """The jobs of a sweep: what all its trainings share, as far as it is to do, the trainings, their evaluations, the comparison.
 
     Args:
         recipe: The recipe without what is swept.
-        sweep: `KEY=VALUE,VALUE,...`, a text a key.
-        load: Reads the recipe with further overrides.
+        variants: As `variants_of` says.
         wanted: As in `submit`.
         site: The cluster.
 
     Raises:
-        RecipeError: as `variants_of`.
+        RecipeError: there are more trainings than an array can have.
         StageConflictError: as `prepare`.
     """
     run, stamp = run_dir(recipe).absolute(), _stamp()
     recipe = recipe.model_copy(update={"run_dir": str(run)})
-    variants = variants_of(sweep, recipe, load)
     file, listing = run / JOBS / f"recipe-{stamp}.yaml", run / JOBS / f"sweep-{stamp}.txt"
     files = {variant.name: run_dir(variant.recipe) / JOBS / file.name for variant in variants}
     steps = refuse_what_cannot_end(recipe, last=before_training(recipe)[-1].stage)
@@ -106,22 +107,54 @@ def _stamp() -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
 
 
-def check(recipe: Recipe, asked: Submission, wanted: Wanted, site: Site) -> bool:
-    """Says whether processes, rows of a step, parts and arrays go together; true if they do."""
+def check(recipes: Sequence[Recipe], asked: Submission, wanted: Wanted, site: Site, *, dry_run: bool = False) -> bool:
+    """Says whether processes, rows of a step, parts, arrays and servers go together; true if they do."""
     found, file = Findings(), site_file()
-    found.good("site", str(file) if file.is_file() else f"no file {file}: Slurm's defaults")
+    if file.is_file():
+        found.good("site", str(file))
+    else:
+        found.warn("site", f"there is no file {file}, so Slurm's defaults hold, and nodes have {wanted.gpus or 'no'} GPUs")
     if any(job.script == "train.sbatch" for job in asked.jobs):
-        found.prove("processes that train", lambda: _step(recipe, wanted, site))
+        found.prove("processes that train", lambda: "; ".join(dict.fromkeys(_step(recipe, wanted, site) for recipe in recipes)))
+    if Step("evaluate") in {step for job in asked.jobs for step in job.steps}:
+        found.prove("GPUs of evaluate", lambda: _servers_of_evaluate(recipes[0], wanted))
     if wanted.shards is not None:
-        found.prove("parts", lambda: _parts(recipe, asked, wanted.shards or 1))
+        found.prove("parts", lambda: _parts(recipes[0], asked, wanted.shards or 1))
     arrays = [job for job in asked.jobs if job.tasks]
     if arrays:
         limit = f"at most {site.max_at_once:,} of a step at once" if site.max_at_once else "as many at once as there is room for"
-        found.good("arrays", f"{len(arrays):,} of {sum(len(job.tasks) for job in arrays):,} tasks, {limit}, ids up to {site.max_array:,}")
-    return found.end("these jobs would be submitted:")
+        tasks = sum(len(job.tasks) for job in arrays)
+        found.good("arrays", f"{tasks:,} tasks in {len(arrays):,} arrays, {limit}, ids up to {site.max_array:,}")
+    return found.end("these jobs would be submitted:" if dry_run else "these jobs are submitted:")
+
+
+def _servers_of_evaluate(recipe: Recipe, wanted: Wanted) -> str:
+    """The servers that evaluate starts itself must find room on the GPUs of a task.
+
+    Raises:
+        ClusterError: one is told to take more.
+    """
+    assert recipe.evaluate is not None
+    own = {"teacher": recipe.teacher, "student": recipe.student, "base": recipe.student}
+    for role in recipe.evaluate.models:
+        spec = own[role]
+        if spec is None or spec.server is None or not spec.server.is_started:
+            continue
+        needed = gpus_of(spec.server.args)
+        if wanted.gpus and needed > min(wanted.gpus, wanted.gpus_per_task):
+            section = "teacher" if role == "teacher" else "student"
+            raise ClusterError(
+                f"{section}.server.args: evaluate starts this server itself, on {needed:,} GPUs, and a task of it has "
+                f"{min(wanted.gpus, wanted.gpus_per_task):,}. Add --gpus-per-task {needed}, or leave {role} out of evaluate.models."
+            )
+    return f"{min(wanted.gpus, wanted.gpus_per_task):,} a task"
 
 
 def _step(recipe: Recipe, wanted: Wanted, site: Site) -> str:
+    if wanted.gpus and wanted.gpus_per_task > wanted.gpus:
+        raise ClusterError(f"--gpus-per-task: {wanted.gpus_per_task:,}, and a node has {wanted.gpus:,}. Give at most those.")
+    if wanted.gpus and (wanted.processes or 0) > wanted.gpus:
+        raise ClusterError(f"--processes: {wanted.processes:,} on a node of {wanted.gpus:,} GPUs. Give at most as many as there are GPUs.")
     processes, on_cpu = processes_of(wanted, site), not wanted.gpus
     trains = [recipe.train] if recipe.trains_on_traces or recipe.train.is_live else []
     trains += [recipe.train_in_rounds] if recipe.rounds else []
@@ -150,12 +183,13 @@ def show(asked: Submission, site: Site) -> None:
         waits = dependency(job, {other.name: [f"<{other.name}>"] for other in asked.jobs})
         more = f", and {job.follow_ups} more behind it that go on" if job.follow_ups and not site.requeue else ""
         say(f"\n{job.name}{f', {len(job.tasks):,} tasks' if job.tasks else ''}{more}", result=True)
-        words = sbatch.words_of(job, asked.run, site, waits)
+        words = [*(f"{name}={value}" for name, value in job.environment.items()), *sbatch.words_of(job, asked.run, site, waits)]
         say(f"  {shlex.join(words if not job.ends else [*words, '--wrap', f'scancel <{job.ends}>'])}", result=True)
         for place, (command, files) in enumerate(zip(job.commands, job.writes, strict=True)):
             task = f"{job.tasks[place]:>6}  " if job.tasks else "  "
             say(f"{task}{command}  ->  {files}", result=True)
-    say(f"\n{len(asked.jobs):,} jobs; nothing was submitted", result=True)
+    going_on = sum(job.follow_ups for job in asked.jobs) if not site.requeue else 0
+    say(f"\n{len(asked.jobs):,} jobs{f', and {going_on:,} that go on' if going_on else ''}; nothing was submitted", result=True)
 
 
 def wanted_from(site: Site, **asked: Any) -> Wanted:
@@ -178,15 +212,22 @@ def run(load: Load, sweep: Sequence[str], *, dry_run: bool, beside: bool, **aske
         DistillError: as `submit`, `prepare` and `prepare_sweep`, and where the site's file can't be used.
     """
     site, recipe = read_site(), load(())
-    asked["launch"] = _launch_file(asked["launch"]) if asked["launch"] else None
+    asked["launch"] = launch_file(asked["launch"]) if asked["launch"] else None
     wanted = wanted_from(site, **asked)
-    if dry_run and not quick.run(recipe):
+    if not dry_run and wanted.gpus == 0 and asked["gpus"] is None and not site_file().is_file():
+        raise ClusterError(
+            f"{site_file()}: there is no such file, so nothing says whether nodes have GPUs. Copy {scripts() / 'site.env.example'} "
+            "there and adapt it, or give --gpus-per-node (0 trains on CPUs)."
+        )
+    if not quick.run(recipe, wanted.launch):
         return False
-    jobs = prepare_sweep(recipe, sweep, load, wanted, site) if sweep else prepare(recipe, wanted, site)
-    return submit(recipe, jobs, wanted, site, dry_run=dry_run, beside=beside)
+    variants = variants_of(sweep, recipe.model_copy(update={"run_dir": str(run_dir(recipe).absolute())}), load) if sweep else []
+    jobs = prepare_sweep(recipe, variants, wanted, site) if sweep else prepare(recipe, wanted, site)
+    recipes = [variant.recipe for variant in variants] or [recipe]
+    return submit(recipes, jobs, wanted, site, dry_run=dry_run, beside=beside)
 
 
-def _launch_file(given: Path) -> Path:
+def launch_file(given: Path) -> Path:
     """A file for accelerate, or one of `slurm/launch/` by its name.
 
     Raises:

@@ -25,6 +25,7 @@ from distill.cluster.site import Site
 from distill.errors import RecipeError, StageConflictError, shown, visible
 from distill.pipeline import call
 from distill.recipe.experiment import Recipe
+from distill.recipe.reading import recipe_text
 from distill.stages import SWEEP, Step, folder, run_dir, steps_of
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=+-]+")
@@ -56,7 +57,10 @@ def variants_of(asked: Sequence[str], base: Recipe, load: Callable[[Sequence[str
         raise RecipeError("--sweep: on-policy rounds write and score traces of their own in each training. Set rounds 0, or submit each.")
     if Step("train") not in steps_of(base):
         raise RecipeError("--sweep: this recipe trains nothing. Leave it out.")
-    keys = dict(map(_key_and_values, asked))
+    pairs = list(map(_key_and_values, asked))
+    keys = dict(pairs)
+    if len(keys) < len(pairs):
+        raise RecipeError(f"--sweep: a key is there twice among {shown([key for key, _ in pairs], 300)}. Give all its values at once.")
     ends = [key.rsplit(".", 1)[-1] for key in keys]
     shorts = [end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)]
     found = []
@@ -67,10 +71,9 @@ def variants_of(asked: Sequence[str], base: Recipe, load: Callable[[Sequence[str
         recipe = load(words).model_copy(update={"run_dir": str(run_dir(base) / SWEEP / name)})
         _refuse_other_traces(recipe, base, name)
         found.append(Variant(name, recipe))
-    if len({variant.name for variant in found}) < len(found):
-        raise RecipeError(
-            f"--sweep: two trainings would be called alike among {shown([each.name for each in found], 300)}. Give each value once."
-        )
+    alike = {recipe_text(variant.recipe.model_copy(update={"run_dir": "", "name": ""})) for variant in found}
+    if len({variant.name for variant in found}) < len(found) or len(alike) < len(found):
+        raise RecipeError(f"--sweep: two trainings would be alike among {shown([each.name for each in found], 300)}. Give each value once.")
     return found
 
 
@@ -83,11 +86,14 @@ def _key_and_values(text: str) -> tuple[str, list[str]]:
 
 
 def _split(values: str) -> list[str]:
-    """At the commas outside brackets."""
-    found, depth = [""], 0
+    """At the commas outside brackets and quotes."""
+    found, depth, quote = [""], 0, ""
     for sign in values:
-        depth += (sign in "[{") - (sign in "]}")
-        if sign == "," and not depth:
+        if quote or sign in "'\"":
+            quote = "" if sign == quote else quote or sign
+        else:
+            depth += (sign in "[{") - (sign in "]}")
+        if sign == "," and not depth and not quote:
             found.append("")
         else:
             found[-1] += sign

@@ -5,7 +5,8 @@ and the script ends as the command ended. A shell can't do this: where a signal 
 
   --as SIGNAL        what the command gets, whichever signal came
   --received SIGNAL  came before: there is no time to begin
-  --requeue          have the task queued again where it ended early
+  --requeue          have the task queued again where it ended early, unless Slurm ends its job: a cancelled one stays so, and one that
+                     was preempted it queues again itself
 """
 
 from __future__ import annotations
@@ -100,6 +101,12 @@ def number_of(environment: Mapping[str, str]) -> str:
     return f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID", "")
 
 
+def _still_runs(number: str) -> bool:
+    """Whether Slurm has not been told to end a job: then it is COMPLETING while its script still runs."""
+    asked = subprocess.run(["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={number}"], capture_output=True, text=True)
+    return asked.stdout.split() == ["RUNNING"]
+
+
 def _now() -> str:
     return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
@@ -118,8 +125,8 @@ def main(words: Sequence[str]) -> None:
     place = words.index("--")
     asked = parser.parse_args(words[:place])
     code = Task(asked.record, _signal(asked.sent_as), _signal(asked.received)).run(words[place + 1 :])
-    if code == EARLY and asked.requeue:
-        subprocess.run(["scontrol", "requeue", number_of(os.environ)])
+    if code == EARLY and asked.requeue and _still_runs(number := number_of(os.environ)):
+        subprocess.run(["scontrol", "requeue", number])
     sys.exit(code)
 
 

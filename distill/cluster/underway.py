@@ -16,9 +16,9 @@ from distill.errors import DistillError, IntegrityError, MissingStageError
 from distill.recipe.experiment import Recipe
 from distill.recipe.learning import DEFAULT_EPOCHS
 from distill.run.counted import Files, clock_of, files_in, has_open_journal, is_held, rows_in_journals, rows_in_shards
-from distill.run.manifest import JOURNAL, LOCK, MANIFEST, PLAN, Manifest, read_manifest
+from distill.run.manifest import JOURNAL, LOCK, MANIFEST, PARTS, PLAN, Manifest, read_manifest
 from distill.run.owned import EARLIER
-from distill.run.parts import PARTS, summed
+from distill.run.parts import summed
 from distill.stages import Step, folder
 
 Held = Collection[tuple[int, int, int]]

@@ -48,9 +48,9 @@ class Clock:
         """Seconds since the clock was made, and those of the pieces before."""
         return self._before_s + time.perf_counter() - self._start
 
-    def keep(self, doing: dict[str, Any]) -> None:
-        """Writes the seconds down, and how far the work is, if it was long ago that they were."""
-        if self._file and time.perf_counter() - self._kept >= _KEEP_EVERY_S and self._file.parent.is_dir():
+    def keep(self, doing: dict[str, Any], *, at_once: bool = False) -> None:
+        """Writes the seconds down, and how far the work is, if it was long ago that they were, or at once."""
+        if self._file and (at_once or time.perf_counter() - self._kept >= _KEEP_EVERY_S) and self._file.parent.is_dir():
             self._kept = time.perf_counter()
             write_json(self._file, {"wall_s": round(self.wall_s, 2), "doing": doing})
 
@@ -73,14 +73,15 @@ _running: weakref.WeakSet[Clock] = weakref.WeakSet()
 """Clocks of stages at work. Progress is shown far from where a stage has its clock, and only there time is known to pass."""
 
 
-def keep_running_clocks(doing: dict[str, Any]) -> None:
-    """Called wherever work moves on.
+def keep_running_clocks(doing: dict[str, Any], *, at_once: bool = False) -> None:
+    """Called wherever work moves on, and at once where it ends early.
 
     Args:
         doing: How far it is: `what` is done, `done` and `of` how many, in which `unit`; `begun_at` how many and the `seconds` since.
+        at_once: However short a time ago they were written.
     """
     for clock in list(_running):
-        clock.keep(doing)
+        clock.keep(doing, at_once=at_once)
 
 
 def _seconds_in(file: Path) -> float:

@@ -28,8 +28,8 @@ from filelock import FileLock, Timeout
 from distill.errors import StageConflictError
 from distill.run.files import digest_file, read_json, write_json
 from distill.run.journal import Journal
-from distill.run.manifest import CLOCK, JOURNAL, LOCK, MANIFEST, PLAN, SCHEMA_VERSION, SHARDS, Manifest, read_manifest
-from distill.run.owned import EARLIER, is_of_server, is_of_system, listed, names_in, remove, strangers
+from distill.run.manifest import CLOCK, JOURNAL, LOCK, MANIFEST, PARTS, PLAN, SCHEMA_VERSION, SHARDS, Manifest, read_manifest
+from distill.run.owned import EARLIER, is_of_server, is_of_system, listed, names_in, parts_at_work, remove, strangers
 from distill.run.plan import HOLDS, NO_GROWTH, Growth, StagePlan, binding, in_the_way, input_digests, relation
 from distill.run.tables import TableWriter, whole_shards
 
@@ -150,6 +150,8 @@ class StageFolder:
     def _resume(self) -> None:
         self._go_back()
         found = relation(self._plan, shared=self._part is not None)
+        if found.kind in ("refused", "new") and (self.path / PLAN).exists():  # a plan by which nothing was made binds whoever works by it
+            found = relation(self._plan, shared=parts_at_work(self.path))
         if found.kind == "refused":
             raise StageConflictError(refusal(self._plan, found.changes))
         if found.kind == "complete":
@@ -159,6 +161,7 @@ class StageFolder:
         if found.kind == "grows":  # by a plan of its own, not by one that a kill left behind
             (self.path / PLAN).unlink(missing_ok=True)
         if found.kind == "new":
+            shutil.rmtree(self.path / PARTS, ignore_errors=True)
             self._write_plan()
             (self.path / CLOCK).unlink(missing_ok=True)  # of a run with other settings that made nothing
         if (self.path / PLAN).exists() or not self._plan.growth.looks_itself:

@@ -130,7 +130,8 @@ class Progress:
                 "unit": self._unit,
                 "begun_at": self._begun_at,
                 "seconds": round(self.elapsed_s, 2),
-            }
+            },
+            at_once=early.asked() is not None,
         )
         if self._bar is not None:
             self._bar.update(count)

@@ -13,6 +13,8 @@ from distill.run.files import digest_file, digest_json, read_json
 
 SCHEMA_VERSION = 1
 MANIFEST, PLAN, JOURNAL, SHARDS, CLOCK, LOCK = "manifest.json", "plan.json", "journal.jsonl", "shards.jsonl", "clock.json", ".lock"
+PARTS = "parts"
+"""In a stage's folder, its parts; gone when it is finished."""
 MERGED = "served"
 """In a stage's folder, merged weights for as long as their server lives."""
 

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from distill.errors import IntegrityError, MissingStageError, StageConflictError, visible
 from distill.run.files import write_text
-from distill.run.manifest import CLOCK, JOURNAL, LOCK, MANIFEST, MERGED, PLAN, SHARDS, read_manifest
+from distill.run.manifest import CLOCK, JOURNAL, LOCK, MANIFEST, MERGED, PARTS, PLAN, SHARDS, read_manifest
 
 EARLIER = "earlier"
 JOBS = "jobs"
@@ -32,6 +34,25 @@ _SHOWN, _LONGEST = 5, 100  # names, and characters of one
 def is_bookkeeping(name: str) -> bool:
     """Whether a file ties its folder to no settings and no result: a stage that has nothing else has made nothing yet."""
     return name.removesuffix(_TEMPORARY) in (PLAN, CLOCK) or name.startswith(LOCK) or is_of_system(name) or is_of_server(name)
+
+
+def has_made(folder: Path) -> bool:
+    """Whether a stage's folder holds more than bookkeeping, the folders of its parts among it."""
+    parts = folder / PARTS
+    own = [file for place in (folder, *(parts.iterdir() if parts.is_dir() else ())) if place.is_dir() for file in place.iterdir()]
+    return any(not is_bookkeeping(file.name) for file in own if file != parts)
+
+
+def parts_at_work(folder: Path) -> bool:
+    """Whether another process works on a part of a stage."""
+    for file in folder.glob(f"{LOCK}-*"):
+        lock = FileLock(file)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        lock.release()
+    return False
 
 
 def is_of_server(name: str) -> bool:

@@ -15,11 +15,9 @@ from distill.errors import RecipeError, StageConflictError
 from distill.run.clock import Clock
 from distill.run.folder import StageFolder
 from distill.run.log import say
-from distill.run.manifest import JOURNAL, MANIFEST, Manifest, read_manifest
+from distill.run.manifest import JOURNAL, MANIFEST, PARTS, Manifest, read_manifest
 from distill.run.plan import StagePlan
 
-PARTS = "parts"
-"""In a stage's folder, its parts; gone when it is finished."""
 _NAME = re.compile(r"(\d{5})-of-(\d{5})")
 _MOST = 9999
 _OF_ONE = frozenset({"tokens", "finish_reasons", "server", "stop"})

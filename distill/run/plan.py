@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from distill.run.files import digest_json, read_json
 from distill.run.manifest import MANIFEST, PLAN, Manifest, check_sizes, read_manifest
-from distill.run.owned import is_bookkeeping, listed, strangers
+from distill.run.owned import has_made, listed, strangers
 
 Kind = Literal["new", "begun", "complete", "grows", "refused"]
 NO_LIMIT = math.inf
@@ -88,8 +88,7 @@ def relation(plan: StagePlan, *, shared: bool = False, inputs: bool = True, file
     """
     if not plan.path.exists():
         return Relation("new")
-    made = any(not is_bookkeeping(file.name) for file in plan.path.iterdir())
-    found = read_json(plan.path / PLAN) if (plan.path / PLAN).exists() and (made or shared) else None
+    found = read_json(plan.path / PLAN) if (plan.path / PLAN).exists() and (shared or has_made(plan.path)) else None
     if found is not None and not _ended(plan.path, found):
         changes = list(_differences(found.get("settings"), plan.settings))
         clauses = [clause for _, clause in changes]

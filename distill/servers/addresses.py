@@ -176,6 +176,8 @@ class Addresses:
             patience_s = self._watch.wait_s
         if any(address.in_flight for address in self._all):  # one may be writing a long answer at this moment
             return
+        if self._dead_since_s is not None and self._watch is not None:
+            self._watch.refuse_to_wait()
         if self._dead_since_s is not None and now - self._dead_since_s > patience_s:
             urls = ", ".join(address.url for address in self._all)
             advice = "Start it, or correct server.url" if self._watch is None else f"{self._watch.last_words()}\nStart it again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -37,6 +38,8 @@ _INSTALL = {
     "llama_cpp": "Install llama.cpp, or set {role}.server.command: [/path/to/llama-server]",
     "transformers": "Install it beside the kit (pip install 'distill-kit[serve]'), or set {role}.server.python to where it is",
 }
+_SHARES = (("--tensor-parallel-size", "--tp-size", "--tp"), ("--pipeline-parallel-size", "--pp-size", "--pp"), ("--data-parallel-size",))
+"""Arguments of vLLM and SGLang by which a server takes more GPUs than one."""
 _PROGRAMS = {"vllm": "vllm", "sglang": "sglang", "llama_cpp": "llama-server", "transformers": "transformers"}
 
 Options = dict[str, str | None]
@@ -175,6 +178,12 @@ def value_of(words: Sequence[str], name: str) -> str | None:
         if _is_option(word) and _plain(word) == name:
             found = word.partition("=")[2] if "=" in word else next(iter(words[place + 1 : place + 2]), None)
     return found
+
+
+def gpus_of(args: Sequence[str]) -> int:
+    """GPUs that a server's arguments deal a model out to; 1 where they say nothing of it."""
+    sizes = [next((found for name in names if (found := value_of(args, name))), "1") for names in _SHARES]
+    return math.prod(int(size) for size in sizes if size.isdecimal())
 
 
 def without_secrets(words: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from distill.recipe.models import Adapter, ModelSpec
 from distill.run import early
 from distill.run.log import say
 from distill.servers.commands import takes_adapters
-from distill.servers.left import FOLDER, announced, name_of
+from distill.servers.left import FOLDER, announced, failing_told, name_of
 from distill.servers.needs import ServerNeeds, needs_of
 from distill.servers.nodes import Nodes, nodes, replica
 from distill.servers.process import ServerProcess
@@ -64,7 +64,7 @@ def serve(recipe: Recipe, role: str, run: Path, trained: Path | None) -> None:
     place.mkdir(parents=True, exist_ok=True)
     node = f"-node-{spread_over.rank}" if spread_over.rank else ""
     try:
-        with FileLock(place / f".lock-{name_of(role)}{node}", timeout=0):
+        with FileLock(place / f".lock-{name_of(role)}{node}", timeout=0), failing_told(run, role):
             _serve(spec, role, run, trained, adapter, needs, spread_over)
     except Timeout:
         raise StageConflictError(f"{place}: another `distill serve` runs for role {role}. End that one first.") from None

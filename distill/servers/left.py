@@ -3,6 +3,7 @@
 ```
 <run>/servers/teacher.json            started by hand
 <run>/servers/teacher-123_4.json      task 4 of job 123 of a cluster; as many as there are share the work
+<run>/servers/teacher-123_4.failed    why that one could not serve, so that nobody waits for it
 ```
 
 A file is no proof that somebody answers there: a node that dies takes no file with it. So whoever reads one asks first.
@@ -18,10 +19,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distill.errors import IntegrityError, MissingStageError, RecipeError, ServerError, shown
+from distill.errors import DistillError, IntegrityError, MissingStageError, RecipeError, ServerError, shown
 from distill.recipe.models import ModelSpec
 from distill.run import early
-from distill.run.files import digest_json, read_json, write_json
+from distill.run.files import digest_json, read_json, write_json, write_text
 from distill.run.log import duration_text, say
 from distill.run.manifest import read_manifest
 from distill.servers.alive import answers, models_at
@@ -35,6 +36,8 @@ FOLDER = "servers"
 WAIT = "DISTILL_WAIT_FOR_SERVER_S"
 """Environment variable: seconds that a stage waits for a server of `distill serve`, rather than starting one; set where a job of a cluster
 serves the model."""
+JOBS, SERVERS = "DISTILL_SERVING_JOBS", "DISTILL_SERVERS"
+"""Environment variables: the numbers of the jobs that serve the model, with commas, and how many servers these hold at once."""
 _AT_ONCE = 16  # addresses that are asked whether they answer
 _EVERY_S, _FIRST_NOTE_S, _NOTE_EVERY_S = 2.0, 5.0, 300.0
 
@@ -73,6 +76,19 @@ def announced(spec: ModelSpec, role: str, run: Path, trained: Path | None, needs
         yield url
     finally:
         file.unlink(missing_ok=True)
+
+
+@contextmanager
+def failing_told(run: Path, role: str) -> Iterator[None]:
+    """Leaves in the run why a job's server failed, for the clients that wait for it."""
+    file = run / FOLDER / f"{name_of(role)}.failed"
+    file.unlink(missing_ok=True)
+    try:
+        yield
+    except DistillError as error:
+        if replica():
+            write_text(file, f"{error}\n")
+        raise
 
 
 def patience_s() -> float:
@@ -149,11 +165,12 @@ class Watch:
         """Addresses, once there are any; says now and then what is waited for.
 
         Raises:
-            ServerError: none came in time; with the last lines of the server's log.
+            ServerError: none came in time, or none can come; with the last lines of the server's log.
         """
         begun_s, note_s = time.monotonic(), _FIRST_NOTE_S
         while not (urls := self.urls()):
             early.check()
+            self.refuse_to_wait()
             waited_s = time.monotonic() - begun_s
             if waited_s >= self.wait_s:
                 raise ServerError(f"{self.role}: no server of it has answered for {duration_text(waited_s)} ({WAIT}). {self.last_words()}")
@@ -162,6 +179,19 @@ class Watch:
                 note_s += min(note_s, _NOTE_EVERY_S)
             time.sleep(min(_EVERY_S, self.wait_s - waited_s))
         return urls
+
+    def refuse_to_wait(self) -> None:
+        """Nothing, unless every server that could come has failed for good.
+
+        Raises:
+            ServerError: with what the last of them said.
+        """
+        jobs = [job for job in os.environ.get(JOBS, "").split(",") if job]
+        failed = [file for job in jobs for name in (job, f"{job}_*") for file in self._place.glob(f"{self.role}-{name}.failed")]
+        tasks = {file.stem.partition("_")[2] for file in failed}
+        if failed and len(tasks) >= int(os.environ.get(SERVERS) or 1):
+            said = max(failed, key=lambda file: file.stat().st_mtime).read_text(encoding="utf-8").strip()
+            raise ServerError(f"{self.role}: the jobs that were to serve it ({', '.join(jobs)}) have failed: {said}")
 
     def state(self) -> str:
         """Why there is none, in a line: what those that answer lack, or what the last one to begin said last."""

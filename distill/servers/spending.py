@@ -16,6 +16,8 @@ from distill.servers import Usage
 SPENDING = "server-spending-{role}.json"
 """Name of the file in a stage's folder, a role each, and each of the processes that share the folder; one of those that `run/owned` knows
 as a server's."""
+_SAME_SERVER = {"student": "base", "base": "student"}
+"""Roles of one section of a recipe, whose limits hold for both together."""
 _KEEP_EVERY_S = 1.0  # so much is lost of a piece that is killed
 
 
@@ -41,6 +43,9 @@ class Spending:
         if self._file is not None and self._file.exists():
             self.usage, self._before_s = _read(self._file)
         self._kept = self.usage
+        # One after the other, so that what the other has used is known now.
+        others = folder.glob(SPENDING.format(role=f"{_SAME_SERVER[role]}*")) if folder is not None and role in _SAME_SERVER else ()
+        self._beside = sum((_read(file)[0] for file in others), Usage())
 
     @property
     def cost(self) -> float | None:
@@ -58,10 +63,10 @@ class Spending:
     @property
     def is_exhausted(self) -> bool:
         """Whether a limit is reached: nothing new is to be sent."""
-        limits = self._server
-        tokens = self.usage.input_tokens + self.usage.output_tokens
+        limits, used = self._server, self.usage + self._beside
+        tokens = used.input_tokens + used.output_tokens
         return (limits.max_tokens is not None and tokens >= limits.max_tokens) or (
-            limits.max_cost is not None and (self.cost or 0.0) >= limits.max_cost
+            limits.max_cost is not None and (self._cost_of(used) or 0.0) >= limits.max_cost
         )
 
     def add(self, usage: Usage) -> None:
@@ -87,12 +92,14 @@ class Spending:
         """
         if not self.is_exhausted:
             return
-        tokens, most = self.usage.input_tokens + self.usage.output_tokens, self._server.max_tokens
+        used, most = self.usage + self._beside, self._server.max_tokens
+        tokens = used.input_tokens + used.output_tokens
         of_tokens = most is not None and tokens >= most
         key, limit = ("max_tokens", f"{most:,}") if of_tokens else ("max_cost", f"${self._server.max_cost or 0:,.2f}")
-        cost = "" if self.cost is None else f", ${self.cost:,.2f}"
+        cost = "" if self.cost is None else f", ${self._cost_of(used):,.2f}"
+        section = "teacher" if self._role == "teacher" else "student"
         raise BudgetError(
-            f"{self._role}.server.{key}: {limit} is reached: {tokens:,} tokens{cost} in {self.usage.requests:,} requests. All that was "
+            f"{section}.server.{key}: {limit} is reached: {tokens:,} tokens{cost} in {used.requests:,} requests. All that was "
             f"written is kept; raise {key} and run this again, and it goes on."
         )
 

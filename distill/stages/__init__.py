@@ -19,9 +19,8 @@ from distill.recipe.reading import recipe_text
 from distill.reporting.made import MadeStep, made_recipe
 from distill.run.files import read_json, write_record
 from distill.run.folder import StageFolder
-from distill.run.manifest import LOCK, MANIFEST, PLAN, read_manifest
+from distill.run.manifest import LOCK, MANIFEST, PARTS, PLAN, read_manifest
 from distill.run.owned import own_cache
-from distill.run.parts import PARTS
 from distill.run.plan import NO_GROWTH, Growth, StagePlan
 
 FOLDERS = {
