@@ -187,7 +187,9 @@ class Cluster:
         self.until(lambda: self._state(node) in ("IDLE", "MIXED", "ALLOCATED"), f"{node} is up", by_jobs=False)
 
     def _state(self, node: str) -> str:
-        return self.ask("sinfo", "-h", "-n", node, "-p", "main", "-o", "%T").strip().upper()
+        # Of all nodes: asked for one alone, 22.05 tells its CPUs as they were when all were asked for last, so that a dead one is "mixed".
+        lines = self.ask("sinfo", "-h", "-N", "-p", "main", "-o", "%N|%T").splitlines()
+        return dict(line.strip().split("|") for line in lines)[node].upper()
 
     def _do(self, command: str) -> None:
         with (self.folder / "do").open("w") as file:

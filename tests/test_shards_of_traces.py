@@ -126,7 +126,7 @@ def test_parts_on_the_command_line_survive_kills(kills: int, count: int, tmp_pat
                 while (not journal.exists() or journal.read_bytes().count(b"\n") < 4 * (kill + 1)) and time.monotonic() < deadline:
                     time.sleep(0.02)
                 process.kill()
-            assert process.returncode == -signal.SIGKILL and sum(server.asked.values()) < count - 9, "it was to be killed while it writes"
+            assert process.returncode == -signal.SIGKILL and len(server.asked) < count - 9, "it was to be killed while it writes"
         server.delay_s = 0.0
         ended = [subprocess.run([*command, part], capture_output=True, text=True, timeout=300) for part in ("2/2", "1/2")]
         assert [each.returncode for each in ended] == [0, 0], ended[0].stderr + ended[1].stderr

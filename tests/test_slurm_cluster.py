@@ -28,6 +28,12 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return [process for process in found if process.pid != os.getpid()]
 
 
+@pytest.fixture
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a cluster is to be; its path is short, because the sockets of its tasks lie in it."""
+    return tmp_path_factory.mktemp("c") / "c"
+
+
 def gone(folder: Path) -> bool:
     end_s = time.monotonic() + 60
     while processes_of(folder) and time.monotonic() < end_s:
@@ -44,8 +50,8 @@ def long_job(slurm: Cluster, *words: str) -> Path:
     return out
 
 
-def test_a_node_that_dies_gives_its_job_back(tmp_path: Path) -> None:
-    with cluster(tmp_path / "slurm") as slurm:
+def test_a_node_that_dies_gives_its_job_back(place: Path) -> None:
+    with cluster(place) as slurm:
         out = long_job(slurm, "--nodelist=node2")
         slurm.down("node2")
         slurm.up("node2")
@@ -57,10 +63,10 @@ def test_a_node_that_dies_gives_its_job_back(tmp_path: Path) -> None:
         assert [job["JobState"] for job in slurm.until_ended()] == ["COMPLETED"] * 3
         assert [line for line in out.read_text().splitlines() if " " not in line] == ["begun", "begun", "whole"]
         assert "DUE TO PREEMPTION" in out.read_text()
-    assert gone(tmp_path / "slurm")
+    assert gone(place)
 
 
-def test_nothing_is_left_of_one_whose_test_is_killed(tmp_path: Path) -> None:
+def test_nothing_is_left_of_one_whose_test_is_killed(place: Path) -> None:
     code = """
 import sys, time
 from pathlib import Path
@@ -72,9 +78,9 @@ with cluster(Path(sys.argv[1])) as slurm:
     time.sleep(600)
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    words = [sys.executable, "-c", code, str(tmp_path / "slurm")]
+    words = [sys.executable, "-c", code, str(place)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as test:
         assert test.stdout and test.stdout.readline() == "runs\n"
-        assert len(processes_of(tmp_path / "slurm")) > 5
+        assert len(processes_of(place)) > 5
         test.send_signal(signal.SIGKILL)
-    assert gone(tmp_path / "slurm")
+    assert gone(place)

@@ -50,11 +50,12 @@ def submit(
         ClusterError: the scheduler refuses, or jobs of the run are under way.
         StageConflictError: what is there was made with other settings, or in another number of parts.
     """
-    if not check(recipes, asked, wanted, site, dry_run=dry_run):
-        return False
     if not asked.jobs:
         say(f"submit    nothing to do: all of {asked.run} is done", result=True)
-    elif dry_run:
+        return True
+    if not check(recipes, asked, wanted, site, dry_run=dry_run):
+        return False
+    if dry_run:
         show(asked, site)
     else:
         hand_over(asked, site, beside=beside)
