@@ -82,7 +82,7 @@ open_log() {
 # Sets `recipe` to what is meant by a recipe, or by @FILE: the recipe in the line of FILE that has the number of the array's task, and
 # `of` to the folder of that one's own run.
 name_recipe() {
-  recipe=$1
+  recipe=$1 of=
   if [ "${recipe#@}" = "$recipe" ]; then return; fi
   recipe=$(sed -n "${SLURM_ARRAY_TASK_ID:-1}p" "${1#@}")
   if [ -z "$recipe" ]; then fail "${1#@} has no line ${SLURM_ARRAY_TASK_ID:-1}"; fi

@@ -105,7 +105,7 @@ def test_a_part_that_there_is_not_is_refused(shard: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kills", "count"), [pytest.param(2, 30, marks=pytest.mark.slow), pytest.param(50, 320, marks=pytest.mark.nightly)]
+    ("kills", "count"), [pytest.param(2, 30, marks=pytest.mark.slow), pytest.param(50, 460, marks=pytest.mark.nightly)]
 )
 def test_parts_on_the_command_line_survive_kills(kills: int, count: int, tmp_path: Path, tiny_model_dir: Path) -> None:
     """Two processes share the stage; one is killed again and again while it writes; nothing answered is asked for again."""

@@ -432,5 +432,7 @@ def test_a_task_that_ended_early_is_queued_again_by_both_its_numbers(tmp_path: P
     assert "scontrol requeue 17_4\n" in process.communicate()[0] and process.returncode == EARLY
     process = task(tmp_path, "raise SystemExit(75)", "--requeue", PATH=path, STATE="COMPLETING", **array)  # after scancel
     assert "scontrol" not in process.communicate()[0] and process.returncode == EARLY
+    process = task(tmp_path, "raise SystemExit(75)", "--requeue", PATH=path, STATE="", **array)  # a scheduler that says nothing
+    assert "scontrol requeue 17_4\n" in process.communicate()[0]
     process = task(tmp_path, "", "--requeue", PATH=path, STATE="RUNNING", **array)
     assert "scontrol" not in process.communicate()[0] and process.returncode == 0

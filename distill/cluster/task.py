@@ -27,6 +27,7 @@ from distill.cluster.launch import MARK
 from distill.errors import EARLY
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+_ANSWER_S = 60  # that a busy scheduler may take, before the job's own limit
 _KILLED = 128  # and the signal's number: the exit code of what a signal has killed, as shells have it
 
 
@@ -103,8 +104,12 @@ def number_of(environment: Mapping[str, str]) -> str:
 
 def _still_runs(number: str) -> bool:
     """Whether Slurm has not been told to end a job: then it is COMPLETING while its script still runs."""
-    asked = subprocess.run(["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={number}"], capture_output=True, text=True)
-    return asked.stdout.split() == ["RUNNING"]
+    words = ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={number}"]
+    try:
+        asked = subprocess.run(words, capture_output=True, text=True, timeout=_ANSWER_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return True  # nothing says that it was ended, and a run that stops for that would be worse than one that comes back
+    return not asked.stdout.strip() or asked.stdout.split() == ["RUNNING"]
 
 
 def _now() -> str:
