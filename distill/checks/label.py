@@ -17,6 +17,10 @@ _ALONE = re.compile(r"^\W*([A-Za-z])\W*$")
 _FIRST = re.compile(r"^\W*([A-Z])\s*[):.\-–—]+\s*(?=\S)")  # noqa: RUF001
 _INSIDE = re.compile(r"(?<![A-Za-z0-9_À-ɏ'’\\])\(?([A-Z])\)?(?![A-Za-z0-9_À-ɏ'’])")  # noqa: RUF001
 _ARTICLE = re.compile(r"\s+[a-z]")
+_NEGATED = re.compile(  # in the languages that data sets of labels are in most often; up to the label, in one clause
+    r"(?:\b(?:not|never|neither|nor|non|no|\w*n\Wt|nicht|keine?[nrms]?|weder|pas|aucune?|ningun[ao]?|ningún|nunca|não|не|ليست?|غير|नहीं)"
+    r"|不是|非|并非|不属于)(?:[\s\-]+(?:an?|the|really|actually|any|du|de|une?|un[ao]?|eine?[nrms]?|das|der|die))*[^\w.,;:!?\n]*$"
+)
 _POINTED = re.compile(r"(?:answer|option|choice|letter)(?:\s+is)?\W*$", re.IGNORECASE)
 
 
@@ -35,9 +39,13 @@ def check_label(given: Given, settings: Label) -> Found:
     if answer is None or not answer.strip():
         return False, "no_answer"
     box = boxed(answer)
-    named = _named(plain(answer if box is None else box), tuple(choices), lettered)
+    said = plain(unicodedata.normalize("NFKC", answer if box is None else box))
+    place = _place_of(said, len(choices), settings.numbered_from)
+    named = _named(said, tuple(choices), lettered) if place is None else {place}
     if len(named) != 1:
         return False, "several_labels" if named else "no_label"
+    if _is_negated(said, tuple(choices)):
+        return False, "negated_label"
     return (True, "right") if named == {right} else (False, "wrong_label")
 
 
@@ -54,12 +62,28 @@ def _right(reference: str, choices: list[str], numbered_from: int | None, letter
     wanted = bare(reference)
     texts = [bare(choice) for choice in choices]
     if numbered_from is not None and reference.strip().isdecimal():
-        place = int(reference) - numbered_from
-        return place if 0 <= place < len(choices) else None
+        return _place_of(reference.strip(), len(choices), numbered_from)
     if wanted in texts:
         return texts.index(wanted)
     named = _named(plain(reference), tuple(choices), lettered) if lettered else set()
     return named.pop() if len(named) == 1 else None
+
+
+def _place_of(text: str, count: int, numbered_from: int | None) -> int | None:
+    """The place that a number alone means; null where the choices have no numbers, or not this one."""
+    number = text.strip().strip("().")
+    if numbered_from is None or not number.isdecimal():
+        return None
+    place = int(number) - numbered_from
+    return place if 0 <= place < count else None
+
+
+def _is_negated(text: str, choices: tuple[str, ...]) -> bool:
+    """Whether a label stands behind a `not`: `This is not spam.` names no spam."""
+    if bare(text) in _places(choices):
+        return False
+    line = folded(text)
+    return any(_NEGATED.search(line[: found.start()]) for found in _pattern(choices).finditer(line))
 
 
 def _named(text: str, choices: tuple[str, ...], lettered: bool) -> set[int]:
