@@ -32,7 +32,8 @@ def check_judging(recipe: Recipe, survey: Survey, found: Findings) -> None:
 
 def _asked(recipe: Recipe) -> tuple[list[Check], list[Check]]:
     """The checks of traces, and those of answers."""
-    return (recipe.curate.checks if recipe.learns_from_traces else []), (recipe.checks_of_answers if recipe.evaluate is not None else [])
+    judges = recipe.evaluate is not None and recipe.judges_answers
+    return (recipe.curate.checks if recipe.learns_from_traces else []), (recipe.checks_of_answers if judges else [])
 
 
 def _references(recipe: Recipe, survey: Survey, notes: list[str]) -> str:

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from distill.recipe.base import OutputPath, Section
 from distill.recipe.checks import Check, answer_checks
 from distill.recipe.learning import DEEPSPEED_HAS_NO_PARTS, FOLLOWS_EVALUATION, LOSS_OF_SFT, Distillation, Rollouts, Score, Train
+from distill.recipe.likeness import Likeness
 from distill.recipe.models import ModelSpec, Student
 from distill.recipe.prompts import Prompts
 from distill.recipe.results import Evaluate, Export, Report
@@ -88,6 +89,18 @@ class Recipe(Section):
         return given if given is not None else answer_checks(self.curate.checks)
 
     @property
+    def judges_answers(self) -> bool:
+        """Whether an answer can be right: there are references, or the checks of answers do without."""
+        return self.prompts.columns.reference is not None or not any(check.settings.asks_reference for check in self.checks_of_answers)
+
+    @property
+    def likeness(self) -> Likeness | None:
+        """What is looked at of the teacher's held-out answers: what evaluate says, else the defaults where no answer can be judged."""
+        if self.evaluate is None or self.evaluate.likeness is not None or self.judges_answers:
+            return None if self.evaluate is None else self.evaluate.likeness
+        return Likeness() if self.evaluate.compares_with_teacher else None
+
+    @property
     def train_in_rounds(self) -> Train:
         """How the student learns in an on-policy round; checked with the recipe, which has a section rollouts."""
         assert self.rollouts is not None
@@ -111,6 +124,20 @@ class Recipe(Section):
                 raise ValueError("evaluate.models names teacher, but there is no section teacher")
             if self.prompts.heldout_size == 0:
                 raise ValueError("evaluate needs held-out prompts: raise prompts.heldout_size, or set evaluate: null")
+        return self
+
+    @model_validator(mode="after")
+    def _answers_can_be_measured(self) -> Recipe:
+        evaluate = self.evaluate
+        if evaluate is not None and evaluate.likeness is not None and not evaluate.compares_with_teacher:
+            raise ValueError(
+                "evaluate.likeness compares with answers that the teacher writes: name teacher in evaluate.models, and base or student"
+            )
+        if evaluate is not None and evaluate.calibration and not self.judges_answers:
+            raise ValueError(
+                "evaluate.calibration asks how often an answer is right, and none can be judged without a reference: name its column in "
+                "prompts.columns.reference, or leave calibration out"
+            )
         return self
 
     @model_validator(mode="after")

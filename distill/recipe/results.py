@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from distill.recipe.base import PositiveInt, Sampling, Section
 from distill.recipe.checks import Check, Checks
+from distill.recipe.likeness import Likeness
 
 ModelRole = Literal["base", "student", "teacher"]
 
@@ -30,6 +31,11 @@ class Evaluate(Sampling):
     """Hard limit for one answer check, in seconds."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Coverage of the printed intervals."""
+    likeness: Likeness | None = None
+    """How alike base and student are to the teacher, on the answers that it writes here. Null measures that where no answer can be judged
+    (no `prompts.columns.reference`, and a check that asks for one), and else not."""
+    calibration: bool = False
+    """Whether each model reads its own answers, so that how sure it is can be compared with how often it is right."""
 
     @field_validator("models")
     @classmethod
@@ -47,10 +53,15 @@ class Evaluate(Sampling):
             raise ValueError("agreement says nothing of a single answer. Leave it out here")
         return value
 
+    @property
+    def compares_with_teacher(self) -> bool:
+        """Whether the teacher answers, and another model beside it."""
+        return "teacher" in self.models and len(self.models) > 1
+
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the answers; how these are judged is said by `Recipe.checks_of_answers`."""
+        """The settings that decide the answers; how these are judged is said by `Recipe.checks_of_answers` and `Recipe.likeness`."""
         plain = super().identity()
-        return {name: value for name, value in plain.items() if name != "checks"}
+        return {name: value for name, value in plain.items() if name not in ("checks", "likeness") and (name != "calibration" or value)}
 
 
 class Report(Section):

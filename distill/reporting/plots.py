@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -103,6 +103,19 @@ def funnel_bars(steps: list[tuple[str, int]]) -> str:
         axes.set(yticks=places, yticklabels=[name for name, _ in steps], xlim=(0, max(counts) * 1.12), xticks=[])
         axes.spines["bottom"].set_visible(False)
         return _svg(figure, "funnel", "Bars: prompts, traces, and what is left of the traces after each check")
+
+
+def reliability(bins: Mapping[str, Sequence[Sequence[float]]]) -> str:
+    """A line a model: how often it is right among answers of which it is about equally sure, and a diagonal where the two are equal."""
+    with _style("reliability"):
+        figure, axes = _figure(3.2)
+        axes.plot([0, 100], [0, 100], color=_INK, linewidth=0.8, linestyle=":")
+        for role, own in bins.items():
+            sure, right = [100 * one[0] for one in own], [100 * one[1] for one in own]
+            axes.plot(sure, right, color=_COLOURS[role], linewidth=1.6, marker="o", markersize=4, label=role)
+        axes.legend(frameon=False)
+        axes.set(xlim=(0, 102), ylim=(0, 102), xlabel="sure, %", ylabel="right, %")
+        return _svg(figure, "reliability", "Lines: share of right answers over how sure each model was of them")
 
 
 def _style(salt: str) -> AbstractContextManager[None]:

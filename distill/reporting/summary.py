@@ -12,6 +12,7 @@ from distill.data.licences import UNKNOWN, licence_of
 from distill.measure.intervals import Estimate
 from distill.measure.marks import in_doubt
 from distill.recipe.experiment import Recipe
+from distill.reporting.alike import Alike, alike_of
 from distill.reporting.public import file_or_name, hide_secrets
 from distill.run.log import duration_text
 from distill.run.manifest import MANIFEST, Manifest, checked_file, read_manifest
@@ -51,6 +52,8 @@ class RunSummary:
     confidence: float
     names: Mapping[str, str]
     """Public names of models, by those they were loaded by."""
+    alike: Alike | None = None
+    """What the models thought of answers; null where they read none."""
 
     def name_of(self, model: str | None, otherwise: str = UNKNOWN) -> str:
         """How a model that a stage recorded is called elsewhere."""
@@ -60,6 +63,8 @@ class RunSummary:
     def sentence(self) -> str:
         """The outcome in words."""
         by_role = {result.role: result for result in self.results}
+        if "student" not in by_role and self.alike is not None and self.alike.sentence:
+            return self.alike.sentence
         if "student" not in by_role:
             return "The student has not been measured on held-out prompts."
         student = by_role["student"].accuracy
@@ -181,6 +186,7 @@ def summarise(folders: dict[str, Path], rounds: Sequence[dict[str, Path]], names
             parameters=record["parameters"],
         )
         for role, record in models.items()
+        if (role, "accuracy") in by_key
     ]
     gap = by_key.get(("gap", "gap_recovered"))
     return RunSummary(
@@ -188,10 +194,11 @@ def summarise(folders: dict[str, Path], rounds: Sequence[dict[str, Path]], names
         rounds=of_rounds,
         results=results,
         gap=_estimate(gap) if gap else None,
-        num_prompts=max(score["num_prompts"] for score in scores if score["metric"] == "accuracy"),
+        num_prompts=max((score["num_prompts"] for score in scores if score["metric"] == "accuracy"), default=0),
         samples_per_prompt=scores[0]["samples_per_prompt"],
         confidence=manifests["evaluate"].facts["confidence"],
         names=names,
+        alike=alike_of(folders["evaluate"]),
     )
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distill.recipe.experiment import Recipe
+from distill.reporting.alike import alike_text
 from distill.reporting.summary import NOT_MEASURED, ModelResult, RunSummary, bytes_text, metrics, parameters_text, percent_text
 from distill.run.log import duration_text, money_text
 from distill.run.manifest import Manifest
@@ -38,7 +39,7 @@ RESULT_COLUMNS = ["model", "accuracy", "interval", "tokens an answer", "truncate
 def results_text(summary: RunSummary) -> str:
     """The table and the gap as plain text for a terminal."""
     if not summary.results:
-        return f"{NOT_MEASURED}: this recipe leaves the evaluation out\n"
+        return f"{NOT_MEASURED}: this recipe leaves the evaluation out\n" if summary.alike is None else alike_text(summary.alike)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(RESULT_COLUMNS):
         table.add_column(name, justify="left" if index == 0 else "right")
@@ -47,7 +48,12 @@ def results_text(summary: RunSummary) -> str:
     text = io.StringIO()
     Console(file=text, width=110, no_color=True).print(table)
     table_text = "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
-    return "\n".join([table_text, "", summary.gap_text, *([summary.doubt_text] if summary.doubt_text else [])]) + "\n"
+    more = alike_text(summary.alike)
+    return (
+        "\n".join([table_text, "", summary.gap_text, *([summary.doubt_text] if summary.doubt_text else [])])
+        + "\n"
+        + ("\n" + more if more else "")
+    )
 
 
 def _accuracy_text(result: ModelResult) -> str:

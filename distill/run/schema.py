@@ -97,6 +97,48 @@ SCORE = pa.schema(
     ]
 )
 
+# What a teacher thinks of an answer of its own, at every token of it in the student's ids: the candidates of all tokens in one list.
+THOUGHT = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample_index", pa.int32()),
+        ("tokens", pa.int32()),  # null: the answer can't be put to both models
+        ("ids", pa.list_(pa.int32())),  # -1 where a token has fewer candidates than others
+        ("log_probs", pa.list_(pa.float32())),
+        ("log_rest", pa.list_(pa.float32())),  # of all other tokens, an entry a token
+    ]
+)
+
+# What a model thinks of an answer of the teacher, summed over its tokens, and how alike its own is.
+LIKENESS = pa.schema(
+    [
+        ("model_role", pa.string()),
+        ("prompt_id", pa.string()),
+        ("sample_index", pa.int32()),
+        ("reason", pa.string()),  # why it was not read; null where it was
+        ("num_bytes", pa.int32()),  # of the answer, as UTF-8
+        ("num_tokens", pa.int32()),  # in the model's own vocabulary, end of turn included
+        ("log_prob", pa.float64()),  # nats
+        ("predicted", pa.int32()),  # tokens that are the model's most probable
+        ("compared", pa.int32()),  # tokens where it is known what the teacher thinks, as are the next three
+        ("kl_nats", pa.float64()),  # KL(teacher ‖ model); null of the teacher
+        ("agreed", pa.int32()),  # tokens of which both hold the same most probable
+        ("held", pa.float64()),  # of the teacher's probability, what lies on tokens compared one by one
+        ("chrf", pa.float64()),  # of its own answer to the teacher's, 0 to 100
+    ]
+)
+
+# How sure a model is of an answer of its own.
+CERTAINTY = pa.schema(
+    [
+        ("model_role", pa.string()),
+        ("prompt_id", pa.string()),
+        ("sample_index", pa.int32()),
+        ("num_tokens", pa.int32()),  # behind its reasoning, end of turn excluded
+        ("log_prob", pa.float64()),  # of these, in nats; null where it was not read
+    ]
+)
+
 
 def prompt_id(messages: list[Message]) -> str:
     """Stable id of a prompt: the first 16 hex digits of the SHA-256 of its messages."""

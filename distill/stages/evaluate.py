@@ -26,6 +26,7 @@ from distill.measure.intervals import gap_recovered, mean_interval, resampled_me
 from distill.measure.marks import shares
 from distill.recipe.checks import Check, checks_of
 from distill.recipe.experiment import Recipe
+from distill.recipe.likeness import Likeness
 from distill.recipe.results import Evaluate
 from distill.run.clock import Clock
 from distill.run.folder import StageFolder
@@ -42,7 +43,9 @@ if TYPE_CHECKING:
     from distill.engines.earlier import EarlierTraces
 
 TASK = "heldout"
+_READING = ("evaluate.calibration", "evaluate.likeness", *(f"evaluate.likeness.{name}" for name in Likeness.model_fields))
 _NO_ANSWER = "no answer"
+_NO_TEACHER = "Or name teacher in evaluate.models, with base or student, to measure how alike these are to it."
 _NO_REFERENCE = "Name the column with the right answers there, or set evaluate: null."
 
 
@@ -53,8 +56,8 @@ def plan(recipe: Recipe) -> StagePlan:
         DataError: the recipe leaves it out, or names no reference, without which no answer can be judged.
     """
     evaluate = _evaluate_of(recipe)
-    if recipe.prompts.columns.reference is None and _needs_reference(recipe):
-        raise DataError(f"evaluate: prompts.columns.reference is null, so no answer could be judged. {_NO_REFERENCE}")
+    if not recipe.judges_answers and recipe.likeness is None:
+        raise DataError(f"evaluate: prompts.columns.reference is null, so no answer could be judged. {_NO_REFERENCE} {_NO_TEACHER}")
     specs = {"student": recipe.student.identity()}
     if recipe.teacher is not None and "teacher" in evaluate.models:
         specs["teacher"] = recipe.teacher.identity()
@@ -62,11 +65,12 @@ def plan(recipe: Recipe) -> StagePlan:
     growth = Growth(
         {"evaluate.max_prompts": NO_LIMIT, "evaluate.samples_per_prompt": 0},
         # A teacher that comes or goes; another is refused. By other checks the same answers are judged anew.
-        free=frozenset({"evaluate.models", "evaluate.confidence", "evaluate.checks", "python_sha256", "teacher"}),
+        free=frozenset({"evaluate.models", "evaluate.confidence", "evaluate.checks", "python_sha256", "teacher", *_READING}),
         other_inputs=True,
     )
     checks = recipe.checks_of_answers
     asked = evaluate.identity() | ({} if checks == checks_of("math") else {"checks": [check.identity() for check in checks]})
+    asked |= {} if recipe.likeness is None else {"likeness": recipe.likeness.identity()}
     python = digest_of(checks)
     settings = {**specs, "evaluate": asked, "seed": recipe.seed, **({"python_sha256": python} if python else {})}
     return plan_of(recipe, Step("evaluate"), settings, inputs, growth)
@@ -106,11 +110,6 @@ def run_shard(recipe: Recipe, part: Part, *, completes: bool = True) -> Manifest
         )
 
 
-def _needs_reference(recipe: Recipe) -> bool:
-    """Whether a check of answers compares them with the right ones."""
-    return any(check.settings.asks_reference for check in recipe.checks_of_answers)
-
-
 def _evaluate_of(recipe: Recipe) -> Evaluate:
     if recipe.evaluate is None:
         raise DataError("evaluate: this recipe leaves the stage out (evaluate: null). Give it a section evaluate.")
@@ -121,6 +120,7 @@ def _evaluate(recipe: Recipe, out: StageFolder, *, in_parts: bool = False) -> Ma
     """Has the answers written, or takes those of all parts, and judges them."""
     from distill.engines import TraceTable
     from distill.engines.earlier import EarlierTraces
+    from distill.servers.likeness import read_answers
 
     clock, evaluate, prompts = Clock(out.path), _evaluate_of(recipe), _prompts(recipe)
     table = out.table("traces", TRACE, resume=True)
@@ -135,13 +135,16 @@ def _evaluate(recipe: Recipe, out: StageFolder, *, in_parts: bool = False) -> Ma
         traces = TraceTable(table, out.journal(), evaluate, recipe.seed, _earlier(recipe, out))
         facts = clock.facts(**_answer(recipe, out, out.path, traces, prompts))
     answers = _judge(table, recipe)
+    trained = student_folder(recipe) if "student" in evaluate.models else None
+    alike, found = read_answers(recipe, out, table, run_dir(recipe), trained).scores(answers, recipe)
+    scores = _scores(answers, evaluate, recipe.seed) if recipe.judges_answers else _plain(answers, evaluate)
     out.write_table("answers", answers, ANSWER)
-    out.write_table("scores", _scores(answers, evaluate, recipe.seed), SCORE)
+    out.write_table("scores", [_of_task(score, evaluate) for score in (*scores, *alike)], SCORE)
     return out.finish(
         rows_in=len(prompts) * evaluate.samples_per_prompt * len(evaluate.models),
         rows_kept=len(answers),
         keep_earlier=not set(before) <= set(facts["models"]),  # a model that is asked for no more has been paid for
-        facts=facts | {"confidence": evaluate.confidence, "tokens": sum(answer["num_tokens"] or 0 for answer in answers)},
+        facts=facts | found | {"confidence": evaluate.confidence, "tokens": sum(answer["num_tokens"] or 0 for answer in answers)},
     )
 
 
@@ -205,7 +208,10 @@ def _refuse_unanswerable(source: Path, prompts: list[dict[str, Any]], recipe: Re
     """Refuses prompts of which nothing can be measured, before a model is loaded."""
     if not prompts:
         raise DataError(f"{source}: holds no held-out prompt, so there is nothing to measure on. Raise prompts.heldout_size.")
-    if _needs_reference(recipe) and all(row["reference"] is None for row in prompts):
+    if recipe.prompts.columns.reference is None:
+        return
+    asks = any(check.settings.asks_reference for check in recipe.checks_of_answers)
+    if asks and all(row["reference"] is None for row in prompts):
         raise DataError(
             f"{source}: not one of {len(prompts):,} held-out prompts has a reference (prompts.columns.reference), so no answer could be "
             f"judged. {_NO_REFERENCE}"
@@ -286,12 +292,25 @@ def _scores(answers: list[dict[str, Any]], evaluate: Evaluate, seed: int) -> lis
         )
     draws_RB, scores = resampled_means(accuracy_RP, seed), []
     for index, role in enumerate(evaluate.models):
-        mine = [answer for answer in answers if answer["model_role"] == role]
-        known = [answer["num_tokens"] for answer in mine if answer["num_tokens"] is not None]
         estimate = mean_interval(accuracy_RP[index], draws_RB[index], evaluate.confidence)
         scores.append({"model_role": role, "metric": "accuracy", **estimate._asdict(), "num_prompts": found.num_prompts})
+        value = {"value": float(most_RP[index].mean())}
+        scores.append({"model_role": role, "metric": "accuracy_if_unjudged_right", **value, "num_prompts": found.num_prompts})
+    if {"base", "student", "teacher"} <= set(evaluate.models):
+        order = [evaluate.models.index(role) for role in ("base", "student", "teacher")]
+        base, student, teacher = (float(value) for value in accuracy_RP[order].mean(axis=1))
+        gap = gap_recovered((base, student, teacher), draws_RB[order], evaluate.confidence)
+        scores.append({"model_role": "gap", "metric": "gap_recovered", **gap._asdict(), "num_prompts": found.num_prompts})
+    return scores + _plain(answers, evaluate)
+
+
+def _plain(answers: list[dict[str, Any]], evaluate: Evaluate) -> list[dict[str, Any]]:
+    """Rows of the table `scores` that need no right answer."""
+    scores = []
+    for role in evaluate.models:
+        mine = [answer for answer in answers if answer["model_role"] == role]
+        known = [answer["num_tokens"] for answer in mine if answer["num_tokens"] is not None]
         plain = {
-            "accuracy_if_unjudged_right": most_RP[index].mean(),
             "mean_tokens": np.mean(known) if known else np.nan,
             "truncation_rate": np.mean([answer["truncated"] for answer in mine]),
             "unjudged_rate": np.mean([answer["correct"] is None for answer in mine]),
@@ -301,9 +320,8 @@ def _scores(answers: list[dict[str, Any]], evaluate: Evaluate, seed: int) -> lis
             {"model_role": role, "metric": name, "value": None if np.isnan(value) else float(value), "num_prompts": num_prompts}
             for name, value in plain.items()
         ]
-    if {"base", "student", "teacher"} <= set(evaluate.models):
-        order = [evaluate.models.index(role) for role in ("base", "student", "teacher")]
-        base, student, teacher = (float(value) for value in accuracy_RP[order].mean(axis=1))
-        gap = gap_recovered((base, student, teacher), draws_RB[order], evaluate.confidence)
-        scores.append({"model_role": "gap", "metric": "gap_recovered", **gap._asdict(), "num_prompts": found.num_prompts})
-    return [{"task": TASK, "samples_per_prompt": evaluate.samples_per_prompt, **score} for score in scores]
+    return scores
+
+
+def _of_task(score: dict[str, Any], evaluate: Evaluate) -> dict[str, Any]:
+    return {"task": TASK, "samples_per_prompt": evaluate.samples_per_prompt, **score}

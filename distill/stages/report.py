@@ -107,11 +107,12 @@ def _steps(recipe: Recipe) -> list[MadeStep]:
 
 
 def _pictures(recipe: Recipe, summary: RunSummary) -> dict[str, str | None]:
-    from distill.reporting.plots import accuracy_bars, funnel_bars, loss_curve
+    from distill.reporting.plots import accuracy_bars, funnel_bars, loss_curve, reliability
 
     logged, steps = metrics(student_folder(recipe)), funnel(summary, recipe)
     divergences = [(entry["step"], entry["kl_lower_bound"]) for entry in logged if entry.get("kl_lower_bound") is not None]
     return {
+        "reliability_svg": reliability(summary.alike.bins) if summary.alike and summary.alike.bins else None,
         "accuracy_svg": accuracy_bars(summary.results) if summary.results else None,
         "loss_svg": loss_curve([(entry["step"], entry["loss"]) for entry in logged], divergences) if logged else None,
         "loss_words": _loss_words(recipe, bool(divergences)),
