@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from distill.before.findings import Findings
+from distill.before.likeness import check_likeness
 from distill.before.outlook import outlook
 from distill.before.packages import check_packages
 from distill.before.servers import check_without_asking, warn_of_keys
@@ -59,6 +60,7 @@ def claims(recipe: Recipe, found: Findings, launch: Path | None = None) -> None:
 def common(recipe: Recipe, found: Findings, launch: Path | None = None) -> None:
     """What the whole check claims too: the recipe, its run folder, the launch, the terms, servers before they are asked."""
     found.good("recipe", f"{recipe.name}, run folder {run_dir(recipe)}")
+    check_likeness(recipe, found)
     found.prove("launch", lambda: _launch(recipe, launch))
     _check_folder(recipe, found)
     found.prove("terms of the traces", lambda: _terms(recipe))

@@ -6,13 +6,22 @@ made, or what is shown, but not which rows they are, is named in `decides_no_row
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from distill.recipe.base import OutputPath, Section
 from distill.recipe.checks import Check, answer_checks
-from distill.recipe.learning import DEEPSPEED_HAS_NO_PARTS, FOLLOWS_EVALUATION, LOSS_OF_SFT, Distillation, Rollouts, Score, Train
+from distill.recipe.learning import (
+    DEEPSPEED_HAS_NO_PARTS,
+    FOLLOWS_EVALUATION,
+    LOSS_OF_SFT,
+    READING_KINDS,
+    Distillation,
+    Rollouts,
+    Score,
+    Train,
+)
 from distill.recipe.likeness import Likeness
 from distill.recipe.models import ModelSpec, Student
 from distill.recipe.prompts import Prompts
@@ -99,6 +108,13 @@ class Recipe(Section):
         if self.evaluate is None or self.evaluate.likeness is not None or self.judges_answers:
             return None if self.evaluate is None else self.evaluate.likeness
         return Likeness() if self.evaluate.compares_with_teacher else None
+
+    @property
+    def teacher_tells(self) -> Literal["process", "server"] | None:
+        """Where the teacher says what it thinks of a text: in this process or behind its server; null where that tells nothing."""
+        if self.teacher is None or self.teacher.server is None or (self.score is not None and self.score.source == "process"):
+            return None if self.teacher is None else "process"
+        return "server" if self.teacher.server.kind in READING_KINDS else None
 
     @property
     def train_in_rounds(self) -> Train:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,7 +29,7 @@ from distill.models.chat import ChatFormat
 from distill.models.loading import free_memory, load_chat_format, load_model, load_trained, pick_device
 from distill.models.vocabulary import AlignedRow, VocabularyMap, align, vocabulary_map
 from distill.recipe.experiment import Recipe
-from distill.recipe.learning import READING_KINDS, Distillation, Score
+from distill.recipe.learning import Distillation, Score
 from distill.recipe.likeness import Likeness
 from distill.run.folder import StageFolder
 from distill.run.log import progress, say
@@ -77,16 +77,6 @@ class Read:
         return scores, facts
 
 
-def read_by(recipe: Recipe) -> Literal["process", "server"] | None:
-    """Where the teacher tells what it thinks of its answers: in this process or behind its server; null where that tells nothing."""
-    teacher = recipe.teacher
-    if teacher is None:
-        return None
-    if teacher.server is None or (recipe.score is not None and recipe.score.source == "process"):
-        return "process"
-    return "server" if teacher.server.kind in READING_KINDS else None
-
-
 def read_answers(recipe: Recipe, out: StageFolder, traces: TableWriter, run: Path, trained: Path | None) -> Read:
     """Has the models of an evaluation read what is asked, and writes the tables `thoughts`, `likeness` and `certainty`.
 
@@ -111,7 +101,7 @@ class _Reading:
         assert recipe.evaluate is not None
         self.recipe, self.out, self.run, self.trained = recipe, out, run, trained
         self.asked, self.calibrates = recipe.likeness, recipe.evaluate.calibration
-        self.source = read_by(recipe)
+        self.source = recipe.teacher_tells
         everything = pa.Table.from_batches(traces.pieces(_COLUMNS))
         self.answers: dict[str, pa.Table] = {role: _written(everything, role) for role in recipe.evaluate.models}
         self.read_here: list[str] = [role for role in recipe.evaluate.models if role != "teacher"]

@@ -1,0 +1,208 @@
+"""How alike models are to a teacher: the numbers against their definitions, and what a recipe without references measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fabricated import recipe_for
+
+from distill.engines.answers import final
+from distill.engines.comparing import Comparer, Row
+from distill.engines.remembered import packed, unpacked
+from distill.engines.scoring import score_rows
+from distill.errors import DataError
+from distill.measure.calibration import calibration, calibration_scores
+from distill.measure.likeness import likeness_scores
+from distill.measure.texts import chrf
+from distill.models.chat import IGNORE
+from distill.models.loading import load_chat_format, load_model
+from distill.models.vocabulary import align, vocabulary_map
+from distill.recipe.models import ModelSpec
+from distill.stages import evaluate
+from distill.targets.spec import TopK
+
+CPU = torch.device("cpu")
+NO_REFERENCE = {"source": "x.jsonl", "columns": {"prompt": "question", "reference": None}}
+MEASURED = {"base": (40.0, 20.0), "student": (10.0, 5.0)}
+
+
+def traces() -> list[dict[str, Any]]:
+    questions = [f"What is {number} + {number}?" for number in (2, 30, 451)]
+    texts = ["<think>\nTwo and two.\n</think>\n\nIt is 4.", "60", "<think>\n451 + 451 = 902, so\n</think>\n\nIt is \\boxed{902}."]
+    return [
+        {
+            "prompt_id": str(place),
+            "sample_index": 0,
+            "author": "teacher",
+            "messages": [{"role": "user", "content": question}],
+            "completion": text,
+            "finish_reason": "stop",
+        }
+        for place, (question, text) in enumerate(zip(questions, texts, strict=True))
+    ]
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    return {role: load_model(ModelSpec(model=f"embedded:{role}", dtype="float32"), CPU) for role in ("teacher", "student")}
+
+
+@pytest.mark.parametrize("k", [4, 403])
+def test_divergence_and_agreement_are_those_of_their_definitions(models: dict[str, Any], k: int) -> None:
+    """Each row alone, through the whole vocabulary, in float64; the reader pads them together and takes them in chunks."""
+    chat = load_chat_format(ModelSpec(model="embedded:student"))
+    own = vocabulary_map(chat, chat)
+    aligned = [align(trace, chat, chat, own) for trace in traces()]
+    thoughts = [row.targets for row in score_rows(models["teacher"], aligned, TopK(k=k), own)]
+    rows = [Row(row.input_ids, row.labels, told) for row, told in zip(aligned, thoughts, strict=True)]
+    opinions = Comparer(models["student"], own.student_size, buffer=7 * own.student_size).read(rows, 2)
+    for row, opinion in zip(rows, opinions, strict=True):
+        places = np.flatnonzero(row.labels != IGNORE)
+        log_p, log_q = (_log_probs(models[role], row.input_ids, places, own.student_size) for role in ("teacher", "student"))
+        written = torch.from_numpy(row.labels[places].astype(np.int64))
+        assert np.allclose(opinion.log_probs, log_q.gather(1, written[:, None])[:, 0], atol=1e-4)
+        assert (opinion.best == log_q.argmax(-1).numpy()).all()
+        assert np.allclose(opinion.kl_nats, _coarse_kl(log_p, log_q, k), atol=1e-4)
+
+
+def _log_probs(model: Any, ids: Any, places: Any, size: int) -> torch.Tensor:
+    with torch.no_grad():
+        logits = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0, places - 1, :size]
+    return logits.double().log_softmax(-1)
+
+
+def _coarse_kl(log_p: torch.Tensor, log_q: torch.Tensor, k: int) -> np.ndarray:
+    """KL over the k most probable tokens of p and one outcome for all others."""
+    order = log_p.argsort(-1, descending=True)
+    p, q = (log.exp().gather(1, order) for log in (log_p, log_q))
+    p, q = (torch.cat([each[:, :k], each[:, k:].sum(1, keepdim=True)], 1) for each in (p, q))
+    return torch.where(p > 0, p * (p / q.clamp(min=1e-300)).log(), 0).sum(1).numpy()
+
+
+def test_a_student_that_is_its_teacher_is_no_nat_away(models: dict[str, Any]) -> None:
+    """Also behind the table that the thoughts are kept in."""
+    chat = load_chat_format(ModelSpec(model="embedded:teacher"))
+    own = vocabulary_map(chat, chat)
+    aligned = [align(trace, chat, chat, own) for trace in traces()]
+    thoughts = [row.targets for row in score_rows(models["teacher"], aligned, TopK(k=8), own)]
+    kept = unpacked(packed([*traces(), traces()[0]], [*thoughts, None]))
+    assert kept.pop() is None
+    for one, other in zip(thoughts, kept, strict=True):
+        assert other is not None
+        assert all((a == b).all() for a, b in ((one.ids, other.ids), (one.log_probs, other.log_probs), (one.log_rest, other.log_rest)))
+    rows = [Row(row.input_ids, row.labels, told) for row, told in zip(aligned, kept, strict=True)]
+    for row, opinion in zip(rows, Comparer(models["teacher"], own.student_size).read(rows), strict=True):
+        assert row.teacher is not None
+        assert np.abs(opinion.kl_nats).max() < 1e-5 and (opinion.best == row.teacher.ids[:, 0]).all()
+
+
+def test_what_is_looked_at_of_an_own_answer_stands_behind_its_reasoning() -> None:
+    chat = load_chat_format(ModelSpec(model="embedded:student"))
+    for trace, text in zip(traces(), ("It is 4.", "60", "It is \\boxed{902}."), strict=True):
+        row = final(chat, trace)
+        assert row is not None
+        assert chat.text_of(row.labels[row.labels != IGNORE].tolist()).strip() == text
+
+
+def read(role: str, prompt: str, tokens: int, kl: float, **more: Any) -> dict[str, Any]:
+    plain = {"num_bytes": 4 * tokens, "log_prob": -kl, "predicted": 0, "compared": tokens, "agreed": tokens // 2, "held": float(tokens)}
+    return {"model_role": role, "prompt_id": prompt, "reason": None, "num_tokens": tokens, "kl_nats": kl, "chrf": 50.0} | plain | more
+
+
+def scored(rows: list[dict[str, Any]], *, exact: bool = False) -> dict[tuple[str, str], dict[str, Any]]:
+    found = likeness_scores(rows, ["base", "student"], 0.95, 0, exact=exact)
+    return {(row["model_role"], row["metric"]): row for row in found}
+
+
+def test_long_answers_count_by_their_tokens() -> None:
+    rows = [read(role, prompt, *what) for role, kls in MEASURED.items() for prompt, what in (("a", (10, kls[0])), ("b", (90, kls[1])))]
+    found = scored(rows)
+    assert found["base", "kl_nats_lower_bound"]["value"] == pytest.approx(0.6)
+    assert found["student", "kl_nats_lower_bound"]["value"] == pytest.approx(0.15)
+    assert found["base", "perplexity"]["value"] == pytest.approx(np.exp(0.6)) and found["base", "top1_agreement"]["value"] == 0.5
+    assert found["gap", "divergence_recovered"]["value"] == pytest.approx(0.75) and found["base", "chrf"]["value"] == 50.0
+    low, high = (found["base", "kl_nats_lower_bound"][name] for name in ("low", "high"))
+    assert low == pytest.approx(20 / 90) and high == pytest.approx(4.0)  # all resamples of two prompts that are one twice
+    assert ("base", "kl_nats") in scored(rows, exact=True)
+
+
+def test_nothing_is_recovered_of_a_base_that_rounding_alone_keeps_from_its_teacher() -> None:
+    rows = [read(role, str(prompt), 100, 0.01) for role in MEASURED for prompt in range(5)]
+    assert scored(rows)["gap", "divergence_recovered"]["value"] is None
+
+
+def test_without_the_teachers_thoughts_the_written_tokens_are_compared() -> None:
+    silent = {"compared": 0, "kl_nats": None, "agreed": None, "held": None, "predicted": 30}
+    found = scored([read(role, str(prompt), 40, 1.0, **silent) for role in MEASURED for prompt in range(3)])
+    assert found["student", "top1_of_written"]["value"] == 0.75
+    assert not {metric for _, metric in found} & {"kl_nats", "kl_nats_lower_bound", "top1_agreement", "divergence_recovered"}
+
+
+def test_answers_that_were_not_read_or_given_count_nowhere() -> None:
+    rows = [read(role, str(prompt), 10, 1.0) for role in MEASURED for prompt in range(3)]
+    rows += [{"model_role": role, "prompt_id": "x", "reason": "does_not_fit", "chrf": None} for role in MEASURED]
+    found = scored(rows)
+    assert found["base", "kl_nats_lower_bound"]["num_prompts"] == found["base", "chrf"]["num_prompts"] == 3
+
+
+def test_chrf_is_that_of_its_definition() -> None:
+    """F2 over character n-grams without spaces, averaged over the orders that both texts have."""
+    text, reference = "abcd", "abce"
+    parts = []
+    for order in range(1, 5):
+        ours, theirs = ({each[start : start + order] for start in range(5 - order)} for each in (text, reference))
+        share = len(ours & theirs) / (5 - order)
+        parts.append((share, share))
+    precision, recall = (sum(part[place] for part in parts) / len(parts) for place in (0, 1))
+    assert chrf(text, reference) == pytest.approx(100 * 5 * precision * recall / (4 * precision + recall))
+    assert chrf("", "") == chrf("x y", "x y") == 100 and chrf("", "x") == 0
+
+
+def test_calibration_is_that_of_its_definition() -> None:
+    """Ten bins of two answers: each is sure by 0.05, 0.15, ... and half of each are right."""
+    sure = np.repeat(np.arange(10) / 10 + 0.05, 2)
+    right = np.tile([0.0, 1.0], 10)
+    found = calibration(sure, right, [str(place) for place in range(20)], 0.95, 0)
+    assert found.error.value == pytest.approx(np.abs(np.arange(10) / 10 + 0.05 - 0.5).mean())
+    assert [one.answers for one in found.bins] == [2] * 10 and found.bins[0].sure == pytest.approx(0.05) and found.bins[0].right == 0.5
+
+
+def test_answers_that_are_equally_sure_share_a_bin() -> None:
+    """Else chance alone would put right ones here and wrong ones there."""
+    found = calibration(np.full(100, 0.5), np.arange(100) % 2 * 1.0, list(map(str, range(100))), 0.95, 0)
+    assert len(found.bins) == 1 and found.error.value == 0.0
+
+
+@pytest.mark.parametrize(("of_label", "sure"), [(True, 0.25), (False, 0.5)])
+def test_unjudged_answers_are_left_out_and_labels_count_whole(of_label: bool, sure: float) -> None:
+    read = [
+        {"model_role": "base", "prompt_id": str(place), "sample_index": 0, "num_tokens": 2, "log_prob": np.log(0.25)} for place in range(3)
+    ]
+    answers = [{**row, "correct": correct} for row, correct in zip(read, (True, False, None), strict=True)]
+    [score], bins = calibration_scores(read, answers, ["base"], of_label=of_label, confidence=0.95, seed=0)
+    assert bins["base"][0].sure == pytest.approx(sure) and bins["base"][0].answers == 2
+    assert score["value"] == pytest.approx(abs(0.5 - sure)) and score["num_prompts"] == 2
+
+
+def test_a_recipe_without_references_measures_likeness(tmp_path: Path) -> None:
+    assert recipe_for(tmp_path, prompts=NO_REFERENCE).likeness is not None
+    assert recipe_for(tmp_path).likeness is None
+    assert recipe_for(tmp_path, evaluate={"likeness": {"top_k": 8}}).likeness is not None
+    judged = recipe_for(tmp_path, prompts=NO_REFERENCE, evaluate={"checks": [{"text": {"pattern": "^ok"}}]})
+    assert judged.judges_answers and judged.likeness is None
+
+
+def test_without_teacher_and_reference_there_is_nothing_to_measure(tmp_path: Path) -> None:
+    alone = recipe_for(tmp_path, prompts=NO_REFERENCE, evaluate={"models": ["base", "student"]})
+    with pytest.raises(DataError, match=r"name teacher in evaluate\.models"):
+        evaluate.plan(alone)
+    for section, message in (
+        ({"models": ["base"], "likeness": {}}, r"evaluate\.likeness .* name teacher in evaluate\.models"),
+        ({"calibration": True}, r"evaluate\.calibration .* prompts\.columns\.reference"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recipe_for(tmp_path, prompts=NO_REFERENCE, evaluate=section)
