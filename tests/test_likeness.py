@@ -192,7 +192,7 @@ def test_a_recipe_without_references_measures_likeness(tmp_path: Path) -> None:
     assert recipe_for(tmp_path, prompts=NO_REFERENCE).likeness is not None
     assert recipe_for(tmp_path).likeness is None
     assert recipe_for(tmp_path, evaluate={"likeness": {"top_k": 8}}).likeness is not None
-    judged = recipe_for(tmp_path, prompts=NO_REFERENCE, evaluate={"checks": [{"text": {"pattern": "^ok"}}]})
+    judged = recipe_for(tmp_path, prompts=NO_REFERENCE, evaluate={"checks": [{"text": {"reference": "ignore", "pattern": "^ok"}}]})
     assert judged.judges_answers and judged.likeness is None
 
 

@@ -29,7 +29,7 @@ prompts:
   heldout_size: 6
 generate: {max_new_tokens: 96}
 curate: {checks: [finish]}
-evaluate: {models: [base, teacher], max_new_tokens: 48, batch_size: 8}
+evaluate: {models: [base, teacher], max_new_tokens: 192, batch_size: 8}
 """
 
 
@@ -91,7 +91,7 @@ def test_a_killed_reading_goes_on_and_a_grown_one_reads_what_is_new(tmp_path: Pa
     assert reads == [] and read_rows(tmp_path / "run" / "eval", "likeness") == before
     evaluate.run(recipe_in(tmp_path, "--evaluate.likeness.top_k", "403"))
     assert reads == [2] * 6 and read_manifest(tmp_path / "run" / "eval").facts["likeness"]["exact"]
-    assert scores(tmp_path)["base", "kl_nats"] >= found["base", "kl_nats_lower_bound"]
+    assert scores(tmp_path)["base", "kl_nats"] > found["base", "kl_nats_lower_bound"] - 1e-6
 
 
 def test_the_command_measures_without_references_and_with_them(tmp_path: Path) -> None:

@@ -118,6 +118,8 @@ class _Reading:
             self.tables |= {"certainty": self.out.table("certainty", CERTAINTY, resume=True)}
         if "teacher" in self.answers and self.source is not None and (self.asked is not None or self.source == "process"):
             self._teacher_reads()
+        if self.calibrates and "teacher" in self.answers and self.source != "process":
+            say("note      the teacher is behind a server, so how sure it is of its answers is not measured")
         for role in self.read_here:
             self._student_reads(role)
         rows = {name: [row for piece in table.pieces() for row in piece.to_pylist()] for name, table in self.tables.items()
@@ -304,9 +306,9 @@ def _answers(answers: pa.Table) -> dict[Key, str]:
 
 
 def _alike(theirs: Row, texts: dict[Key, str]) -> float | None:
-    """The chrF of a model's answer to the teacher's; null where it has none."""
-    own = texts.get(_key(theirs))
-    return None if own is None else chrf(own, _text(theirs))
+    """The chrF of a model's answer to the teacher's; null where it failed, or where the teacher has none behind its reasoning."""
+    own, wanted = texts.get(_key(theirs)), _text(theirs)
+    return None if own is None or not wanted else chrf(own, wanted)
 
 
 def _text(trace: Row) -> str:
