@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.measure.intervals import Estimate, gap_recovered, resampled_means
+from distill.measure.intervals import Estimate, gap_recovered, interval_of, resampled_means
 
 Row = dict[str, Any]
 DIVERGENCE, LEAST_DIVERGENCE = "kl_nats", "kl_nats_lower_bound"
@@ -43,7 +43,9 @@ def likeness_scores(rows: Iterable[Row], roles: Sequence[str], confidence: float
             continue
         means = dict(zip(_SUMS, resampled_means(np.stack([sums[name] for name in _SUMS]), seed), strict=True))
         for name, (value, values) in _ratios(sums, means, exact=exact).items():
-            found.append({"model_role": role, "metric": name, **_interval(value, values, confidence)._asdict(), "num_prompts": num_prompts})
+            found.append(
+                {"model_role": role, "metric": name, **interval_of(value, values, confidence)._asdict(), "num_prompts": num_prompts}
+            )
             if name in (DIVERGENCE, LEAST_DIVERGENCE):
                 draws[role] = value, values
     found += _texts(by_role, [role for role in roles if role != "teacher"], confidence, seed)
@@ -51,6 +53,26 @@ def likeness_scores(rows: Iterable[Row], roles: Sequence[str], confidence: float
         recovered = _recovered(draws["base"], draws["student"], confidence)
         num_prompts = max(score["num_prompts"] for score in found)
         found.append({"model_role": "gap", "metric": "divergence_recovered", **recovered._asdict(), "num_prompts": num_prompts})
+    return found
+
+
+def lengths(answers: Sequence[Row], roles: Sequence[str]) -> list[Row]:
+    """Rows of the table `scores` that need neither a right answer nor a reader.
+
+    Args:
+        answers: Of the table `answers`.
+        roles: Models in them.
+    """
+    found = []
+    for role in roles:
+        mine = [answer for answer in answers if answer["model_role"] == role]
+        known = [answer["num_tokens"] for answer in mine if answer["num_tokens"] is not None]
+        rates = {
+            "mean_tokens": float(np.mean(known)) if known else None,
+            "truncation_rate": float(np.mean([row["truncated"] for row in mine])),
+        }
+        count = len({answer["prompt_id"] for answer in mine})
+        found += [{"model_role": role, "metric": metric, "value": value, "num_prompts": count} for metric, value in rates.items()]
     return found
 
 
@@ -107,7 +129,7 @@ def _texts(by_role: dict[str, list[Row]], roles: list[str], confidence: float, s
         {
             "model_role": role,
             "metric": "chrf",
-            **_interval(float(values.mean()), draws, confidence)._asdict(),
+            **interval_of(float(values.mean()), draws, confidence)._asdict(),
             "num_prompts": len(answered),
         }
         for role, values, draws in zip(roles, values_RP, resampled_means(values_RP, seed), strict=True)
@@ -120,8 +142,3 @@ def _recovered(base: Value, student: Value, confidence: float) -> Estimate:
         return Estimate(None, None, None)
     draws_RB = np.stack([-base[1], -student[1], np.zeros_like(base[1])])
     return gap_recovered((-base[0], -student[0], 0.0), draws_RB, confidence)
-
-
-def _interval(value: float, draws: NDArray[np.float64], confidence: float) -> Estimate:
-    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Estimate(value, float(low), float(high))

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from distill.measure.likeness import DIVERGENCE, LEAST_DIVERGENCE
-from distill.run.manifest import read_manifest
+from distill.recipe.sets import MAIN
+from distill.run.manifest import Manifest
 from distill.run.tables import read_rows
 
 Row = dict[str, Any]
@@ -50,17 +51,18 @@ class Alike:
         return CALIBRATION_COLUMNS
 
 
-def alike_of(evaluated: Path) -> Alike | None:
+def alike_of(evaluated: Path, manifest: Manifest) -> Alike | None:
     """What the finished stage evaluate found; null where no model read anything.
 
     Args:
         evaluated: Its folder.
+        manifest: Of it.
     """
-    facts = read_manifest(evaluated).facts
+    facts = manifest.facts
     likeness, calibration = facts.get("likeness"), facts.get("calibration")
     if likeness is None and calibration is None:
         return None
-    scores = {(row["model_role"], row["metric"]): row for row in read_rows(evaluated, "scores")}
+    scores = {(row["model_role"], row["metric"]): row for row in read_rows(evaluated, "scores") if (row["set"], row["tag"]) == (MAIN, None)}
     roles = [role for role in ("base", "student", "teacher") if role in facts["models"]]
     bins = (calibration or {}).get("bins", {})
     return Alike(
@@ -73,14 +75,14 @@ def alike_of(evaluated: Path) -> Alike | None:
     )
 
 
-def alike_text(alike: Alike | None) -> str:
-    """The tables as plain text for a terminal; empty where there are none."""
+def alike_texts(alike: Alike | None) -> list[str]:
+    """The tables as plain text for a terminal, each with what must be known to read it; none where there are none."""
     if alike is None:
-        return ""
-    parts = [_table("likeness to the teacher", ALIKE_COLUMNS, alike.rows), *alike.notes] if alike.rows else []
+        return []
+    texts = ["\n".join([_table("likeness to the teacher", ALIKE_COLUMNS, alike.rows), *alike.notes])] if alike.rows else []
     if alike.calibration:
-        parts += [_table("sure and right", CALIBRATION_COLUMNS, alike.calibration), f"sure: {alike.sureness}"]
-    return "\n".join(parts) + "\n"
+        texts.append("\n".join([_table("sure and right", CALIBRATION_COLUMNS, alike.calibration), f"sure: {alike.sureness}"]))
+    return texts
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> str:

@@ -23,7 +23,7 @@ from distill.engines.remembered import packed, unpacked
 from distill.engines.thoughts import Thoughts
 from distill.errors import DataError, ModelError
 from distill.measure.calibration import calibration_scores
-from distill.measure.likeness import likeness_scores
+from distill.measure.likeness import lengths, likeness_scores
 from distill.measure.texts import chrf
 from distill.models.chat import ChatFormat
 from distill.models.loading import free_memory, load_chat_format, load_model, load_trained, pick_device
@@ -66,18 +66,19 @@ class Read:
         """
         evaluate, facts = recipe.evaluate, self.facts
         assert evaluate is not None
-        scores: list[Row] = []
+        scores = [] if recipe.judges_answers else lengths(answers, evaluate.models)
         if "likeness" in facts:
             scores += likeness_scores(self.likeness, evaluate.models, evaluate.confidence, recipe.seed, exact=facts["likeness"]["exact"])
         if evaluate.calibration:
             of_label = any(check.label is not None for check in recipe.checks_of_answers)
             how: Row = {"of_label": of_label, "confidence": evaluate.confidence, "seed": recipe.seed}
             found, bins = calibration_scores(self.certainty, answers, evaluate.models, **how)
-            scores, facts = scores + found, facts | {"calibration": {"of_label": of_label, "bins": bins}}
+            scores += found
+            facts = facts | {"calibration": {"of_label": of_label, "bins": bins}}
         return scores, facts
 
 
-def read_answers(recipe: Recipe, out: StageFolder, traces: TableWriter, run: Path, trained: Path | None) -> Read:
+def read_answers(recipe: Recipe, out: StageFolder, traces: TableWriter, run: Path, trained: Path | None, prompts: Sequence[str]) -> Read:
     """Has the models of an evaluation read what is asked, and writes the tables `thoughts`, `likeness` and `certainty`.
 
     Args:
@@ -86,6 +87,7 @@ def read_answers(recipe: Recipe, out: StageFolder, traces: TableWriter, run: Pat
         traces: All answers, in whole shards.
         run: The run's folder.
         trained: The folder of the train stage whose student answered; null where none did.
+        prompts: Whose answers count, by their ids: the held-out ones of the run itself.
 
     Raises:
         DataError: the teacher has no answer that both models can be given.
@@ -93,16 +95,19 @@ def read_answers(recipe: Recipe, out: StageFolder, traces: TableWriter, run: Pat
     assert recipe.evaluate is not None
     if recipe.likeness is None and not recipe.evaluate.calibration:
         return Read([], [], {})
-    return _Reading(recipe, out, traces, run, trained).all()
+    return _Reading(recipe, out, traces, run, trained, prompts).all()
 
 
 class _Reading:
-    def __init__(self, recipe: Recipe, out: StageFolder, traces: TableWriter, run: Path, trained: Path | None) -> None:
+    def __init__(
+        self, recipe: Recipe, out: StageFolder, traces: TableWriter, run: Path, trained: Path | None, prompts: Sequence[str]
+    ) -> None:
         assert recipe.evaluate is not None
         self.recipe, self.out, self.run, self.trained = recipe, out, run, trained
         self.asked, self.calibrates = recipe.likeness, recipe.evaluate.calibration
         self.source = recipe.teacher_tells
         everything = pa.Table.from_batches(traces.pieces(_COLUMNS))
+        everything = everything.filter(pc.is_in(everything["prompt_id"], pa.array(prompts, pa.string())))
         self.answers: dict[str, pa.Table] = {role: _written(everything, role) for role in recipe.evaluate.models}
         self.read_here: list[str] = [role for role in recipe.evaluate.models if role != "teacher"]
         self.tables: dict[str, TableWriter] = {}
