@@ -24,6 +24,7 @@ from distill.recipe.models import ModelSpec
 from distill.recipe.servers import Server
 from distill.servers.honouring import Unhonoured, unhonoured
 from distill.stages import run_dir
+from distill.targets.spec import TargetSpec, TopK
 
 if TYPE_CHECKING:
     from distill.models.chat import ChatFormat
@@ -156,7 +157,9 @@ def check_servers(recipe: Recipe, chats: Mapping[str, ChatFormat], survey: Surve
             continue
         else:
             asked = recipe.generate.logprobs if role == "teacher" and recipe.generate is not None else None
-            target = recipe.score.target if recipe.score is not None and _reads(recipe, role) else None
+            target: TargetSpec | None = recipe.score.target if recipe.score is not None and _reads(recipe, role) else None
+            if target is None and role == "teacher" and recipe.likeness is not None and recipe.teacher_tells == "server":
+                target = TopK(k=recipe.likeness.top_k)
             prompts = [row["messages"] for row in survey.sample]
             try:
                 Probed(role, spec, chats.get(role), prompts, jobs, asked, target, found).check()

@@ -1,7 +1,8 @@
 """Stage `evaluate`: base, student and teacher answer held-out prompts. Reads prompts/, student/ and further sets, writes eval/.
 
 All three go through the same engine, prompts and answer checks, and each is loaded once for all sets. An answer that could not be judged
-counts as wrong; what the accuracy were if it was right, and the share of such answers, are metrics of their own.
+counts as wrong; what the accuracy were if it was right, and the share of such answers, are metrics of their own. Where nothing can be right
+or wrong, or where it is asked for, base and student also read what the teacher answered; see `servers.likeness`.
 """
 
 from __future__ import annotations
@@ -292,7 +293,8 @@ def _judge(table: TableWriter, recipe: Recipe, sets: Sequence[_Set], out: StageF
     """Writes the tables `answers` and `scores`, and `confusion` where labels are answered; a set at a time is in memory."""
     from distill.servers.likeness import read_answers
 
-    evaluate, counted, rows, tokens, read = _evaluate_of(recipe), Counted(recipe), 0, 0, {}
+    evaluate, counted, rows, tokens = _evaluate_of(recipe), Counted(recipe), 0, 0
+    read: Row = {}
     answers, scores = out.table("answers", ANSWER), out.table("scores", SCORE)
     confusions = out.table("confusion", CONFUSION, optional=True)
     for checks, alike in itertools.groupby(sets, lambda each: each.asked.checks):
@@ -303,8 +305,8 @@ def _judge(table: TableWriter, recipe: Recipe, sets: Sequence[_Set], out: StageF
                 measured = _measured(each, evaluate, recipe.seed)
                 if each.name == MAIN:
                     trained = student_folder(recipe) if "student" in evaluate.models else None
-                    alike, read = read_answers(recipe, out, table, run_dir(recipe), trained, list(prompts)).scores(found, recipe)
-                    scores.extend({"set": MAIN, "samples_per_prompt": evaluate.samples_per_prompt} | row for row in alike)
+                    more, read = read_answers(recipe, out, table, run_dir(recipe), trained, list(prompts)).scores(found, recipe)
+                    scores.extend({"set": MAIN, "samples_per_prompt": evaluate.samples_per_prompt} | row for row in more)
                 if each.name != MAIN or recipe.judges_answers:
                     scores.extend(_scores(found, measured))
                 confusions.extend(_confusion(found, measured))
