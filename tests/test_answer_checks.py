@@ -53,8 +53,8 @@ def test_a_label_is_right_in_every_form_and_no_other_one_is(form: str, right: st
         ("refund", "refnd", (None, "reference_is_no_choice")),
         ("refund", None, (None, "no_reference")),
         ("ｒｅｆｕｎｄ", "refund", (True, "right")),  # noqa: RUF001
-        ("This is not a refund.", "refund", (False, "negated_label")),
-        ("It isn't **refund**", "refund", (False, "negated_label")),
+        ("This is not a refund.", "refund", (False, "no_label")),
+        ("It isn't **refund**", "refund", (False, "no_label")),
         ("这不是refund。", "refund", (False, "no_label")),
         ("Is it cancelled? No. refund", "refund", (True, "right")),
     ],
@@ -86,7 +86,7 @@ def test_labels_beside_each_other(answer: str, reference: str | None, expected: 
         ("B", "E", (None, "reference_is_no_choice")),
         ("B", "B) Paris", (True, "right")),
         ("答案：Ｂ", "B", (True, "right")),  # noqa: RUF001
-        ("It is not Paris", "B", (False, "negated_label")),
+        ("It is not Paris", "B", (False, "no_label")),
     ],
 )
 def test_choices_of_a_prompt_by_letter_text_or_both(answer: str, reference: str, expected: Any) -> None:

@@ -62,6 +62,7 @@ TORCH_FREE |= {
     "before.tokens",
     "before.brought",
     "before.judging",
+    "before.likeness",
 }
 
 

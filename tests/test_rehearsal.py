@@ -39,7 +39,10 @@ AT_A_GLANCE = {
     "too many validation prompts": (["--train.validation_prompts", "100"], "there are 100 training prompts"),
     "fsdp in one process": ([ARGUMENT + "fsdp", "full_shard"], "accelerate launch --use_fsdp"),
     "deepspeed without a launch": ([ARGUMENT + "deepspeed", "{zero_optimization: {stage: 2}}"], "accelerate launch --use_deepspeed"),
-    "no references": (["--prompts.columns", "{prompt: question}", "--curate.checks", "[finish]"], "evaluate: null"),
+    "no references": (
+        ["--prompts.columns", "{prompt: question}", "--curate.checks", "[finish]", "--evaluate.models", "[base, student]"],
+        "evaluate: null",
+    ),
     "pushing while offline": ([ARGUMENT + "push_to_hub", "true"], "the Hub is switched off here"),
     "prompts that all go": (["--prompts.answer_pattern", "= (.*)"], "100 no_answer_match"),
 }  # fmt: skip

@@ -112,7 +112,7 @@ def _without_server(recipe: Recipe) -> Recipe:
 
 
 def _needs_teacher(recipe: Recipe) -> bool:
-    return recipe.generate is not None or recipe.score is not None or recipe.train.is_live
+    return recipe.generate is not None or recipe.score is not None or recipe.train.is_live or recipe.likeness is not None
 
 
 def _steps(recipe: Recipe) -> list[Step]:
@@ -125,6 +125,7 @@ def _steps(recipe: Recipe) -> list[Step]:
     return [
         *(Step(stage) for stage, asked in wanted.items() if asked),
         *(Step(stage, 1) for stage in ("rollouts", "score", "train") if recipe.rounds),
+        *([Step("evaluate")] if recipe.likeness is not None else []),
     ]
 
 
@@ -176,7 +177,8 @@ def _targets(recipe: Recipe, config: Any) -> Any:
 
 def _small(recipe: Recipe, place: Path, targets: list[str] | None) -> Recipe:
     """The recipe with miniatures for models, and few short rows and steps; what only says how is as it was."""
-    changed = recipe.model_dump(mode="json") | {"run_dir": str(place / "run"), "evaluate": None, "export": None}
+    changed = recipe.model_dump(mode="json") | {"run_dir": str(place / "run"), "export": None}
+    changed |= _small_reading(recipe, changed["prompts"])
     for role in ("student", "teacher"):
         if changed[role] is not None:
             changed[role] |= {"model": str(place / role), "revision": None, "server": None}
@@ -202,6 +204,17 @@ def _small(recipe: Recipe, place: Path, targets: list[str] | None) -> Recipe:
     train["validation_prompts"] = min(train["validation_prompts"], _BATCH)
     train["trainer_args"], train["global_batch_size"] = _small_arguments(recipe.train), None
     return Recipe.model_validate(changed)
+
+
+def _small_reading(recipe: Recipe, prompts: Row) -> Row:
+    """The evaluation as far as models read in it, without references; of several rounds the student is not there."""
+    if recipe.evaluate is None or recipe.likeness is None:
+        return {"evaluate": None}
+    roles = ["base", "teacher"] if recipe.rounds else recipe.evaluate.models
+    likeness = recipe.likeness.model_dump(mode="json") | {"batch_size": _BATCH}
+    small = {"models": roles, "max_new_tokens": _TOKENS, "batch_size": _BATCH, "checks": ["math"], "likeness": likeness}
+    none = {"columns": prompts["columns"] | {"reference": None}, "answer_pattern": None, "json_reference": False}
+    return {"evaluate": small, "prompts": prompts | none}
 
 
 def _small_arguments(train: Train) -> dict[str, Any]:

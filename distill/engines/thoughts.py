@@ -91,7 +91,7 @@ class Thoughts:
         return str(pick_device())
 
     @cached_property
-    def _model(self) -> Any:
+    def model(self) -> Any:
         """The teacher, alone in memory."""
         free_memory()
         return load_model(self.teacher, pick_device())
@@ -101,12 +101,12 @@ class Thoughts:
         """The teacher, ready to read."""
         from distill.engines.scoring import TeacherScorer
 
-        return TeacherScorer(self._model, self.settings.target, self.vocabulary)
+        return TeacherScorer(self.model, self.settings.target, self.vocabulary)
 
     @cached_property
     def record(self) -> dict[str, Any]:
         """Name, revision and size of the teacher."""
-        return model_record(self.teacher, self._model)
+        return model_record(self.teacher, self.model)
 
     def facts(self) -> dict[str, Any]:
         """What a manifest says besides; nothing of a teacher in this process."""

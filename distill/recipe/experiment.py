@@ -6,16 +6,27 @@ made, or what is shown, but not which rows they are, is named in `decides_no_row
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from distill.recipe.base import OutputPath, Section
 from distill.recipe.checks import Check, answer_checks
-from distill.recipe.learning import DEEPSPEED_HAS_NO_PARTS, FOLLOWS_EVALUATION, LOSS_OF_SFT, Distillation, Rollouts, Score, Train
+from distill.recipe.learning import (
+    DEEPSPEED_HAS_NO_PARTS,
+    FOLLOWS_EVALUATION,
+    LOSS_OF_SFT,
+    READING_KINDS,
+    Distillation,
+    Rollouts,
+    Score,
+    Train,
+)
+from distill.recipe.likeness import Likeness
 from distill.recipe.models import ModelSpec, Student
 from distill.recipe.prompts import Prompts
 from distill.recipe.results import Evaluate, Export, Report
+from distill.recipe.sets import MAIN, AskedSet
 from distill.recipe.steps import PASSES
 from distill.recipe.traces import Curate, Generate, Traces
 from distill.recipe.trainer_values import needs_evaluation
@@ -87,6 +98,35 @@ class Recipe(Section):
         given = self.evaluate.checks if self.evaluate is not None else None
         return given if given is not None else answer_checks(self.curate.checks)
 
+    def asked_sets(self) -> dict[str, AskedSet]:
+        """What is answered, by the name of its set: the run's own held-out prompts, then the further sets."""
+        if self.evaluate is None:
+            return {}
+        found = {MAIN: AskedSet(self.prompts, self.evaluate, self.checks_of_answers, self.evaluate.max_prompts)}
+        for name, each in self.evaluate.sets.items():
+            checks = each.checks if each.checks is not None else self.checks_of_answers
+            found[name] = AskedSet(each.as_prompts(self.prompts, checks), each.sampling(self.evaluate), checks, each.max_prompts)
+        return found
+
+    @property
+    def judges_answers(self) -> bool:
+        """Whether an answer can be right: there are references, or the checks of answers do without."""
+        return self.prompts.columns.reference is not None or not any(check.settings.asks_reference for check in self.checks_of_answers)
+
+    @property
+    def likeness(self) -> Likeness | None:
+        """What is looked at of the teacher's held-out answers: what evaluate says, else the defaults where no answer can be judged."""
+        if self.evaluate is None or self.evaluate.likeness is not None or self.judges_answers:
+            return None if self.evaluate is None else self.evaluate.likeness
+        return Likeness() if self.evaluate.compares_with_teacher else None
+
+    @property
+    def teacher_tells(self) -> Literal["process", "server"] | None:
+        """Where the teacher says what it thinks of a text: in this process or behind its server; null where that tells nothing."""
+        if self.teacher is None or self.teacher.server is None or (self.score is not None and self.score.source == "process"):
+            return None if self.teacher is None else "process"
+        return "server" if self.teacher.server.kind in READING_KINDS else None
+
     @property
     def train_in_rounds(self) -> Train:
         """How the student learns in an on-policy round; checked with the recipe, which has a section rollouts."""
@@ -114,6 +154,20 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _answers_can_be_measured(self) -> Recipe:
+        evaluate = self.evaluate
+        if evaluate is not None and evaluate.likeness is not None and not evaluate.compares_with_teacher:
+            raise ValueError(
+                "evaluate.likeness compares with answers that the teacher writes: name teacher in evaluate.models, and base or student"
+            )
+        if evaluate is not None and evaluate.calibration and not self.judges_answers:
+            raise ValueError(
+                "evaluate.calibration asks how often an answer is right, and none can be judged without a reference: name its column in "
+                "prompts.columns.reference, or leave calibration out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _columns_are_carried(self) -> Recipe:
         carried = self.prompts.fields or []
         judged = self.checks_of_answers if self.evaluate is not None else []
@@ -123,6 +177,25 @@ class Recipe(Section):
                 raise ValueError(
                     f"prompts.fields: the check {check.called} looks at the column {missing!r}, which is not carried along. Add it: "
                     f"fields: [{', '.join([*carried, missing])}]"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _sets_can_be_judged(self) -> Recipe:
+        for name, asked in self.asked_sets().items():
+            if name == MAIN:
+                continue
+            judge = next((check.called for check in asked.checks if check.settings.asks_reference), None)
+            if judge is not None and asked.prompts.columns.reference is None:
+                raise ValueError(
+                    f"evaluate.sets.{name}: the check {judge} compares with the right answer, and no column has it. Give the set "
+                    "columns with a reference, or other checks"
+                )
+            looked_at, carried = [column for check in asked.checks for column in check.settings.columns], asked.prompts.fields or []
+            missing = next((column for column in looked_at if column not in carried), None)
+            if missing is not None:
+                raise ValueError(
+                    f"evaluate.sets.{name}.fields: a check looks at the column {missing!r}, which is not carried along. Add it"
                 )
         return self
 

@@ -74,6 +74,8 @@ VERDICT = pa.schema(
 
 ANSWER = pa.schema(
     [
+        ("set", pa.string()),  # "heldout", or the name of a further held-out set, with which its prompts' ids begin
+        ("tags", pa.list_(pa.string())),  # of the prompt
         ("model_role", pa.string()),
         ("prompt_id", pa.string()),
         ("sample_index", pa.int32()),
@@ -81,19 +83,75 @@ ANSWER = pa.schema(
         ("reason", pa.string()),
         ("truncated", pa.bool_()),
         ("num_tokens", pa.int32()),  # of the completion, end of turn included
+        ("final", pa.string()),  # what it puts forward, in a spelling that equal answers share; null for nothing
+        ("in_form", pa.bool_()),  # whether that has the form which the checks expect; null where they expect none
     ]
 )
 
 SCORE = pa.schema(
     [
-        ("model_role", pa.string()),  # or "gap" for the share of the teacher-base gap recovered
-        ("task", pa.string()),
+        ("set", pa.string()),
+        ("tag", pa.string()),  # null for all prompts of the set
+        ("model_role", pa.string()),  # or two, "student-base", for a difference; "gap" for the share of the teacher-base gap recovered
         ("metric", pa.string()),
         ("value", pa.float64()),
         ("low", pa.float64()),  # interval; null where none was computed
         ("high", pa.float64()),
         ("num_prompts", pa.int32()),
         ("samples_per_prompt", pa.int32()),
+    ]
+)
+
+# What a teacher thinks of an answer of its own, at every token of it in the student's ids: the candidates of all tokens in one list.
+THOUGHT = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample_index", pa.int32()),
+        ("tokens", pa.int32()),  # null: the answer can't be put to both models
+        ("ids", pa.list_(pa.int32())),  # -1 where a token has fewer candidates than others
+        ("log_probs", pa.list_(pa.float32())),
+        ("log_rest", pa.list_(pa.float32())),  # of all other tokens, an entry a token
+    ]
+)
+
+# What a model thinks of an answer of the teacher, summed over its tokens, and how alike its own is.
+LIKENESS = pa.schema(
+    [
+        ("model_role", pa.string()),
+        ("prompt_id", pa.string()),
+        ("sample_index", pa.int32()),
+        ("reason", pa.string()),  # why it was not read; null where it was
+        ("num_bytes", pa.int32()),  # of the answer, as UTF-8
+        ("num_tokens", pa.int32()),  # in the model's own vocabulary, end of turn included
+        ("log_prob", pa.float64()),  # nats
+        ("predicted", pa.int32()),  # tokens that are the model's most probable
+        ("compared", pa.int32()),  # tokens where it is known what the teacher thinks, as are the next three
+        ("kl_nats", pa.float64()),  # KL(teacher ‖ model); null of the teacher
+        ("agreed", pa.int32()),  # tokens of which both hold the same most probable
+        ("held", pa.float64()),  # of the teacher's probability, what lies on tokens compared one by one
+        ("chrf", pa.float64()),  # of its own answer to the teacher's, 0 to 100
+    ]
+)
+
+# How sure a model is of an answer of its own.
+CERTAINTY = pa.schema(
+    [
+        ("model_role", pa.string()),
+        ("prompt_id", pa.string()),
+        ("sample_index", pa.int32()),
+        ("num_tokens", pa.int32()),  # behind its reasoning, end of turn excluded
+        ("log_prob", pa.float64()),  # of these, in nats; null where it was not read
+    ]
+)
+
+
+CONFUSION = pa.schema(
+    [
+        ("set", pa.string()),
+        ("model_role", pa.string()),
+        ("reference", pa.string()),  # the right label
+        ("answer", pa.string()),  # the one that was answered; null: none, or several
+        ("count", pa.int32()),
     ]
 )
 

@@ -30,7 +30,7 @@ def needs_of(recipe: Recipe, role: str) -> ServerNeeds:
     """
     written, logprobs = [], [0]
     if recipe.evaluate is not None and role in recipe.evaluate.models:
-        written.append(recipe.evaluate.max_new_tokens)
+        written += [each.sampling.max_new_tokens for each in recipe.asked_sets().values()]
     if role == "teacher" and recipe.generate is not None:
         written.append(recipe.generate.max_new_tokens)
         logprobs.append(recipe.generate.logprobs or 0)
@@ -38,6 +38,8 @@ def needs_of(recipe: Recipe, role: str) -> ServerNeeds:
         written.append(recipe.rollouts.max_new_tokens)
     if role == "teacher" and recipe.score is not None and recipe.score.source in ("auto", "server"):
         logprobs.append(getattr(recipe.score.target, "k", 1))
+    if role == "teacher" and recipe.likeness is not None and recipe.teacher_tells == "server":
+        logprobs.append(recipe.likeness.top_k)
     return ServerNeeds(max([recipe.train.max_length, *(tokens + _ROOM_FOR_A_PROMPT for tokens in written)]), max(logprobs))
 
 

@@ -50,7 +50,7 @@ WRITES = {
     "score": ("targets-*-of-*.targets", "targets-*-of-*.targets.part", "journal-*-of-*.jsonl"),
     "train": ("adapter/*", "model/*", "tokenizer/*", "checkpoints/*", "logs/*", "metrics.jsonl"),
     "rollouts": (*_tables("traces", "dropped"), *_WRITTEN),
-    "evaluate": (*_tables("traces", "answers", "scores"), *_WRITTEN),
+    "evaluate": (*_tables("traces", "answers", "scores", "confusion", "thoughts", "likeness", "certainty"), *_WRITTEN),
     "report": ("report.html", "report.md", "summary.txt"),
     "export": ("model/*", "adapter/*", "README.md"),
 }
