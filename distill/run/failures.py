@@ -12,6 +12,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -27,6 +28,8 @@ from distill.run import early
 _LONGEST = 4000  # characters of a message
 _LONGEST_REASON = 300  # of what a library says
 _FULL_BYTES = 2**24  # so little space left may be what went wrong
+_LAST_WORD_S = 15.0
+"""How long a process waits for another one's message."""
 _SECRET = re.compile(r"(?i)(--\S*(?:token|key|secret|password))(=|\s+)\S+")
 """A word of a command line that gives a secret, and its value."""
 _ASCII = dict(zip("─━│→▶≥≤±·…»«", ["-", "-", "|", "->", ">", ">=", "<=", "+-", "-", "...", ">", "<"]))
@@ -81,7 +84,10 @@ def _errors_in_one_message() -> Iterator[None]:
         yield
     except DistillError as error:
         if isinstance(error, RecipeError) and not error.tells_for_all and os.environ.get("LOCAL_RANK", "0") != "0":
-            sys.exit(1)  # the first process of this machine has read the same recipe, and says so
+            # The first process of this machine has read the same recipe, and says so. Whoever ends first has the launcher end the others.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(_LAST_WORD_S)
+            sys.exit(1)
         message, code = str(error), 1
     except KeyboardInterrupt:
         message, code = f"stopped by the keyboard. {_going_on()}", 130
