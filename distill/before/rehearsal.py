@@ -39,7 +39,7 @@ from distill.recipe.steps import AT_ONCE, PASSES, step_size
 from distill.run.folder import StageFolder
 from distill.run.log import silence
 from distill.run.manifest import Manifest
-from distill.run.schema import PROMPT, TRACE, prompt_id
+from distill.run.schema import FIELDS, PROMPT, TRACE, prompt_id
 from distill.stages import Step, folder
 
 Row = dict[str, Any]
@@ -255,7 +255,7 @@ def _write_rows(recipe: Recipe, rows: list[Row]) -> None:
     prompts = [{name: row[name] for name in ("prompt_id", "messages")} for row in traces]
     with StageFolder(folder(recipe, "prompts"), "prompts", {}) as out:
         out.write_table("train", prompts, PROMPT)
-        out.write_table("heldout", prompts[:1], PROMPT)
+        out.write_table("heldout", prompts[:1], PROMPT.append(FIELDS) if recipe.prompts.fields else PROMPT)
         out.finish(rows_in=len(prompts), rows_kept=len(prompts))
     with StageFolder(folder(recipe, "curate"), "curate", {}) as out:
         out.write_table("curated", traces, TRACE)

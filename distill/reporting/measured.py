@@ -105,10 +105,15 @@ class SetResults:
 
     @property
     def differences_text(self) -> str:
-        """Which model is better, as far as that can be said; empty where an earlier kit did not look."""
+        """Which model is better, as far as that can be said, as clauses; empty where an earlier kit did not look."""
+        return "; ".join(self.difference_texts)
+
+    @property
+    def difference_texts(self) -> list[str]:
+        """The same, a clause a pair of models."""
         told = [(pair, self.differences[pair]) for pair in PAIRS if pair in self.differences]
         asked = told[:2] if len(told) == len(PAIRS) else told  # of three models the third follows, and is in the gap
-        return "; ".join(_difference_text(*pair, found) for pair, found in asked)
+        return [_difference_text(*pair, found) for pair, found in asked]
 
     @property
     def gap_text(self) -> str:

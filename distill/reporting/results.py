@@ -19,6 +19,7 @@ from distill.reporting.measured import NOT_MEASURED, ModelResult, SetResults, pe
 from distill.reporting.summary import RunSummary, parameters_text
 
 _MOST_LABELS = 25  # in a table or a picture
+_LONGEST_LABEL = 60  # characters
 _NONE = "none"
 
 
@@ -83,7 +84,7 @@ def _set_text(results: Results) -> str:
     Console(file=text, width=120, no_color=True).print(table)
     table_text = "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
     found, title = results.found, [results.title, ""] if results.title else []
-    said = [found.differences_text, found.gap_text, found.doubt_text, found.left_out_text]
+    said = [*found.difference_texts, found.gap_text, found.doubt_text, found.left_out_text]
     return "\n".join([*title, table_text, "", *filter(None, said)])
 
 
@@ -151,12 +152,16 @@ def _labels(found: SetResults) -> LabelTable:
         counts[places[row["reference"]], places.get(row["answer"], -1)] += row["count"]
     shown = every[:_MOST_LABELS]
     rows = [
-        [each.label, f"{each.answers:,}", *(percent_text(value) for value in (each.precision, each.recall, each.f1))]
+        [_short(each.label), f"{each.answers:,}", *(percent_text(value) for value in (each.precision, each.recall, each.f1))]
         for each in of_labels(counts, every)[:_MOST_LABELS]
     ]
     keep = [*range(len(shown)), len(every)]
     square = shown, counts[: len(shown)][:, keep].tolist()
     wrong = sorted((row for row in mine if row["answer"] != row["reference"]), key=lambda row: -row["count"])[:10]
-    confused = [f"{row['reference']} as {row['answer'] or _NONE}: {row['count']:,}" for row in wrong]
+    confused = [f"{_short(row['reference'])} as {_short(row['answer'] or _NONE)}: {row['count']:,}" for row in wrong]
     columns = ["label", "answers", "precision", "recall", "F1"]
     return LabelTable(f"{found.name}, labels by the {role}", found.name, columns, rows, square, confused, len(every) - len(shown))
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= _LONGEST_LABEL else f"{label[: _LONGEST_LABEL - 1]}…"
