@@ -19,11 +19,14 @@ _LOOKED_AT = 200  # prompts
 def check_judging(recipe: Recipe, survey: Survey, found: Findings) -> None:
     """A claim on the settings of checks, where there are any, one on the references, and a warning for each check that some lack."""
     from distill.checks.beforehand import refuse_settings
+    from distill.checks.code import refuse_no_place
 
     curate, evaluate = _asked(recipe)
-    settings = {check.called: check for check in [*curate, *evaluate] if check.kind in ("python", "json", "language")}
-    if settings:
-        found.prove("checks", lambda: refuse_settings(list(settings.values()), recipe.curate.check_timeout_s))
+    settings = {check.called: check for check in [*curate, *evaluate] if check.kind in ("python", "json", "language", "code")}
+    if settings and found.prove("checks", lambda: refuse_settings(list(settings.values()), recipe.curate.check_timeout_s)):
+        for check in settings.values():
+            if check.code is not None and not refuse_no_place(check.called, check.code).protected:
+                found.warn("checks", f"{check.called}: there is no sandbox here, so code is run as you, with your files and the network")
     notes: list[str] = []
     found.prove("references", lambda: _references(recipe, survey, notes))
     for note in dict.fromkeys(notes):

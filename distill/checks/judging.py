@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from distill.checks import Found, Given, Verdict, language, math
+from distill.checks.code import Runs, refuse_no_place
 from distill.checks.degenerate import check_degenerate
 from distill.checks.form import check_finish
 from distill.checks.functions import check_python
@@ -22,7 +23,8 @@ from distill.checks.pool import Call, Pool, Question
 from distill.checks.text import check_text
 from distill.checks.thinking import check_thinking
 from distill.checks.tool_calls import check_tool_calls
-from distill.recipe.checks import Check, CheckSection
+from distill.recipe.checks import Check
+from distill.recipe.kinds import CheckSection
 
 _HERE: dict[str, Callable[[Given, Any], Found]] = {
     "finish": lambda given, _: check_finish(given.finish_reason, given.completion)[1:],
@@ -41,7 +43,7 @@ _APART: dict[str, Callable[[Given, Any], Found]] = {
     "language": check_language,
     "python": check_python,
 }
-"""Checks that run what others have written, or compute for long; `math` is one, too."""
+"""Checks that run what others have written, or compute for long; `math` is one, too, and `code`, which has processes of its own."""
 
 _OF_FINAL_ANSWERS = frozenset({"math", "label", "number"})
 """Checks that look for one answer at the end of a text."""
@@ -54,22 +56,32 @@ class Judges:
 
     Args:
         checks: In the recipe's order.
-        timeout_s: Hard limit for one check of one trace, in seconds.
+        timeout_s: Hard limit for one check of one trace, in seconds; code has its own.
         workers: Processes; null means one for each core this process may use.
+
+    Raises:
+        RecipeError: code is to be run, and there is no sandbox; when the context begins.
     """
 
     def __init__(self, checks: Sequence[Check], timeout_s: float, workers: int | None = None) -> None:
         self._checks = [check for check in checks if check.agreement is None]
         self._asks_final = asks_final(checks)
         prepared = list(dict.fromkeys(_PREPARED[check.kind] for check in self._checks if check.kind in _PREPARED))
+        self._runs: Runs | None = None  # of code
         # One alone goes there by its name: its process need not import what all the others do.
         self._pool = Pool(timeout_s, workers, prepared[0] if len(prepared) == 1 else partial(_prepare, prepared), "checks")
 
     def __enter__(self) -> Judges:
+        for check in self._checks:
+            if check.code is not None:
+                refuse_no_place(check.called, check.code)
+                self._runs = self._runs or Runs(self._pool.num_workers)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._pool.__exit__(kind, error, trace)
+        if self._runs is not None:
+            self._runs.__exit__(kind, error, trace)
 
     @property
     def slow(self) -> list[str]:
@@ -103,8 +115,18 @@ class Judges:
     ) -> Iterator[tuple[tuple[int, str], Question]]:
         for number, given in traces:
             for check in self._checks:
-                if not is_known(number, check.called):
-                    yield (number, check.called), question(check, given, asks_final=self._asks_final)
+                key = (number, check.called)
+                if is_known(*key):
+                    continue
+                if check.code is None:
+                    yield key, question(check, given, asks_final=self._asks_final)
+                    continue
+                assert self._runs is not None, "opened with the context"
+                for other, found in self._runs.add(key, given.completion, given.fields.get(check.code.tests), check.code):
+                    yield other, found[1:]
+        if self._runs is not None:
+            for key, found in self._runs.rest():
+                yield key, found[1:]
 
 
 def columns_read(checks: Sequence[Check]) -> list[str]:
@@ -160,7 +182,9 @@ def combined(checks: Sequence[Check], found: dict[str, Found]) -> Found:
 
 def _is_apart(check: Check) -> bool:
     """Whether a check runs in a process of its own; of texts only one with a pattern of the user's."""
-    return check.math is not None or (check.kind in _APART and (check.text is None or check.text.pattern is not None))
+    if check.math is not None or check.code is not None:
+        return True
+    return check.kind in _APART and (check.text is None or check.text.pattern is not None)
 
 
 def _prepare(functions: Sequence[Callable[[], None]]) -> None:

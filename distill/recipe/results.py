@@ -25,7 +25,7 @@ class Evaluate(Sampling):
     """Use only so many held-out prompts; null means all."""
     checks: Checks | None = None
     """What a right answer passes, every one. Null takes those of `curate.checks` that say that an answer is right (math, label, text,
-    number, json, tool_calls, python), or math where there are none."""
+    number, json, tool_calls, code, python), or math where there are none."""
     check_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """Hard limit for one answer check, in seconds."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
