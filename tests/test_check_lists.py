@@ -110,6 +110,17 @@ def test_evaluate_refuses_what_says_nothing_of_an_answer(tmp_path: Path) -> None
             recipe_for(tmp_path, evaluate={"checks": checks})
 
 
+def test_answer_is_another_name_of_math(tmp_path: Path) -> None:
+    """Of a recipe that is the same but for this name nothing is made anew."""
+    old, new = (recipe_for(tmp_path, curate={"checks": ["finish", name]}) for name in ("math", "answer"))
+    assert old == new and new.curate.identity()["checks"] == ["finish", "math"]
+    assert recipe_for(tmp_path, curate={"checks": [{"answer": {}, "name": "mine"}]}).curate.checks[0].math is not None
+    with pytest.raises(ValueError, match="math is there twice"):
+        recipe_for(tmp_path, curate={"checks": ["math", "answer"]})
+    with pytest.raises(ValueError, match="an entry of the list is one check"):
+        recipe_for(tmp_path, curate={"checks": [{"math": {}, "answer": {}}]})
+
+
 def test_one_sample_agrees_with_nobody(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"agreement, and there is one sample.*generate\.samples_per_prompt"):
         recipe_for(tmp_path, curate={"checks": ["agreement"]})

@@ -34,8 +34,10 @@ def check_judging(recipe: Recipe, survey: Survey, found: Findings) -> None:
 
 
 def _asked(recipe: Recipe) -> tuple[list[Check], list[Check]]:
-    """The checks of traces, and those of answers."""
-    return (recipe.curate.checks if recipe.learns_from_traces else []), (recipe.checks_of_answers if recipe.evaluate is not None else [])
+    """The checks that look at traces, and those of answers."""
+    told = recipe.traces is not None and recipe.traces.verdict is not None
+    curate = [check for check in recipe.curate.checks if recipe.learns_from_traces and not (told and check.settings.of_answers)]
+    return curate, (recipe.checks_of_answers if recipe.evaluate is not None else [])
 
 
 def _references(recipe: Recipe, survey: Survey, notes: list[str]) -> str:

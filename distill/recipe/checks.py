@@ -21,6 +21,7 @@ from distill.recipe.kinds import (
     Degenerate,
     Finish,
     Json,
+    Judge,
     Label,
     Language,
     Length,
@@ -31,6 +32,10 @@ from distill.recipe.kinds import (
     Think,
     ToolCalls,
 )
+
+_MEANT = {"answer": "math"}
+"""Further names of checks. Runs are made, and verdicts told, under the first, so that both are one run."""
+
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message='Field name "json"')  # pydantic's method of that name is long deprecated
@@ -45,7 +50,8 @@ with warnings.catch_warnings():
         think: Think | None = None
         """Reasoning, then an answer; `think: none` asks that there is no reasoning."""
         math: Math | None = None
-        """The final answer, a number or an expression, is right."""
+        """The final answer is right: a number with or without a unit, an expression, a set, a date, a text. May be written `answer`; in
+        verdicts it is `math` all the same."""
         label: Label | None = None
         """The answer is the right one of a closed set."""
         text: Text | None = None
@@ -66,6 +72,8 @@ with warnings.catch_warnings():
         """It does not go round in circles."""
         agreement: Agreement | None = None
         """Most of a prompt's samples give the same answer."""
+        judge: Judge | None = None
+        """A model says so, by a rubric; it is asked only of what passes all other checks."""
         python: Python | None = None
         """A function of one's own says so."""
         name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
@@ -78,13 +86,15 @@ with warnings.catch_warnings():
             given = {value: {}} if isinstance(value, str) else value
             if not isinstance(given, dict):
                 return given
-            unknown = next((key for key in given if key not in cls.model_fields), None)
+            names = [_MEANT.get(key, key) for key in given]
+            unknown = next((key for key in names if key not in cls.model_fields), None)
             if unknown is not None:
                 close = difflib.get_close_matches(unknown, KINDS, n=1)
                 hint = f"Did you mean {close[0]}?" if close else f"There are {', '.join(KINDS)}"
                 raise ValueError(f"there is no check {unknown!r}. {hint}")
-            if len(given.keys() & set(KINDS)) != 1:
+            if sum(name in KINDS for name in names) != 1:
                 raise ValueError("an entry of the list is one check, with a name beside it if it is listed twice. Begin each with a dash")
+            given = dict(zip(names, given.values(), strict=True))
             if isinstance(given.get("think"), str):
                 given = {**given, "think": {"reasoning": given["think"]}}
             return {key: {} if settings is None and key in KINDS else settings for key, settings in given.items()}
@@ -118,6 +128,8 @@ with warnings.catch_warnings():
             plain: dict[str, Any] = self.model_dump(mode="json")
             if self.python is not None:
                 plain[self.kind]["file"] = Path(self.python.file).name
+            if self.judge is not None:
+                plain[self.kind] = self.judge.identity()
             if self.code is not None and self.code.python is not None:
                 plain[self.kind]["python"] = Path(self.code.python).name
             return plain

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from distill.recipe.base import PathOrName, PositiveInt, Section, Share
 from distill.recipe.code import CodeSettings
+from distill.recipe.judge import Rubric, places_in
 
 Column = str
 """A name in `prompts.fields`."""
@@ -47,7 +48,7 @@ class Think(CheckSection):
 
 
 class Math(CheckSection):
-    """The last box, or else the last expression, equals the reference."""
+    """The last box, or else the last expression, equals the reference: as what it is, a number, a set, a date, an expression, a text."""
 
     compares = of_answers = True
 
@@ -257,6 +258,22 @@ class Agreement(CheckSection):
 
     min_share: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Least share of all its samples that give it; with less none of them is judged."""
+
+
+class Judge(Rubric, CheckSection):
+    """A model grades the answer by a rubric; refusals, and replies that say no verdict, judge nothing."""
+
+    of_answers = True
+
+    @property
+    def asks_reference(self) -> bool:
+        """Where the rubric names it."""
+        return "reference" in places_in(self.rubric, ())
+
+    @property
+    def columns(self) -> list[Column]:
+        """Those that the rubric names."""
+        return places_in(self.rubric, ("prompt", "answer", "reasoning", "reference"))
 
 
 class Python(CheckSection):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from distill.recipe.base import PositiveInt, Sampling, Section
 from distill.recipe.checks import Check, Checks
+from distill.recipe.judge import Preferences
 
 ModelRole = Literal["base", "student", "teacher"]
 
@@ -25,9 +26,12 @@ class Evaluate(Sampling):
     """Use only so many held-out prompts; null means all."""
     checks: Checks | None = None
     """What a right answer passes, every one. Null takes those of `curate.checks` that say that an answer is right (math, label, text,
-    number, json, tool_calls, code, python), or math where there are none."""
+    number, json, tool_calls, code, judge, python), or math where there are none."""
     check_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """Hard limit for one answer check, in seconds."""
+    preferences: Preferences | None = None
+    """Ask a model, in both orders, which answer is better: the student's or the teacher's, the base's or the teacher's, the student's or
+    the base's. Null asks nobody."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Coverage of the printed intervals."""
 
@@ -37,6 +41,12 @@ class Evaluate(Sampling):
         if not value or len(set(value)) != len(value):
             raise ValueError("name each of base, student, teacher at most once, and at least one")
         return value
+
+    @model_validator(mode="after")
+    def _two_are_compared(self) -> Evaluate:
+        if self.preferences is not None and len(self.models) < 2:
+            raise ValueError("preferences compares the answers of two models: name two or more in models, or leave it out")
+        return self
 
     @field_validator("checks")
     @classmethod
@@ -50,7 +60,8 @@ class Evaluate(Sampling):
     def identity(self) -> dict[str, Any]:
         """The settings that decide the answers; how these are judged is said by `Recipe.checks_of_answers`."""
         plain = super().identity()
-        return {name: value for name, value in plain.items() if name != "checks"}
+        plain = {name: value for name, value in plain.items() if name not in ("checks", "preferences")}
+        return plain | ({} if self.preferences is None else {"preferences": self.preferences.identity()})
 
 
 class Report(Section):

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from distill.checks import Given
 from distill.checks.fields import as_fields
 from distill.checks.functions import digest_of
+from distill.checks.judge import digest_of as judge_digest_of
 from distill.checks.judging import Judges, columns_read, given_of
 from distill.checks.references import unjudged_because
 from distill.checks.tokens import Counted
@@ -35,6 +36,8 @@ from distill.run.parts import Part, begun, gathered_facts, missing, part_facts, 
 from distill.run.plan import NO_LIMIT, Growth, StagePlan, name_in_run
 from distill.run.schema import ANSWER, SCORE, TRACE
 from distill.run.tables import TableWriter, iter_rows, rows_at
+from distill.servers.judging import grade_answers, with_judges
+from distill.servers.preferences import compare
 from distill.stages import Step, folder, open_stage, plan_of, run_dir, student_folder
 
 if TYPE_CHECKING:
@@ -62,13 +65,24 @@ def plan(recipe: Recipe) -> StagePlan:
     growth = Growth(
         {"evaluate.max_prompts": NO_LIMIT, "evaluate.samples_per_prompt": 0},
         # A teacher that comes or goes; another is refused. By other checks the same answers are judged anew.
-        free=frozenset({"evaluate.models", "evaluate.confidence", "evaluate.checks", "python_sha256", "teacher"}),
+        free=frozenset(
+            {
+                "evaluate.models",
+                "evaluate.confidence",
+                "evaluate.checks",
+                "evaluate.preferences",
+                "python_sha256",
+                "judge_sha256",
+                "teacher",
+            }
+        ),
         other_inputs=True,
     )
     checks = recipe.checks_of_answers
     asked = evaluate.identity() | ({} if checks == checks_of("math") else {"checks": [check.identity() for check in checks]})
-    python = digest_of(checks)
+    python, judge = digest_of(checks), judge_digest_of(checks, evaluate.preferences)
     settings = {**specs, "evaluate": asked, "seed": recipe.seed, **({"python_sha256": python} if python else {})}
+    settings |= {"judge_sha256": judge} if judge else {}
     return plan_of(recipe, Step("evaluate"), settings, inputs, growth)
 
 
@@ -135,13 +149,16 @@ def _evaluate(recipe: Recipe, out: StageFolder, *, in_parts: bool = False) -> Ma
         traces = TraceTable(table, out.journal(), evaluate, recipe.seed, _earlier(recipe, out))
         facts = clock.facts(**_answer(recipe, out, out.path, traces, prompts))
     answers = _judge(table, recipe)
+    judges = grade_answers(recipe, out, run_dir(recipe), table, answers, _fields(recipe))
+    judges |= compare(recipe, out, run_dir(recipe), table, _fields(recipe))
     out.write_table("answers", answers, ANSWER)
     out.write_table("scores", _scores(answers, evaluate, recipe.seed), SCORE)
     return out.finish(
         rows_in=len(prompts) * evaluate.samples_per_prompt * len(evaluate.models),
         rows_kept=len(answers),
         keep_earlier=not set(before) <= set(facts["models"]),  # a model that is asked for no more has been paid for
-        facts=facts | {"confidence": evaluate.confidence, "tokens": sum(answer["num_tokens"] or 0 for answer in answers)},
+        facts=with_judges(facts, judges)
+        | {"confidence": evaluate.confidence, "tokens": sum(answer["num_tokens"] or 0 for answer in answers)},
     )
 
 
