@@ -68,7 +68,7 @@ def read_table(folder: str | Path, table: str, columns: Sequence[str] | None = N
 
     Args:
         folder: Of the stage, e.g. `runs/quickstart/curated`.
-        table: `train`, `heldout`, `traces`, `curated`, `dropped`, `verdicts`, `answers`, `scores`.
+        table: `train`, `heldout`, `traces`, `curated`, `dropped`, `verdicts`, `answers`, `scores`, `confusion`.
         columns: Only these; null reads all.
 
     Raises:

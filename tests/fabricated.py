@@ -162,5 +162,5 @@ def _write_scores(run_dir: Path, gap: tuple[Any, Any, Any] | None, unjudged: flo
     }
     models = {role: {"model": name, "revision": "c1b2a3", "parameters": size} for role, (name, size) in names.items()}
     with StageFolder(run_dir / "eval", "evaluate", {}, [run_dir / "prompts", run_dir / "student"]) as out:
-        out.write_table("scores", [{"task": "heldout", "num_prompts": 300, "samples_per_prompt": 1, **row} for row in rows], SCORE)
+        out.write_table("scores", [{"set": "heldout", "num_prompts": 300, "samples_per_prompt": 1, **row} for row in rows], SCORE)
         out.finish(rows_in=900, rows_kept=900, facts=facts(models=models, confidence=0.95, tokens=108_000))

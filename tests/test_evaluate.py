@@ -10,8 +10,8 @@ from fabricated import facts, recipe_for, trace
 
 from distill.errors import DataError
 from distill.measure.marks import in_doubt
+from distill.measure.scores import Measured
 from distill.recipe.experiment import Recipe
-from distill.recipe.results import Evaluate
 from distill.run.folder import StageFolder
 from distill.run.schema import PROMPT
 from distill.stages import evaluate
@@ -61,7 +61,7 @@ def test_answers_of_which_none_can_be_judged_say_why() -> None:
         for index in range(4)
     ]
     with pytest.raises(DataError, match=r"\(3 checker_timed_out, 1 no_reference\).*check_timeout_s"):
-        evaluate._scores(answers, Evaluate(models=["base"]), 0)
+        evaluate._scores(answers, Measured("heldout", ["base"], 1, 0.95, 0))
 
 
 def marked(role: str, marks: list[bool | None]) -> list[dict[str, object]]:
@@ -75,13 +75,15 @@ def marked(role: str, marks: list[bool | None]) -> list[dict[str, object]]:
             "reason": "x",
             "truncated": False,
             "num_tokens": 5,
+            "tags": [],
+            "in_form": None,
         }
         for place, mark in enumerate(marks)
     ]
 
 
 def scored(answers: list[dict[str, object]], models: list[str]) -> dict[tuple[str, str], float]:
-    rows = evaluate._scores(answers, Evaluate(models=models), 0)
+    rows = evaluate._scores(answers, Measured("heldout", models, 1, 0.95, 0))
     return {(row["model_role"], row["metric"]): row["value"] for row in rows}
 
 

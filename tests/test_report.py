@@ -198,10 +198,10 @@ def test_without_evaluation_it_says_not_measured(tmp_path: Path) -> None:
         assert "Adding nothing to" in text  # the rest is there
 
 
-def test_an_undefined_gap_and_one_without_interval_are_said(tmp_path: Path) -> None:
+def test_an_undefined_gap_and_one_within_the_noise_are_said(tmp_path: Path) -> None:
     for name, gap, words in [
         ("undefined", (None, None, None), "gap recovered: not defined, the teacher is no better than the base"),
-        ("wide", (0.4, None, None), "gap recovered: 0.40 no interval"),
+        ("wide", (0.4, None, None), "gap recovered: not told, the lead of the teacher over the base is within the noise"),
         ("absent", None, "gap recovered: not measured (needs base, student and teacher)"),
     ]:
         make_run(tmp_path / name, gap=gap)

@@ -132,7 +132,9 @@ def test_parts_on_the_command_line_survive_kills(kills: int, count: int, tmp_pat
         assert [each.returncode for each in ended] == [0, 0], ended[0].stderr + ended[1].stderr
         again = sum(count - 1 for count in server.asked.values())
     found = read_manifest(tmp_path / "parts/run/traces")
-    assert found.digest == made.digest and again <= 4 * kills  # two in flight at each kill, and two answered while the line before was written
+    assert (
+        found.digest == made.digest and again <= 4 * kills
+    )  # two in flight at each kill, and two answered while the line before was written
     assert "nothing to do" in subprocess.run(command[:-1], capture_output=True, text=True, timeout=300).stdout
 
 

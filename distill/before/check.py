@@ -19,7 +19,7 @@ from rich.console import Console
 from distill.before import machine, quick, record
 from distill.before.brought import SAMPLE
 from distill.before.findings import Findings
-from distill.before.judging import check_judging
+from distill.before.judging import check_judging, check_sets
 from distill.before.packages import check_packages
 from distill.before.servers import check_servers
 from distill.before.tokens import check_pair, check_rows, load_chats, made_up
@@ -96,6 +96,7 @@ def _examine(recipe: Recipe, steps: Sequence[Step], found: Findings, *, here: bo
     """Every claim; returns whether none was left open that another device would decide."""
     quick.common(recipe, found, launch)
     survey = _check_prompts(recipe, found)
+    further = {} if survey is None else check_sets(recipe, survey, found)
     check_packages(recipe, found, importing=True)
     whole = machine.check_device(recipe, found, here=here, processes=processes)
     machine.check_memory(recipe, steps, found, here=here, processes=processes)
@@ -103,7 +104,7 @@ def _examine(recipe: Recipe, steps: Sequence[Step], found: Findings, *, here: bo
     arguments_hold = found.prove("trainer arguments", lambda: _trainer_arguments(possible, processes))
     chats = load_chats(recipe, found)
     check_pair(recipe, chats, survey, found)
-    check_servers(recipe, chats, survey, found, here=here)
+    check_servers(recipe, chats, survey, found, here=here, further=further)
     if "student" not in chats or survey is None:
         return whole
     rows, number = check_rows(recipe, chats, survey, found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from distill.recipe.base import Sampling
@@ -28,7 +28,7 @@ class Lengths(NamedTuple):
     high: float
 
 
-def jobs_of(recipe: Recipe, role: str, train: int, heldout: int) -> list[Job]:
+def jobs_of(recipe: Recipe, role: str, train: int, heldout: int, further: Mapping[str, int] | None = None) -> list[Job]:
     """What stages ask of the server of a role, which for the base is the student's.
 
     Args:
@@ -36,6 +36,7 @@ def jobs_of(recipe: Recipe, role: str, train: int, heldout: int) -> list[Job]:
         role: `teacher` or `student`.
         train: Prompts to train on.
         heldout: Held-out ones.
+        further: Those of further held-out sets, by the set's name.
     """
     jobs = []
     if role == "teacher" and recipe.generate is not None:
@@ -49,6 +50,10 @@ def jobs_of(recipe: Recipe, role: str, train: int, heldout: int) -> list[Job]:
         prompts = min(heldout, recipe.evaluate.max_prompts or heldout)
         if models:
             jobs.append(Job("evaluate", recipe.evaluate, prompts * recipe.evaluate.samples_per_prompt * len(models)))
+        asked = recipe.asked_sets()
+        for name, count in (further or {}).items() if models else ():
+            sampling = asked[name].sampling
+            jobs.append(Job(f"evaluate.sets.{name}", sampling, count * sampling.samples_per_prompt * len(models)))
     return jobs
 
 

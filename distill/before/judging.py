@@ -9,6 +9,7 @@ from distill.before.findings import Findings
 from distill.errors import DataError
 from distill.recipe.checks import Check
 from distill.recipe.experiment import Recipe
+from distill.recipe.sets import AskedSet
 
 if TYPE_CHECKING:
     from distill.stages.prompts import Survey
@@ -31,6 +32,35 @@ def check_judging(recipe: Recipe, survey: Survey, found: Findings) -> None:
     found.prove("references", lambda: _references(recipe, survey, notes))
     for note in dict.fromkeys(notes):
         found.warn("references", f"{note}. Such traces are dropped, such answers counted as not judged.")
+
+
+def check_sets(recipe: Recipe, survey: Survey, found: Findings) -> dict[str, int]:
+    """A claim for each further held-out set: it can be read, its references can be compared with. Returns their prompts, by name."""
+    from distill.checks.beforehand import refuse_settings, unfit
+    from distill.data.identities import Identities
+    from distill.data.sets import read_set
+
+    trained, sizes = Identities(survey.ids), {}
+    timeout_s = recipe.evaluate.check_timeout_s if recipe.evaluate is not None else 0.0
+    for name, asked in list(recipe.asked_sets().items())[1:]:
+
+        def attempt(name: str = name, asked: AskedSet = asked) -> str:
+            refuse_settings(asked.checks, timeout_s)
+            read = read_set(recipe, name, trained)
+            sizes[name] = len(read.rows)
+            try:
+                notes = unfit(asked.checks, read.rows[:_LOOKED_AT], timeout_s)
+            except DataError as error:
+                raise DataError(f"evaluate.sets.{name}: {error}. Correct its columns or checks, or leave the set out.") from None
+            for note in notes:
+                found.warn(f"set {name}", f"{note}. Such answers are counted as not judged.")
+            lost = ", ".join(f"{count:,} {reason}" for reason, count in sorted(read.drops.items()))
+            return f"{len(read.rows):,} prompts, {asked.sampling.samples_per_prompt:,} answers each" + (
+                f"; left out: {lost}" if lost else ""
+            )
+
+        found.prove(f"set {name}", attempt)
+    return sizes
 
 
 def _asked(recipe: Recipe) -> tuple[list[Check], list[Check]]:

@@ -20,10 +20,11 @@ from distill.data.completions import brought, columns_of
 from distill.data.files import Placed
 from distill.data.licences import check_terms
 from distill.data.mapping import PromptMapping
-from distill.data.sources import Source, brought_traces, heldout_problems, problems
+from distill.data.sources import Source, brought_traces, heldout_problems, heldout_set, problems
 from distill.errors import DataError, visible
 from distill.recipe.experiment import Recipe
 from distill.recipe.launches import kind_here, kind_of, refuse_launch
+from distill.recipe.sets import AskedSet
 from distill.stages import run_dir, steps_of
 
 MIN_FREE_GIB = 1.0
@@ -121,6 +122,8 @@ def _check_sources(recipe: Recipe, found: Findings) -> None:
     _check_source("prompts", lambda: problems(prompts), of_prompt, mapping.columns, found)
     if prompts.heldout_source is not None:
         _check_source("held-out prompts", lambda: heldout_problems(prompts), of_prompt, mapping.columns, found)
+    for name, asked in list(recipe.asked_sets().items())[1:]:
+        _check_set(recipe, name, asked, found)
     if traces is None:
         return
     mapping_of_traces = PromptMapping(prompts, traces.columns, traces.source, with_fields=False)
@@ -131,6 +134,15 @@ def _check_sources(recipe: Recipe, found: Findings) -> None:
 
     columns = [*mapping_of_traces.columns, *columns_of(traces)]
     _check_source("traces", lambda: brought_traces(traces), of_trace, columns, found)
+
+
+def _check_set(recipe: Recipe, name: str, asked: AskedSet, found: Findings) -> None:
+    """A further held-out set."""
+    assert recipe.evaluate is not None
+    each, mapping = recipe.evaluate.sets[name], PromptMapping(asked.prompts, asked.prompts.columns, asked.prompts.source)
+    _check_source(
+        f"set {name}", lambda: heldout_set(name, each), lambda placed: mapping.prompt_row(placed[1], placed[0])[1], mapping.columns, found
+    )
 
 
 def _check_source(

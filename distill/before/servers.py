@@ -78,7 +78,7 @@ def _of_weights(recipe: Recipe, role: str, spec: ModelSpec, server: Server) -> I
 def _of_stages(recipe: Recipe, role: str, spec: ModelSpec, server: Server) -> Iterator[Unhonoured]:
     """Keys of the stages that ask a server."""
     shared = {"role": role, "model": server.model or spec.model, "kwargs": spec.chat_template_kwargs}
-    for job in jobs_of(recipe, role, 0, 0):
+    for job in jobs_of(recipe, role, 0, 0, dict.fromkeys(list(recipe.asked_sets())[1:], 0)):
         logprobs = recipe.generate.logprobs if job.stage == "generate" and recipe.generate is not None else None
         yield unhonoured(server, job.sampling, section=job.stage, logprobs=logprobs, **shared)  # type: ignore[arg-type]
     if recipe.score is not None and _reads(recipe, role):
@@ -130,7 +130,15 @@ def _has_module(role: str, server: Server, python: str) -> None:
         raise RecipeError(f"{role}.server.python: {python} has no package {module}, which kind {server.kind} needs. Install it there.")
 
 
-def check_servers(recipe: Recipe, chats: Mapping[str, ChatFormat], survey: Survey | None, found: Findings, *, here: bool) -> None:
+def check_servers(
+    recipe: Recipe,
+    chats: Mapping[str, ChatFormat],
+    survey: Survey | None,
+    found: Findings,
+    *,
+    here: bool,
+    further: Mapping[str, int] | None = None,
+) -> None:
     """Asks every server that can be reached; a claim for each thing that matters.
 
     Args:
@@ -139,9 +147,10 @@ def check_servers(recipe: Recipe, chats: Mapping[str, ChatFormat], survey: Surve
         survey: The prompts, some of which are asked.
         found: Where it is said.
         here: Whether this machine is the one that the recipe is to be run on.
+        further: Prompts of each further held-out set, by its name.
     """
     for role, (spec, server) in served(recipe).items():
-        jobs = [] if survey is None else jobs_of(recipe, role, survey.train, survey.heldout)
+        jobs = [] if survey is None else jobs_of(recipe, role, survey.train, survey.heldout, further)
         claim = f"{role}'s server answers"
         if server.is_started and (left := _left(recipe, role, spec, found)) is not None:
             spec, server = left, left.server or server

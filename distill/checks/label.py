@@ -31,14 +31,36 @@ def check_label(given: Given, settings: Label) -> Found:
     right = _right(given.reference, choices, settings.numbered_from, lettered)
     if right is None:
         return None, "reference_is_no_choice"
-    answer = answer_of(given.completion)
-    if answer is None or not answer.strip():
+    named = _put_forward(given.completion, choices, lettered)
+    if named is None:
         return False, "no_answer"
-    box = boxed(answer)
-    named = _named(plain(answer if box is None else box), tuple(choices), lettered)
     if len(named) != 1:
         return False, "several_labels" if named else "no_label"
     return (True, "right") if named == {right} else (False, "wrong_label")
+
+
+def named_label(given: Given, settings: Label) -> str | None:
+    """The one label that an answer names, whether it is right or not, as the choices have it; null for none and for several."""
+    choices = settings.choices if settings.column is None else _listed(given.fields.get(settings.column))
+    named = _put_forward(given.completion, choices, settings.column is not None) if choices else None
+    return choices[named.pop()] if choices and named and len(named) == 1 else None
+
+
+def right_label(reference: str | None, settings: Label) -> str | None:
+    """The label that a reference means, where all prompts have the same choices; null where it is none of them."""
+    if reference is None or settings.choices is None:
+        return None
+    place = _right(reference, settings.choices, settings.numbered_from, lettered=False)
+    return None if place is None else settings.choices[place]
+
+
+def _put_forward(completion: str, choices: list[str], lettered: bool) -> set[int] | None:
+    """The places of the choices that an answer puts forward; null where there is no answer."""
+    answer = answer_of(completion)
+    if answer is None or not answer.strip():
+        return None
+    box = boxed(answer)
+    return _named(plain(answer if box is None else box), tuple(choices), lettered)
 
 
 def _listed(value: Any) -> list[str] | None:

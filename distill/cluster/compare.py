@@ -15,7 +15,8 @@ from ruamel.yaml import YAML
 
 from distill.errors import MissingStageError, visible
 from distill.measure.intervals import Estimate
-from distill.reporting.summary import RunSummary, percent_text, summarise
+from distill.reporting.measured import percent_text
+from distill.reporting.summary import RunSummary, summarise
 from distill.run.files import write_text
 from distill.run.log import say
 from distill.stages import FOLDERS, RECIPE, SWEEP

@@ -84,6 +84,8 @@ def most_parts(recipe: Recipe, step: Step) -> int | None:
     if step.stage == "rollouts" and recipe.rollouts is not None:
         return _least(training, recipe.rollouts.prompts_per_round)
     if step.stage == "evaluate" and recipe.evaluate is not None:
+        if recipe.evaluate.sets:  # of which the larger may have room for more parts
+            return None
         return _least(done.rows("heldout") if done else recipe.prompts.heldout_size, recipe.evaluate.max_prompts)
     return None
 

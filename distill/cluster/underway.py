@@ -85,6 +85,8 @@ def total_of(recipe: Recipe, step: Step) -> int | None:
             return _prompts(recipe, "train", recipe.rollouts.prompts_per_round) * recipe.rollouts.samples_per_prompt
         if step.stage == "evaluate" and recipe.evaluate is not None:
             asked = recipe.evaluate
+            if asked.sets:  # how many prompts these have is known when they were read
+                return None
             return _prompts(recipe, "heldout", asked.max_prompts) * asked.samples_per_prompt * len(asked.models)
         if step.stage == "score":
             source = ("rollouts", "traces") if step.number else ("curate", "curated")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,11 @@ Places = npt.NDArray[np.int64]
 def as_numbers(prompt_ids: Sequence[str]) -> Ids:
     """Ids as numbers: their 16 hex digits are 64 bits."""
     return np.frombuffer(bytes.fromhex("".join(prompt_ids)), dtype=">u8").astype(np.uint64)
+
+
+def rank(salt: str, number: int) -> int:
+    """Where a prompt stands among others in an order that depends on its content and the salt alone."""
+    return int.from_bytes(hashlib.sha256(f"{salt}/{number:016x}".encode()).digest()[:8], "big")
 
 
 class Identities:

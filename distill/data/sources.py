@@ -13,6 +13,7 @@ from distill.data.names import top_levels
 from distill.errors import DataError, of_system, shown, visible
 from distill.recipe.base import expanded
 from distill.recipe.prompts import Prompts
+from distill.recipe.sets import HeldOutSet
 from distill.recipe.traces import Traces
 from distill.run.log import progress
 from distill.run.manifest import MANIFEST, read_manifest
@@ -159,7 +160,22 @@ def brought_traces(traces: Traces) -> Source:
     return _refuse_hub_key(source, traces, "traces", "split")
 
 
-def _refuse_hub_key(source: Source, section: Prompts | Traces, name: str, key: str) -> Source:
+def heldout_set(name: str, each: HeldOutSet) -> Source:
+    """Where the prompts of a further held-out set come from.
+
+    Args:
+        name: Of the set.
+        each: What the recipe says of it.
+
+    Raises:
+        DataError: there are no such files, or a key for the Hub is given with a file.
+    """
+    where = f"evaluate.sets.{name}"
+    source = _refuse_hub_key(Source(each.source, each.subset, each.split), each, where, "subset")
+    return _refuse_hub_key(source, each, where, "split")
+
+
+def _refuse_hub_key(source: Source, section: Prompts | Traces | HeldOutSet, name: str, key: str) -> Source:
     """A key that chooses a part of a Hub data set would be ignored with a file, which has no parts."""
     value, default = getattr(section, key), type(section).model_fields[key].default
     if source.is_local and value != default:

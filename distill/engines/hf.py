@@ -43,6 +43,10 @@ class HFEngine:
             # `generate` fills what a config leaves open from the checkpoint's own (Qwen2.5 brings a repetition penalty).
             model.generation_config = self._generation_config()
 
+    def drawing(self, sampling: Sampling) -> HFEngine:
+        """The same model, drawing otherwise."""
+        return HFEngine(self._model, self._chat, sampling)
+
     def write(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Completion]]]:
         """Completions as they end, each with its place among the requests."""
         rendered: dict[str, list[int]] = {}

@@ -82,7 +82,8 @@ class TraceTable:
         description: str,
         max_failed: float = 0.0,
         *,
-        in_parts: bool = False,
+        sampling: Sampling | None = None,
+        silent: bool = False,
     ) -> None:
         """Adds a trace for each prompt and sample, in their order, as far as they are not there.
 
@@ -93,18 +94,20 @@ class TraceTable:
             author: Of the traces.
             description: For the progress bar.
             max_failed: Share of the requests that may fail for good.
-            in_parts: Whether what is known is of this making, and nothing is said of it.
+            sampling: How these are drawn, and how often; null: as all others.
+            silent: Whether nothing is said of what is known: it is of this making, or was said.
 
         Raises:
             ServerError: more did.
         """
-        samples = self._sampling.samples_per_prompt
+        sampling = sampling or self._sampling
+        samples, at_once = sampling.samples_per_prompt, _prompts_at_once(sampling)
         total, source, begins = num_prompts * samples, iter(prompts), self._asked  # behind other authors' rows
-        if self._earlier is not None and self.knows(author) and not in_parts:
+        if self._earlier is not None and self.knows(author) and not silent:
             say(f"{description}: {self._earlier.count(author):,} traces were written before, and are not written again")
         done = min(max(self._num_done - self._asked, 0) + _journalled(self._journal, author), total)
         with progress(total, "traces", description, done=done) as bar:
-            while prompts_here := list(itertools.islice(source, self._window)):
+            while prompts_here := list(itertools.islice(source, at_once)):
                 before, size = self._asked, len(prompts_here) * samples
                 self._asked += size
                 there = max(self._num_done - before, 0)  # a kill between two shards of a window leaves the first
@@ -146,16 +149,16 @@ class TraceTable:
         """Rows in the tables, whatever became of their requests."""
         return self.num_rows + (0 if self._dropped is None else self._dropped.num_rows)
 
-    @property
-    def _window(self) -> int:
-        """Prompts whose traces are in memory at once: by the tokens that they can have, but enough to sort by length."""
-        rows = min(max(_TOKENS_PER_WINDOW // self._sampling.max_new_tokens, _LEAST_ROWS), ROWS_PER_SHARD)
-        return max(1, rows // self._sampling.samples_per_prompt)
-
     def _count(self, piece: pa.RecordBatch) -> None:
         self.tokens += pc.sum(pc.list_value_length(piece["completion_ids"])).as_py() or 0
         self.num_unknown += piece["completion_ids"].null_count
         self.finish_reasons.update(piece["finish_reason"].to_pylist())
+
+
+def _prompts_at_once(sampling: Sampling) -> int:
+    """Prompts whose traces are in memory at once: by the tokens that they can have, but enough to sort by length."""
+    rows = min(max(_TOKENS_PER_WINDOW // sampling.max_new_tokens, _LEAST_ROWS), ROWS_PER_SHARD)
+    return max(1, rows // sampling.samples_per_prompt)
 
 
 def write_traces(

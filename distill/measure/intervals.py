@@ -1,16 +1,24 @@
-"""Intervals by the paired bootstrap over prompts: prompts are drawn anew, and every model is scored on the same ones.
+"""Intervals by the paired bootstrap: prompts are drawn anew, each with all its samples, and every model is scored on the same ones.
 
-Resampling prompts, not answers, keeps the answers of a prompt together and the models paired, so that what is hard for
-one and hard for the other cancels in a difference (Efron and Tibshirani, An Introduction to the Bootstrap, ch. 8).
+Prompts and samples are both chance. A prompt's own mean differs from its neighbour's by what was asked *and* by what was drawn, so drawing
+prompts with their samples as they are has the noise of both in it. To draw samples once more inside a drawn prompt counts theirs twice
+(Davison and Hinkley, Bootstrap Methods and their Application, section 3.8: with replacement outside, without inside), and ruins pass@k:
+a second draw of samples holds copies, so that it finds fewer right answers than there were, and its interval lies below the estimate.
+
+Keeping the models paired cancels in a difference what is hard for one and hard for the other (Efron and Tibshirani, An Introduction to the
+Bootstrap, chapter 8).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 RESAMPLES = 10_000
+_AT_ONCE = 500  # resamples that are in memory
 
 
 class Estimate(NamedTuple):
@@ -20,32 +28,50 @@ class Estimate(NamedTuple):
     low: float | None
     high: float | None
 
+    @property
+    def is_beyond_noise(self) -> bool:
+        """Whether a difference has an interval without zero."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+def resamples(num_prompts: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """How often each prompt is in each of some resamples, `(B, P)`, until there were `RESAMPLES` of them.
+
+    Args:
+        num_prompts: Prompts that are drawn from.
+        seed: Of the drawing; by the same one they are the same.
+    """
+    rng = np.random.default_rng(seed)
+    for _ in range(RESAMPLES // _AT_ONCE):
+        yield rng.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=_AT_ONCE)
+
 
 def resampled_means(values_RP: np.ndarray, seed: int) -> np.ndarray:
     """Means over resampled prompts, float64 `(R, RESAMPLES)`.
 
     Args:
-        values_RP: A row a model, a column a prompt; the same prompts for all.
+        values_RP: A row a model or a measure, a column a prompt; the same prompts for all.
         seed: Of the resampling.
     """
-    rng = np.random.default_rng(seed)
     num_prompts = values_RP.shape[1]
-    # Counts of each prompt in each resample, in slices that stay small for thousands of prompts.
-    slices = [rng.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=500) for _ in range(RESAMPLES // 500)]
-    return np.asarray(np.concatenate([values_RP @ counts.T for counts in slices], axis=1) / num_prompts)
+    return np.asarray(np.concatenate([values_RP @ counts.T for counts in resamples(num_prompts, seed)], axis=1) / num_prompts)
 
 
 def mean_interval(values_P: np.ndarray, draws: np.ndarray, confidence: float) -> Estimate:
     """Mean over prompts, with the central interval of its resampled means."""
+    return interval_of(float(values_P.mean()), draws, confidence)
+
+
+def interval_of(value: float, draws: np.ndarray, confidence: float) -> Estimate:
+    """A value with the central interval of what it came to in resamples."""
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Estimate(float(values_P.mean()), float(low), float(high))
+    return Estimate(value, float(low), float(high))
 
 
 def gap_recovered(means: tuple[float, float, float], draws_RB: np.ndarray, confidence: float) -> Estimate:
     """Share of the gap between base and teacher that the student closed: (student - base) / (teacher - base).
 
-    Not defined where the teacher is no better than the base; without interval where that is so in more resamples than
-    the interval leaves out on one side.
+    Not defined where the interval of teacher - base holds zero, or the teacher is worse: a share of what may be nothing says nothing.
 
     Args:
         means: Accuracies of base, student and teacher.
@@ -53,13 +79,9 @@ def gap_recovered(means: tuple[float, float, float], draws_RB: np.ndarray, confi
         confidence: Coverage.
     """
     base, student, teacher = means
-    if teacher <= base:
-        return Estimate(None, None, None)
-    value = (student - base) / (teacher - base)
     gap_B = draws_RB[2] - draws_RB[0]
-    if np.mean(gap_B <= 0) > (1 - confidence) / 2:
-        return Estimate(value, None, None)
-    usable = gap_B > 0
-    ratios = (draws_RB[1] - draws_RB[0])[usable] / gap_B[usable]
-    low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Estimate(value, float(low), float(high))
+    lead = interval_of(teacher - base, gap_B, confidence)
+    if lead.low is None or lead.low <= 0:
+        return Estimate(None, None, None)
+    usable = gap_B > 0  # all but fewer than the interval leaves out on one side
+    return interval_of((student - base) / (teacher - base), (draws_RB[1] - draws_RB[0])[usable] / gap_B[usable], confidence)

@@ -11,38 +11,44 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 
-class Shares(NamedTuple):
-    """Shares of right answers, float64 `(R, P)`; true values lie between the two."""
+class Marks(NamedTuple):
+    """Right and unjudged answers of models to prompts, counted, int64 `(R, P)`; only prompts of which some answer was judged."""
 
-    least_RP: np.ndarray
-    """Where unjudged answers are wrong."""
-    most_RP: np.ndarray
-    """Where they are right."""
+    prompts: list[str]
+    right_RP: NDArray[np.int64]
+    unjudged_RP: NDArray[np.int64]
+    total_RP: NDArray[np.int64]
+    """Answers."""
 
     @property
-    def num_prompts(self) -> int:
-        """Prompts of which at least one answer was judged."""
-        return int(self.least_RP.shape[1])
+    def least_RP(self) -> NDArray[np.float64]:
+        """Shares of right answers where unjudged ones are wrong."""
+        return self.right_RP / self.total_RP
+
+    @property
+    def most_RP(self) -> NDArray[np.float64]:
+        """The same where they are right; true values lie between the two."""
+        return (self.right_RP + self.unjudged_RP) / self.total_RP
 
 
-def shares(answers: Iterable[dict[str, Any]], roles: Sequence[str]) -> Shares:
-    """Shares of right answers by model and prompt.
+def marks_of(answers: Iterable[dict[str, Any]], roles: Sequence[str]) -> Marks:
+    """The marks of answers by model and prompt.
 
     Args:
         answers: Rows of the table `answers`.
         roles: Models, in the order of the rows.
     """
-    by_prompt: dict[str, dict[str, list[bool | None]]] = defaultdict(lambda: defaultdict(list))
+    places = {role: place for place, role in enumerate(roles)}
+    counts: dict[str, NDArray[np.int64]] = defaultdict(lambda: np.zeros((3, len(roles)), np.int64))
     for answer in answers:
-        by_prompt[answer["prompt_id"]][answer["model_role"]].append(answer["correct"])
-    judged = [marks for marks in by_prompt.values() if any(mark is not None for role in roles for mark in marks[role])]
-    least, most = (
-        np.array([[np.mean([mark in counted for mark in marks[role]]) for marks in judged] for role in roles], dtype=np.float64)
-        for counted in ((True,), (True, None))
-    )
-    return Shares(least.reshape(len(roles), len(judged)), most.reshape(len(roles), len(judged)))
+        here = counts[answer["prompt_id"]][:, places[answer["model_role"]]]
+        here += (answer["correct"] is True, answer["correct"] is None, True)
+    judged = {prompt: found for prompt, found in counts.items() if found[1].sum() < found[2].sum()}
+    stacked = np.array(list(judged.values()), np.int64).reshape(len(judged), 3, len(roles)).transpose(1, 2, 0)
+    return Marks(list(judged), *stacked)
 
 
 def in_doubt(bounds: dict[str, tuple[float, float]]) -> list[tuple[str, str]]:

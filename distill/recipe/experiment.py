@@ -16,6 +16,7 @@ from distill.recipe.learning import DEEPSPEED_HAS_NO_PARTS, FOLLOWS_EVALUATION, 
 from distill.recipe.models import ModelSpec, Student
 from distill.recipe.prompts import Prompts
 from distill.recipe.results import Evaluate, Export, Report
+from distill.recipe.sets import MAIN, AskedSet
 from distill.recipe.steps import PASSES
 from distill.recipe.traces import Curate, Generate, Traces
 from distill.recipe.trainer_values import needs_evaluation
@@ -87,6 +88,16 @@ class Recipe(Section):
         given = self.evaluate.checks if self.evaluate is not None else None
         return given if given is not None else answer_checks(self.curate.checks)
 
+    def asked_sets(self) -> dict[str, AskedSet]:
+        """What is answered, by the name of its set: the run's own held-out prompts, then the further sets."""
+        if self.evaluate is None:
+            return {}
+        found = {MAIN: AskedSet(self.prompts, self.evaluate, self.checks_of_answers, self.evaluate.max_prompts)}
+        for name, each in self.evaluate.sets.items():
+            checks = each.checks if each.checks is not None else self.checks_of_answers
+            found[name] = AskedSet(each.as_prompts(self.prompts, checks), each.sampling(self.evaluate), checks, each.max_prompts)
+        return found
+
     @property
     def train_in_rounds(self) -> Train:
         """How the student learns in an on-policy round; checked with the recipe, which has a section rollouts."""
@@ -138,6 +149,25 @@ class Recipe(Section):
                 "traces.verdict would be ignored: it stands in place of a check that says whether an answer is right, and curate.checks "
                 "has none. Add one (math, label, text, ...)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sets_can_be_judged(self) -> Recipe:
+        for name, asked in self.asked_sets().items():
+            if name == MAIN:
+                continue
+            judge = next((check.called for check in asked.checks if check.settings.asks_reference), None)
+            if judge is not None and asked.prompts.columns.reference is None:
+                raise ValueError(
+                    f"evaluate.sets.{name}: the check {judge} compares with the right answer, and no column has it. Give the set "
+                    "columns with a reference, or other checks"
+                )
+            looked_at, carried = [column for check in asked.checks for column in check.settings.columns], asked.prompts.fields or []
+            missing = next((column for column in looked_at if column not in carried), None)
+            if missing is not None:
+                raise ValueError(
+                    f"evaluate.sets.{name}.fields: a check looks at the column {missing!r}, which is not carried along. Add it"
+                )
         return self
 
     @model_validator(mode="after")

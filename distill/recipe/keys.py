@@ -61,7 +61,8 @@ def keys(
                 continue
             listed.append(sections[0])
         found: dict[str, KeyInfo] = {}
-        for item in (item for section in sections for item in keys(section, f"{key}.", default, listed)):
+        below = f"{key}.NAME." if _is_mapping(info.annotation) else f"{key}."
+        for item in (item for section in sections for item in keys(section, below, default, listed)):
             # Sections that stand for each other, such as lora and full, share the key that chooses between them.
             before = found.get(item.key, item)
             found[item.key] = before if before.kind == item.kind else before._replace(kind=_either(before.kind, item.kind))
@@ -213,6 +214,12 @@ def _is_list(annotation: Any) -> bool:
     """Whether an annotation is a list, or one is among those that it stands for."""
     inner = typing.get_origin(annotation) in (typing.Annotated, typing.Union, types.UnionType)
     return typing.get_origin(annotation) is list or (inner and any(map(_is_list, typing.get_args(annotation))))
+
+
+def _is_mapping(annotation: Any) -> bool:
+    """Whether sections stand in an annotation under names of the user's own."""
+    inner = typing.get_origin(annotation) in (typing.Annotated, typing.Union, types.UnionType)
+    return typing.get_origin(annotation) is dict or (inner and any(map(_is_mapping, typing.get_args(annotation))))
 
 
 def _plain(value: Any) -> str:

@@ -29,7 +29,7 @@ class Columns(Section):
         return self
 
 
-def _check_pattern(value: str | None) -> str | None:
+def check_pattern(value: str | None) -> str | None:
     """A regular expression with exactly one group, or null."""
     if value is not None:
         try:
@@ -43,6 +43,18 @@ def _check_pattern(value: str | None) -> str | None:
 
 # What looks like a place for a column, or like Jinja's; not the argument of a LaTeX command, as in \boxed{answer}.
 _NAMED = re.compile(r"(?<![\w\\}\]^])(?:\{\{\s*[A-Za-z_][\w.]*\s*\}\}|\{[A-Za-z_]\w+\})")
+
+
+def check_template(value: str | None) -> str | None:
+    """A user's turn with a place for the text of the source, or null."""
+    if value is None:
+        return None
+    if "{prompt}" not in value:
+        raise ValueError("must contain {prompt}")
+    left = next((match for match in _NAMED.findall(value) if match != "{prompt}"), None)
+    if left is not None:
+        raise ValueError(f"{left} would stay as it is: {{prompt}} alone is replaced, by the text of the source. Take it out")
+    return value
 
 
 class Prompts(Section):
@@ -77,17 +89,9 @@ class Prompts(Section):
     heldout_split: str = "test"
     """Split of `heldout_source` on the Hub; not for files."""
 
-    _pattern = field_validator("answer_pattern")(_check_pattern)
+    _pattern = field_validator("answer_pattern")(check_pattern)
 
-    @field_validator("template")
-    @classmethod
-    def _has_prompt(cls, value: str) -> str:
-        if "{prompt}" not in value:
-            raise ValueError("must contain {prompt}")
-        left = next((match for match in _NAMED.findall(value) if match != "{prompt}"), None)
-        if left is not None:
-            raise ValueError(f"{left} would stay as it is: {{prompt}} alone is replaced, by the text of the source. Take it out")
-        return value
+    _has_prompt = field_validator("template")(check_template)
 
     @field_validator("system_prompt")
     @classmethod

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from distill.recipe.base import PositiveInt, Sampling, Section
-from distill.recipe.checks import Check, Checks
+from distill.recipe.checks import Checks
 from distill.recipe.judge import Preferences
+from distill.recipe.sets import MAIN, HeldOutSet, SetName, judge_an_answer
 
 ModelRole = Literal["base", "student", "teacher"]
 
 
 class Evaluate(Sampling):
-    """Base, student and teacher answer the held-out prompts."""
+    """Base, student and teacher answer the held-out prompts, and those of further sets."""
 
     decides_no_row = frozenset({"batch_size", "check_timeout_s"})
 
@@ -27,6 +28,8 @@ class Evaluate(Sampling):
     checks: Checks | None = None
     """What a right answer passes, every one. Null takes those of `curate.checks` that say that an answer is right (math, label, text,
     number, json, tool_calls, code, judge, python), or math where there are none."""
+    sets: dict[SetName, HeldOutSet] = Field(default_factory=dict)
+    """Further held-out sets by their names, each with a source, columns, checks and sampling of its own."""
     check_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """Hard limit for one answer check, in seconds."""
     preferences: Preferences | None = None
@@ -48,19 +51,31 @@ class Evaluate(Sampling):
             raise ValueError("preferences compares the answers of two models: name two or more in models, or leave it out")
         return self
 
-    @field_validator("checks")
+    _checks = field_validator("checks")(judge_an_answer)
+
+    @field_validator("sets")
     @classmethod
-    def _judge_an_answer(cls, value: list[Check] | None) -> list[Check] | None:
-        if value is not None and not value:
-            raise ValueError("names no check, so every answer would be right. Leave it out to have those of curate.checks")
-        if any(check.agreement is not None for check in value or ()):
-            raise ValueError("agreement says nothing of a single answer. Leave it out here")
+    def _have_names_of_their_own(cls, value: dict[str, HeldOutSet]) -> dict[str, HeldOutSet]:
+        if MAIN in value:
+            raise ValueError(f"{MAIN} is what the held-out prompts of the section prompts are called. Give this set another name")
         return value
 
+    @model_validator(mode="after")
+    def _sets_can_be_drawn(self) -> Evaluate:
+        for name, each in self.sets.items():
+            try:
+                each.sampling(self)
+            except ValidationError as error:
+                message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"evaluate.sets.{name}: with what it takes from evaluate, {message}") from None
+        return self
+
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the answers; how these are judged is said by `Recipe.checks_of_answers`."""
+        """The settings that decide the answers to the run's own held-out prompts; how these are judged is said by
+        `Recipe.checks_of_answers`, and the other sets by `Recipe.asked_sets`.
+        """
         plain = super().identity()
-        plain = {name: value for name, value in plain.items() if name not in ("checks", "preferences")}
+        plain = {name: value for name, value in plain.items() if name not in ("checks", "sets", "preferences")}
         return plain | ({} if self.preferences is None else {"preferences": self.preferences.identity()})
 
 

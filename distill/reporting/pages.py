@@ -27,13 +27,18 @@ def render(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
         finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )
-    environment.filters |= {"md": markdown_text, "fenced": fenced, "excerpt": excerpt}
+    environment.filters |= {"md": markdown_text, "fenced": fenced, "excerpt": excerpt, "sentence": sentence}
     return environment.get_template(template).render(**values)
 
 
 def markdown_text(value: Any) -> str:
     """Text that Markdown shows as it is: on one line, with nothing taken for markup or mathematics."""
     return re.sub(r"([\\`*_{}\[\]<>|#&$~])", r"\\\1", " ".join(visible(str(value)).split()))
+
+
+def sentence(text: str) -> str:
+    """A clause as the beginning of a sentence; the rest of it as it is."""
+    return text[:1].upper() + text[1:]
 
 
 def excerpt(text: str, length: int = 1500) -> str:

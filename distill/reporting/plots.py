@@ -11,13 +11,15 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from distill.measure.intervals import Estimate
-from distill.reporting.summary import ModelResult
+from distill.reporting.measured import ModelResult
 
 _INK = "#010203"  # replaced by currentColor
 _COLOURS = {"base": "#9aa3ad", "student": "#2f7ed8", "teacher": "#e08a1e"}
+_WITH_COUNTS, _LONGEST_LABEL = 12, 24  # labels of a square with numbers in it; characters of one
 _INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -49,6 +51,30 @@ def accuracy_bars(results: list[ModelResult]) -> str:
         axes.set(xticks=range(0, 101, 20), xlabel="held-out prompts answered correctly, %")
         axes.spines["bottom"].set_bounds(0, 100)
         return _svg(figure, "accuracy", "Bars: share of held-out prompts that each model answers correctly, with its interval")
+
+
+def confusion_square(name: str, labels: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
+    """How often each label (a row) was answered by each (a column, the last for none): the darker, the larger its share of the row.
+
+    Args:
+        name: Of the set, which keeps the ids of several pictures apart.
+        labels: Of the rows.
+        counts: A column more than labels.
+    """
+    with _style(f"confusion-{name}"):
+        figure, axes = _figure(1.6 + 0.22 * len(labels))
+        table = np.array(counts, float)
+        shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+        axes.pcolormesh(shares, cmap=LinearSegmentedColormap.from_list("share", ["#2f7ed800", "#2f7ed8ff"]), vmin=0, vmax=1)
+        if len(labels) <= _WITH_COUNTS:
+            for row, column in zip(*table.nonzero(), strict=True):
+                axes.text(column + 0.5, row + 0.5, f"{int(table[row, column]):,}", ha="center", va="center", fontsize=8)
+        shown = [label if len(label) <= _LONGEST_LABEL else f"{label[: _LONGEST_LABEL - 1]}…" for label in [*labels, "none"]]
+        axes.set_xticks(np.arange(len(shown)) + 0.5, shown, rotation=90, fontsize=8)
+        axes.set_yticks(np.arange(len(labels)) + 0.5, shown[:-1], fontsize=8)
+        axes.set(xlabel="answered", ylabel="right")
+        axes.invert_yaxis()
+        return _svg(figure, f"confusion-{name}", "Squares: how often each label was answered by each, as a share of its row")
 
 
 def runs_bars(runs: Sequence[tuple[str, Estimate]]) -> str:

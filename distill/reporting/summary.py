@@ -10,30 +10,13 @@ from typing import Any
 
 from distill.data.licences import UNKNOWN, licence_of
 from distill.measure.intervals import Estimate
-from distill.measure.marks import in_doubt
 from distill.recipe.experiment import Recipe
+from distill.reporting.measured import ModelResult, SetResults, percent_text, read_results
 from distill.reporting.public import file_or_name, hide_secrets
 from distill.run.log import duration_text
 from distill.run.manifest import MANIFEST, Manifest, checked_file, read_manifest
-from distill.run.tables import read_rows
 
 Row = dict[str, Any]
-NOT_MEASURED = "not measured"
-
-
-@dataclass(frozen=True)
-class ModelResult:
-    """One line of the results."""
-
-    role: str
-    model: str
-    accuracy: Estimate
-    mean_tokens: float
-    truncation_rate: float
-    unjudged_rate: float
-    accuracy_at_most: float
-    """If all answers that could not be judged were right; as they are, they count as wrong."""
-    parameters: int | None
 
 
 @dataclass(frozen=True)
@@ -44,13 +27,25 @@ class RunSummary:
     """By stage, in the order of the pipeline, without those inside the rounds."""
     rounds: list[dict[str, Manifest]]
     """Of each on-policy round its stages."""
-    results: list[ModelResult]
-    gap: Estimate | None
-    num_prompts: int
-    samples_per_prompt: int
-    confidence: float
+    sets: list[SetResults]
+    """What was measured, a held-out set after the other, the run's own first."""
     names: Mapping[str, str]
     """Public names of models, by those they were loaded by."""
+
+    @property
+    def main(self) -> SetResults | None:
+        """What was measured on the run's own held-out prompts."""
+        return self.sets[0] if self.sets else None
+
+    @property
+    def results(self) -> list[ModelResult]:
+        """The models on these."""
+        return self.main.results if self.main else []
+
+    @property
+    def gap(self) -> Estimate | None:
+        """What the student recovered on these."""
+        return self.main.gap if self.main else None
 
     def name_of(self, model: str | None, otherwise: str = UNKNOWN) -> str:
         """How a model that a stage recorded is called elsewhere."""
@@ -60,10 +55,10 @@ class RunSummary:
     def sentence(self) -> str:
         """The outcome in words."""
         by_role = {result.role: result for result in self.results}
-        if "student" not in by_role:
+        if self.main is None or "student" not in by_role:
             return "The student has not been measured on held-out prompts."
         student = by_role["student"].accuracy
-        text = f"The student answers {percent_text(student.value)} of {self.num_prompts:,} held-out prompts correctly"
+        text = f"The student answers {percent_text(student.value)} of {self.main.num_prompts:,} held-out prompts correctly"
         if "base" in by_role:
             text += f"; before training it was {percent_text(by_role['base'].accuracy.value)}"
         if "teacher" in by_role:
@@ -125,34 +120,6 @@ class RunSummary:
         """When the last of the stages was finished, ISO 8601."""
         return max(str(manifest.facts["finished_at"]) for _, manifest in self.stages)
 
-    @property
-    def samples_text(self) -> str:
-        """How many answers each prompt got."""
-        return "1 answer a prompt" if self.samples_per_prompt == 1 else f"{self.samples_per_prompt:,} answers a prompt"
-
-    @property
-    def confidence_text(self) -> str:
-        """Coverage of the intervals."""
-        return f"{100 * self.confidence:g} %"
-
-    @property
-    def doubt_text(self) -> str:
-        """Whose order the answers that could not be judged could change; empty where they could not."""
-        bounds = {result.role: (result.accuracy.value or 0.0, result.accuracy_at_most) for result in self.results}
-        pairs = [f"{worse} ({percent_text(bounds[worse][1])} at most) and {better}" for worse, better in in_doubt(bounds)]
-        return f"unjudged answers count as wrong; if they were right, that could change the order of {', of '.join(pairs)}" if pairs else ""
-
-    @property
-    def gap_text(self) -> str:
-        """The share of the teacher-base gap recovered, with its interval and what it rests on."""
-        if self.gap is None:
-            return f"gap recovered: {NOT_MEASURED} (needs base, student and teacher)"
-        if self.gap.value is None:
-            return "gap recovered: not defined, the teacher is no better than the base"
-        interval = "no interval" if self.gap.low is None else f"[{self.gap.low:.2f}, {self.gap.high:.2f}]"
-        basis = f"{self.confidence_text} interval, paired bootstrap over {self.num_prompts:,} prompts"
-        return f"gap recovered: {self.gap.value:.2f} {interval} ({basis})"
-
 
 def summarise(folders: dict[str, Path], rounds: Sequence[dict[str, Path]], names: Mapping[str, str]) -> RunSummary:
     """Reads the manifests and scores of a run.
@@ -164,35 +131,8 @@ def summarise(folders: dict[str, Path], rounds: Sequence[dict[str, Path]], names
     """
     manifests = _finished(folders)
     of_rounds = [stages for stages in map(_finished, rounds) if stages]
-    if "evaluate" not in manifests:
-        return RunSummary(manifests, of_rounds, [], None, 0, 0, 0.95, names)
-    scores = read_rows(folders["evaluate"], "scores")
-    by_key = {(score["model_role"], score["metric"]): score for score in scores}
-    models = manifests["evaluate"].facts["models"]
-    results = [
-        ModelResult(
-            role=role,
-            model=record["model"],
-            accuracy=_estimate(by_key[role, "accuracy"]),
-            mean_tokens=by_key[role, "mean_tokens"]["value"],
-            truncation_rate=by_key[role, "truncation_rate"]["value"],
-            unjudged_rate=by_key[role, "unjudged_rate"]["value"],
-            accuracy_at_most=by_key.get((role, "accuracy_if_unjudged_right"), by_key[role, "accuracy"])["value"],
-            parameters=record["parameters"],
-        )
-        for role, record in models.items()
-    ]
-    gap = by_key.get(("gap", "gap_recovered"))
-    return RunSummary(
-        manifests=manifests,
-        rounds=of_rounds,
-        results=results,
-        gap=_estimate(gap) if gap else None,
-        num_prompts=max(score["num_prompts"] for score in scores if score["metric"] == "accuracy"),
-        samples_per_prompt=scores[0]["samples_per_prompt"],
-        confidence=manifests["evaluate"].facts["confidence"],
-        names=names,
-    )
+    sets = read_results(folders["evaluate"], manifests["evaluate"]) if "evaluate" in manifests else []
+    return RunSummary(manifests, of_rounds, sets, names)
 
 
 def _finished(folders: dict[str, Path]) -> dict[str, Manifest]:
@@ -307,12 +247,3 @@ def parameters_text(count: int | None) -> str:
         if count >= size:
             return f"{count / size:.2f}".rstrip("0").rstrip(".") + letter
     return str(count)
-
-
-def _estimate(score: Row) -> Estimate:
-    return Estimate(score["value"], score["low"], score["high"])
-
-
-def percent_text(share: float | None) -> str:
-    """A share as people write it: 12.3 %."""
-    return UNKNOWN if share is None else f"{100 * share:.1f} %"

@@ -1,59 +1,15 @@
-"""The tables of a report as text: results, what was dropped on the way, on-policy rounds, stored distributions, costs."""
+"""The tables of a report as text: what was dropped on the way, on-policy rounds, stored distributions, costs."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from distill.recipe.experiment import Recipe
-from distill.reporting.summary import NOT_MEASURED, ModelResult, RunSummary, bytes_text, metrics, parameters_text, percent_text
+from distill.reporting.measured import percent_text
+from distill.reporting.summary import RunSummary, bytes_text, metrics
 from distill.run.log import duration_text, money_text
 from distill.run.manifest import Manifest
-
-
-def results_rows(summary: RunSummary) -> list[list[str]]:
-    """The table of results as text, a row a model, under `RESULT_COLUMNS`."""
-    return [
-        [
-            result.role,
-            _accuracy_text(result),
-            f"[{percent_text(result.accuracy.low)}, {percent_text(result.accuracy.high)}]",
-            f"{result.mean_tokens:.0f}",
-            percent_text(result.truncation_rate),
-            percent_text(result.unjudged_rate),
-            parameters_text(result.parameters),
-        ]
-        for result in summary.results
-    ]
-
-
-RESULT_COLUMNS = ["model", "accuracy", "interval", "tokens an answer", "truncated", "unjudged", "parameters"]
-
-
-def results_text(summary: RunSummary) -> str:
-    """The table and the gap as plain text for a terminal."""
-    if not summary.results:
-        return f"{NOT_MEASURED}: this recipe leaves the evaluation out\n"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(RESULT_COLUMNS):
-        table.add_column(name, justify="left" if index == 0 else "right")
-    for row in results_rows(summary):
-        table.add_row(*row)
-    text = io.StringIO()
-    Console(file=text, width=110, no_color=True).print(table)
-    table_text = "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
-    return "\n".join([table_text, "", summary.gap_text, *([summary.doubt_text] if summary.doubt_text else [])]) + "\n"
-
-
-def _accuracy_text(result: ModelResult) -> str:
-    """The accuracy; where answers could not be judged, from all of them wrong to all of them right."""
-    least, most = percent_text(result.accuracy.value), percent_text(result.accuracy_at_most)
-    return least if least == most else f"{least.removesuffix(' %')} to {most}"
 
 
 def funnel(summary: RunSummary, recipe: Recipe) -> list[tuple[str, int]]:

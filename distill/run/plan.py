@@ -28,7 +28,7 @@ class Growth:
     """Which changes of a finished stage only add to it."""
 
     rising: Mapping[str, float] = field(default_factory=dict)
-    """Dotted settings that may rise, and what null stands for there."""
+    """Dotted settings that may rise, and what null stands for there; `*` stands for one name."""
     free: frozenset[str] = frozenset()
     """Dotted settings that may change in any way: what follows from them is added, or made anew."""
     looks_itself: bool = False
@@ -120,7 +120,8 @@ def _to_finished(plan: StagePlan, settings: dict[str, Any], inputs: dict[str, st
     refused: list[str] = []
     for key, clause in _differences(settings, plan.settings):
         there, here = _at(settings, key), _at(plan.settings, key)
-        allowed = plan.growth.anything or key in plan.growth.free or _rises(plan.growth.rising, key, there, here)
+        is_free = any(_means(name, key) for name in plan.growth.free)
+        allowed = plan.growth.anything or is_free or _rises(plan.growth.rising, key, there, here)
         (added if allowed else refused).append(clause)
     for grown, clause in _changed_inputs(inputs, plan):
         if grown and plan.growth.inputs == "ignore":
@@ -132,10 +133,17 @@ def _to_finished(plan: StagePlan, settings: dict[str, Any], inputs: dict[str, st
 
 
 def _rises(rising: Mapping[str, float], key: str, there: Any, here: Any) -> bool:
-    if key not in rising:
+    least = next((value for name, value in rising.items() if _means(name, key)), None)
+    if least is None:
         return False
-    before, after = (rising[key] if value is None else value for value in (there, here))
+    before, after = (least if value is None else value for value in (there, here))
     return isinstance(before, int | float) and isinstance(after, int | float) and after > before
+
+
+def _means(name: str, key: str) -> bool:
+    """Whether a dotted name of a `Growth` stands for a setting."""
+    wanted, parts = name.split("."), key.split(".")
+    return len(wanted) == len(parts) and all(want in ("*", part) for want, part in zip(wanted, parts, strict=True))
 
 
 def binding(stage: str, settings: dict[str, Any], inputs: dict[str, str]) -> str:

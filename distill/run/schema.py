@@ -77,6 +77,8 @@ VERDICT = pa.schema(
 
 ANSWER = pa.schema(
     [
+        ("set", pa.string()),  # "heldout", or the name of a further held-out set, with which its prompts' ids begin
+        ("tags", pa.list_(pa.string())),  # of the prompt
         ("model_role", pa.string()),
         ("prompt_id", pa.string()),
         ("sample_index", pa.int32()),
@@ -84,13 +86,16 @@ ANSWER = pa.schema(
         ("reason", pa.string()),
         ("truncated", pa.bool_()),
         ("num_tokens", pa.int32()),  # of the completion, end of turn included
+        ("final", pa.string()),  # what it puts forward, in a spelling that equal answers share; null for nothing
+        ("in_form", pa.bool_()),  # whether that has the form which the checks expect; null where they expect none
     ]
 )
 
 SCORE = pa.schema(
     [
-        ("model_role", pa.string()),  # or "gap" for the share of the teacher-base gap recovered
-        ("task", pa.string()),
+        ("set", pa.string()),
+        ("tag", pa.string()),  # null for all prompts of the set
+        ("model_role", pa.string()),  # or two, "student-base", for a difference; "gap" for the share of the teacher-base gap recovered
         ("metric", pa.string()),
         ("value", pa.float64()),
         ("low", pa.float64()),  # interval; null where none was computed
@@ -123,6 +128,17 @@ WINS = pa.schema(
         ("num_prompts", pa.int32()),  # of which a pair could be judged
         ("tie_rate", pa.float64()),  # of the judged pairs
         ("unjudged_rate", pa.float64()),  # of all pairs
+    ]
+)
+
+
+CONFUSION = pa.schema(
+    [
+        ("set", pa.string()),
+        ("model_role", pa.string()),
+        ("reference", pa.string()),  # the right label
+        ("answer", pa.string()),  # the one that was answered; null: none, or several
+        ("count", pa.int32()),
     ]
 )
 

@@ -7,17 +7,19 @@ traces whose author is the judge.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill.checks import Found
+from distill.checks.fields import as_fields
 from distill.checks.judge import GRADES, Case, Vote, grade_of, question_id, question_of, unasked, vote_of
 from distill.engines import TraceTable
 from distill.engines.earlier import EarlierTraces
 from distill.recipe.checks import Check
 from distill.recipe.experiment import Recipe
 from distill.recipe.judge import Grader
+from distill.recipe.sets import MAIN
 from distill.run.folder import StageFolder
 from distill.run.manifest import read_manifest
 from distill.run.parts import summed
@@ -48,10 +50,11 @@ class Asked(NamedTuple):
     """For the progress bar."""
 
     @classmethod
-    def of_check(cls, name: str) -> Asked:
-        """The judge that a check of this name is."""
+    def of_check(cls, name: str, of_set: str = MAIN) -> Asked:
+        """The judge that a check of this name is, in a further held-out set one of its own."""
         role = name if name == "judge" else f"judge-{name}"
-        return cls(role, f"judged_{name}", f"ask {role}")
+        further = "" if of_set == MAIN else f"+{of_set}"
+        return cls(f"{role}{further}", f"judged_{name}{further}", f"ask {role}{f' of {of_set}' if further else ''}")
 
 
 class Replies(NamedTuple):
@@ -127,7 +130,9 @@ def case_of(trace: Mapping[str, Any], fields: Mapping[str, Any] | None) -> Case:
     return Case(**{name: trace[name] for name in CASE}, fields=fields or {})
 
 
-def grade(recipe: Recipe, check: Check, out: StageFolder, run: Path, cases: Cases) -> tuple[Iterator[tuple[int, Found]], dict[str, Any]]:
+def grade(
+    recipe: Recipe, check: Check, out: StageFolder, run: Path, cases: Cases, of_set: str = MAIN
+) -> tuple[Iterator[tuple[int, Found]], dict[str, Any]]:
     """What a judge finds of each case, and what is to be known of the judge.
 
     Args:
@@ -136,6 +141,7 @@ def grade(recipe: Recipe, check: Check, out: StageFolder, run: Path, cases: Case
         out: The stage's folder.
         run: The run's folder.
         cases: Those that the judge is asked of.
+        of_set: The held-out set that they belong to.
     """
     judge = check.judge
     assert judge is not None  # whoever asks looks
@@ -154,7 +160,7 @@ def grade(recipe: Recipe, check: Check, out: StageFolder, run: Path, cases: Case
                 messages = question_of(judge, case)
                 yield Question(question_id(identity, messages, case), messages)
 
-    replies = ask(recipe, judge, Asked.of_check(check.called), out, run, questions, len(asked))
+    replies = ask(recipe, judge, Asked.of_check(check.called, of_set), out, run, questions, len(asked))
 
     def all_found() -> Iterator[tuple[int, Found]]:
         yield from known.items()
@@ -164,36 +170,49 @@ def grade(recipe: Recipe, check: Check, out: StageFolder, run: Path, cases: Case
 
 
 def grade_answers(
-    recipe: Recipe, out: StageFolder, run: Path, table: TableWriter, answers: list[dict[str, Any]], fields: Mapping[str, dict[str, Any]]
+    recipe: Recipe,
+    out: StageFolder,
+    run: Path,
+    table: TableWriter,
+    of_set: str,
+    checks: Sequence[Check],
+    answers: Sequence[dict[str, Any]],
+    prompts: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-    """Has the judges among `evaluate.checks` look at answers that no other check has failed; returns what is to be known of each.
+    """Has the judges among a set's checks look at answers that no other check has failed; returns what is to be known of each.
 
     Args:
         recipe: The recipe.
         out: The stage's folder.
         run: The run's folder.
         table: Of the answers as traces.
-        answers: A row each, with `correct` and `reason`, which are changed.
-        fields: Of the prompts, by their ids.
+        of_set: Its name.
+        checks: Of its answers.
+        answers: To its prompts, a row each; `correct` and `reason` are changed.
+        prompts: By their ids, with `fields` where checks look at some.
     """
-    checks, facts = recipe.checks_of_answers, {}
+    facts: dict[str, dict[str, Any]] = {}
     for check in checks:
         if check.judge is None:
             continue
-        waiting = [answer["correct"] is not False for answer in answers]
+        waiting = {_key(answer, "model_role"): number for number, answer in enumerate(answers) if answer["correct"] is not False}
 
-        def cases(waiting: list[bool] = waiting) -> Iterator[tuple[int, Case]]:
-            rows = (row for piece in table.pieces([*CASE, "finish_reason"]) for row in piece.to_pylist())
-            for number, row in enumerate(rows):
-                if waiting[number] and row["finish_reason"] != "error":
-                    yield number, case_of(row, fields.get(row["prompt_id"]))
+        def cases(waiting: dict[tuple[str, str, int], int] = waiting) -> Iterator[tuple[int, Case]]:
+            for row in (row for piece in table.pieces([*CASE, "finish_reason"]) for row in piece.to_pylist()):
+                number = waiting.get(_key(row, "author"))
+                if number is not None and row["finish_reason"] != "error":
+                    yield number, case_of(row, as_fields(prompts[row["prompt_id"]].get("fields")))
 
-        found, facts[Asked.of_check(check.called).role] = grade(recipe, check, out, run, cases)
+        found, facts[Asked.of_check(check.called, of_set).role] = grade(recipe, check, out, run, cases, of_set)
         for number, (passed, reason) in found:
             if passed is False or answers[number]["correct"] is True:
-                named = reason if len(checks) == 1 else f"{check.called}:{reason}"
-                answers[number] |= {"correct": passed, "reason": named if len(checks) == 1 or not passed else "right"}
+                named = reason if len(checks) == 1 else "right" if passed else f"{check.called}:{reason}"
+                answers[number].update(correct=passed, reason=named)
     return facts
+
+
+def _key(row: Mapping[str, Any], author: str) -> tuple[str, str, int]:
+    return row[author], row["prompt_id"], row["sample_index"]
 
 
 def with_judges(facts: dict[str, Any], judges: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def needs_of(recipe: Recipe, role: str) -> ServerNeeds:
     """
     written, logprobs = [], [0]
     if recipe.evaluate is not None and role in recipe.evaluate.models:
-        written.append(recipe.evaluate.max_new_tokens)
+        written += [each.sampling.max_new_tokens for each in recipe.asked_sets().values()]
     if role == "teacher" and recipe.generate is not None:
         written.append(recipe.generate.max_new_tokens)
         logprobs.append(recipe.generate.logprobs or 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -44,6 +44,8 @@ class Writer:
     """What can't be as the recipe's defaults say."""
     notes: Mapping[str, int] = field(default_factory=dict)
     """What of the answers was not as asked, and in how many."""
+    redrawn: Callable[[Sampling, str], Engine] | None = None
+    """The same model with another sampling, and a name for it."""
 
     @property
     def rendering(self) -> dict[str, Any]:
@@ -51,6 +53,16 @@ class Writer:
         if self.chat is None:
             return {}
         return {"tokenizer_digest": self.chat.tokenizer_digest, "template_digest": self.chat.template_digest}
+
+    def drawing(self, sampling: Sampling, name: str) -> Engine:
+        """The same model, drawing otherwise.
+
+        Args:
+            sampling: How.
+            name: For what, in letters, digits, `_` and `-`.
+        """
+        assert self.redrawn is not None, "this writer draws in one way"
+        return self.redrawn(sampling, name)
 
     def spent(self) -> dict[str, Any]:
         """What a server was asked for, and what could not be as asked, for the manifest; empty in this process."""
@@ -128,7 +140,7 @@ def _here(recipe: Recipe, spec: ModelSpec, sampling: Sampling, trained: Path | N
     record = model_record(spec, model)
     del model
     try:
-        yield Writer(engines[0], record, str(device), chat)
+        yield Writer(engines[0], record, str(device), chat, redrawn=lambda other, _: engines[0].drawing(other))
     finally:
         engines.clear()
         free_memory()
@@ -157,7 +169,13 @@ def _behind(
     from distill.servers.spending import Spending, shared
     from distill.servers.writing import ServerEngine
 
-    warnings = _refuse_unhonoured(recipe, spec, server, role, sampling, section, logprobs)
+    warnings: list[str] = []
+
+    def refuse(drawn: Sampling, where: str) -> None:
+        found = _refuse_unhonoured(recipe, spec, server, role, drawn, where, logprobs)
+        warnings.extend(warning for warning in found if warning not in warnings)
+
+    refuse(sampling, section)
     chat = _chat_format(spec, server)
     adapter = recipe.student.adapter if trained is not None else None
     with serving(spec, role, place, run, trained=trained, adapter=adapter, needs=needs) as served:
@@ -167,12 +185,25 @@ def _behind(
         how: dict[str, Any] = {"logprobs": logprobs, "kwargs": spec.chat_template_kwargs}
         device = f"server ({server.kind}, {len(served.urls)})"
         if server.batch:
-            batches = BatchEngine(server, protocol, sampling, place / f"batches-{role}.json", spent=spending.add, **how)
-            yield Writer(batches, record, f"{device}, in batches", chat, server.max_failed, spending, warnings)
+
+            def in_batches(drawn: Sampling, state: str) -> BatchEngine:
+                return BatchEngine(server, protocol, drawn, place / f"batches-{state}.json", spent=spending.add, **how)
+
+            def batches_of(other: Sampling, name: str) -> BatchEngine:
+                refuse(other, f"{section}.sets.{name}")
+                return in_batches(other, f"{role}-{name}")
+
+            first = in_batches(sampling, role)
+            yield Writer(first, record, f"{device}, in batches", chat, server.max_failed, spending, warnings, redrawn=batches_of)
             return
         with Client(server, served.urls, spending, lives=served.lives, watch=served.watch) as client:
             engine = ServerEngine(client, protocol, chat, sampling, context=_context(client, protocol, served.model), **how)
-            yield Writer(engine, record, device, chat, server.max_failed, spending, warnings, engine.notes)
+
+            def other_of(other: Sampling, name: str) -> ServerEngine:
+                refuse(other, f"{section}.sets.{name}")
+                return engine.drawing(other)
+
+            yield Writer(engine, record, device, chat, server.max_failed, spending, warnings, engine.notes, other_of)
 
 
 def _context(client: Client, protocol: Protocol, model: str) -> int | None:

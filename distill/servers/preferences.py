@@ -5,10 +5,11 @@ A judge that likes what stands first, or says anything, gives ties so, and no wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from distill.checks.fields import as_fields
 from distill.checks.form import answer_of
 from distill.checks.judge import CHOICES, Case, Vote, question_id, question_of_two, winner_of
 from distill.data.texts import is_blank
@@ -33,7 +34,7 @@ class _Pair(NamedTuple):
     """Winner and reason, where nobody has to be asked."""
 
 
-def compare(recipe: Recipe, out: StageFolder, run: Path, table: TableWriter, fields: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def compare(recipe: Recipe, out: StageFolder, run: Path, table: TableWriter, prompts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Has a judge compare the answers of models; writes the tables `preferences` and `wins`, and returns what is to be known of the judge.
 
     Args:
@@ -41,14 +42,14 @@ def compare(recipe: Recipe, out: StageFolder, run: Path, table: TableWriter, fie
         out: The stage's folder.
         run: The run's folder.
         table: Of the answers as traces: of each model in one order.
-        fields: Of the prompts, by their ids.
+        prompts: Those of the run's own held-out set, with `fields` where checks look at some.
     """
     evaluate = recipe.evaluate
     if evaluate is None or evaluate.preferences is None:
         return {}
     preferences = evaluate.preferences
     pairs = [pair for pair in PAIRS if {*pair} <= {*evaluate.models}]
-    identity = preferences.identity()
+    fields, identity = {row["prompt_id"]: as_fields(row.get("fields")) for row in prompts}, preferences.identity()
 
     def both_orders() -> Iterator[Question]:
         for roles in pairs:
@@ -84,8 +85,8 @@ def _answers(table: TableWriter, role: str, fields: Mapping[str, dict[str, Any]]
     """A model's answers, and whether each was given at all."""
     for piece in table.pieces([*CASE, "finish_reason"]):
         for row in piece.to_pylist():
-            if row["author"] == role:
-                yield case_of(row, fields.get(row["prompt_id"])), row["finish_reason"] != "error"
+            if row["author"] == role and row["prompt_id"] in fields:
+                yield case_of(row, fields[row["prompt_id"]]), row["finish_reason"] != "error"
 
 
 def _known(first: tuple[Case, bool], second: tuple[Case, bool], preferences: Preferences) -> tuple[str | None, str] | None:

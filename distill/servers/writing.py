@@ -48,6 +48,13 @@ class ServerEngine:
         self.notes: Counter[str] = Counter()
         """What answers differed in from what was asked, and how often."""
 
+    def drawing(self, sampling: Sampling) -> ServerEngine:
+        """The same server, drawing otherwise; notes are shared."""
+        how: dict[str, Any] = {"logprobs": self._logprobs, "kwargs": self._kwargs, "context": self._context}
+        other = ServerEngine(self._client, self._protocol, self._chat, sampling, **how)
+        other.notes = self.notes
+        return other
+
     def write(self, requests: Sequence[Request]) -> Iterator[list[Row]]:
         """Completions as they arrive, those together that did, each with its place among the requests; or why one failed for good.
 

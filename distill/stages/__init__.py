@@ -52,7 +52,7 @@ WRITES = {
     "score": ("targets-*-of-*.targets", "targets-*-of-*.targets.part", "journal-*-of-*.jsonl"),
     "train": ("adapter/*", "model/*", "tokenizer/*", "checkpoints/*", "logs/*", "metrics.jsonl"),
     "rollouts": (*_tables("traces", "dropped"), *_WRITTEN),
-    "evaluate": (*_tables("traces", "answers", "scores", "preferences", "wins"), *_WRITTEN, *_JUDGED),
+    "evaluate": (*_tables("traces", "answers", "scores", "confusion", "preferences", "wins"), *_WRITTEN, *_JUDGED),
     "report": ("report.html", "report.md", "summary.txt"),
     "export": ("model/*", "adapter/*", "README.md"),
 }

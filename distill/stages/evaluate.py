@@ -1,41 +1,46 @@
-"""Stage `evaluate`: base, student and teacher answer the held-out prompts. Reads prompts/ and student/, writes eval/.
+"""Stage `evaluate`: base, student and teacher answer held-out prompts. Reads prompts/, student/ and further sets, writes eval/.
 
-All three go through the same engine, prompts and answer check. An answer that could not be judged counts as wrong; what the
-accuracy were if it was right, and the share of such answers, are metrics of their own.
+All three go through the same engine, prompts and answer checks, and each is loaded once for all sets. An answer that could not be judged
+counts as wrong; what the accuracy were if it was right, and the share of such answers, are metrics of their own.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
 
-from distill.checks import Given
-from distill.checks.fields import as_fields
+from distill.checks.finals import labels_of
 from distill.checks.functions import digest_of
 from distill.checks.judge import digest_of as judge_digest_of
-from distill.checks.judging import Judges, columns_read, given_of
+from distill.checks.judging import Judges
+from distill.checks.label import right_label
+from distill.checks.marking import ToMark, marked
 from distill.checks.references import unjudged_because
 from distill.checks.tokens import Counted
+from distill.data.identities import Identities, as_numbers
+from distill.data.sets import read_set
+from distill.data.sources import heldout_set
 from distill.errors import DataError
-from distill.measure.intervals import gap_recovered, mean_interval, resampled_means
-from distill.measure.marks import shares
+from distill.measure.labels import confusion
+from distill.measure.scores import Measured, scores_of
 from distill.recipe.checks import Check, checks_of
 from distill.recipe.experiment import Recipe
 from distill.recipe.results import Evaluate
+from distill.recipe.sets import MAIN, AskedSet
 from distill.run.clock import Clock
 from distill.run.folder import StageFolder
-from distill.run.log import progress
+from distill.run.log import say
 from distill.run.manifest import Manifest, check_files, read_manifest
 from distill.run.parts import Part, begun, gathered_facts, missing, part_facts, part_folders, run_part, summed, write_part
 from distill.run.plan import NO_LIMIT, Growth, StagePlan, name_in_run
-from distill.run.schema import ANSWER, SCORE, TRACE
-from distill.run.tables import TableWriter, iter_rows, rows_at
+from distill.run.schema import ANSWER, CONFUSION, SCORE, TRACE
+from distill.run.tables import TableWriter, iter_pieces, rows_at
 from distill.servers.judging import grade_answers, with_judges
 from distill.servers.preferences import compare
 from distill.stages import Step, folder, open_stage, plan_of, run_dir, student_folder
@@ -44,9 +49,24 @@ if TYPE_CHECKING:
     from distill.engines import TraceTable
     from distill.engines.earlier import EarlierTraces
 
-TASK = "heldout"
-_NO_ANSWER = "no answer"
+Row = dict[str, Any]
 _NO_REFERENCE = "Name the column with the right answers there, or set evaluate: null."
+_RISING = {"max_prompts": NO_LIMIT, "samples_per_prompt": 0}
+_OF_SOURCE = ("source", "subset", "split", "columns", "answer_pattern", "json_reference", "system_prompt", "template", "max_prompts")
+"""Settings of a further set that decide its prompts."""
+
+
+class _Set(NamedTuple):
+    """Prompts that are asked."""
+
+    name: str
+    asked: AskedSet
+    rows: list[Row]
+    """Of prompts, with `tags`, and `fields` where checks look at some."""
+    left_out: dict[str, int] = {}  # noqa: RUF012
+    """Reason and number of rows of a further set that are not asked."""
+    sources: list[Row] = []  # noqa: RUF012
+    """What a manifest says of its files."""
 
 
 def plan(recipe: Recipe) -> StagePlan:
@@ -62,24 +82,16 @@ def plan(recipe: Recipe) -> StagePlan:
     if recipe.teacher is not None and "teacher" in evaluate.models:
         specs["teacher"] = recipe.teacher.identity()
     inputs = [folder(recipe, "prompts"), *([student_folder(recipe)] if "student" in evaluate.models else [])]
+    rising = {f"evaluate.{place}{name}": least for place in ("", "sets.*.") for name, least in _RISING.items()}
+    # A teacher that comes or goes; another is refused. By other checks the same answers are judged anew. A set comes or goes whole.
+    free = {"models", "confidence", "checks", "preferences", "sets", "sets.*", "sets.*.checks"}
     growth = Growth(
-        {"evaluate.max_prompts": NO_LIMIT, "evaluate.samples_per_prompt": 0},
-        # A teacher that comes or goes; another is refused. By other checks the same answers are judged anew.
-        free=frozenset(
-            {
-                "evaluate.models",
-                "evaluate.confidence",
-                "evaluate.checks",
-                "evaluate.preferences",
-                "python_sha256",
-                "judge_sha256",
-                "teacher",
-            }
-        ),
-        other_inputs=True,
+        rising, free=frozenset({f"evaluate.{name}" for name in free} | {"python_sha256", "judge_sha256", "teacher"}), other_inputs=True
     )
     checks = recipe.checks_of_answers
     asked = evaluate.identity() | ({} if checks == checks_of("math") else {"checks": [check.identity() for check in checks]})
+    asked |= {"sets": _settings_of_sets(recipe)} if evaluate.sets else {}
+    checks = [check for each in recipe.asked_sets().values() for check in each.checks]
     python, judge = digest_of(checks), judge_digest_of(checks, evaluate.preferences)
     settings = {**specs, "evaluate": asked, "seed": recipe.seed, **({"python_sha256": python} if python else {})}
     settings |= {"judge_sha256": judge} if judge else {}
@@ -131,95 +143,131 @@ def _evaluate_of(recipe: Recipe) -> Evaluate:
     return recipe.evaluate
 
 
+def _settings_of_sets(recipe: Recipe) -> Row:
+    """By the name of each further set what decides its answers; how they are judged stands beside, and is free."""
+    found = {}
+    for name, each in _evaluate_of(recipe).sets.items():
+        asked, source = recipe.asked_sets()[name], heldout_set(name, each)
+        of_source = {key: value for key, value in asked.prompts.identity().items() if key in _OF_SOURCE}
+        digest = source.recall(folder(recipe, "evaluate")) or source.sha256
+        checks = [check.identity() for check in asked.checks]
+        found[name] = of_source | asked.sampling.identity() | {"checks": checks, "source_sha256": digest}
+    return found
+
+
 def _evaluate(recipe: Recipe, out: StageFolder, *, in_parts: bool = False) -> Manifest:
     """Has the answers written, or takes those of all parts, and judges them."""
     from distill.engines import TraceTable
     from distill.engines.earlier import EarlierTraces
 
-    clock, evaluate, prompts = Clock(out.path), _evaluate_of(recipe), _prompts(recipe)
+    clock, evaluate, sets = Clock(out.path), _evaluate_of(recipe), _sets(recipe)
     table = out.table("traces", TRACE, resume=True)
     before = _before(out)
     if in_parts:
         known = EarlierTraces(part_folders(out.path), set(evaluate.models), failed=True)
         traces = TraceTable(table, out.journal(), evaluate, recipe.seed, known)
         for role in evaluate.models:
-            traces.write(None, prompts, len(prompts), role, f"evaluate {role}", in_parts=True)
+            for each in sets:
+                how: Row = {"sampling": each.asked.sampling, "silent": True}
+                traces.write(None, each.rows, len(each.rows), role, _described(role, each), **how)
         facts = gathered_facts(part_facts(out.path), clock)
     else:
         traces = TraceTable(table, out.journal(), evaluate, recipe.seed, _earlier(recipe, out))
-        facts = clock.facts(**_answer(recipe, out, out.path, traces, prompts))
-    answers = _judge(table, recipe)
-    judges = grade_answers(recipe, out, run_dir(recipe), table, answers, _fields(recipe))
-    judges |= compare(recipe, out, run_dir(recipe), table, _fields(recipe))
-    out.write_table("answers", answers, ANSWER)
-    out.write_table("scores", _scores(answers, evaluate, recipe.seed), SCORE)
+        facts = clock.facts(**_answer(recipe, out, out.path, traces, sets))
+    answers = _judge(table, recipe, sets, out)
+    dropped = {name for name in before.settings.get("evaluate", {}).get("sets", {}) if name not in evaluate.sets} if before else set()
     return out.finish(
-        rows_in=len(prompts) * evaluate.samples_per_prompt * len(evaluate.models),
-        rows_kept=len(answers),
-        keep_earlier=not set(before) <= set(facts["models"]),  # a model that is asked for no more has been paid for
-        facts=with_judges(facts, judges)
-        | {"confidence": evaluate.confidence, "tokens": sum(answer["num_tokens"] or 0 for answer in answers)},
+        rows_in=sum(len(each.rows) * each.asked.sampling.samples_per_prompt for each in sets) * len(evaluate.models),
+        rows_kept=answers["rows"],
+        # A model or a set that is asked for no more has been paid for.
+        keep_earlier=before is not None and (bool(dropped) or not set(before.facts["models"]) <= set(facts["models"])),
+        facts=with_judges(facts, answers["judges"])
+        | {"confidence": evaluate.confidence, "tokens": answers["tokens"]}
+        | _facts_of_sets(sets),
     )
 
 
+def _facts_of_sets(sets: Sequence[_Set]) -> Row:
+    """What the manifest says of the further sets; nothing where there are none."""
+    further = {each.name: {"prompts": len(each.rows), "left_out": each.left_out} for each in sets if each.name != MAIN}
+    return {"sets": further, "sources": [record for each in sets for record in each.sources]} if further else {}
+
+
 def _write_part(recipe: Recipe, whole: StageFolder, part: Part, out: StageFolder) -> Manifest:
-    """The answers of all models to a part of the prompts."""
+    """The answers of all models to a part of the prompts of each set."""
     from distill.engines import TraceTable
 
-    clock, prompts = Clock(out.path), _prompts(recipe)[part.slice]
-    evaluate = _evaluate_of(recipe)
+    clock, evaluate = Clock(out.path), _evaluate_of(recipe)
+    sets = [each._replace(rows=each.rows[part.slice]) for each in _sets(recipe)]
     table = out.table("traces", TRACE, resume=True)
     traces = TraceTable(table, out.journal(), evaluate, recipe.seed, _earlier(recipe, whole))
-    facts = _answer(recipe, whole, out.path, traces, prompts, part.count)
-    return out.finish(rows_in=len(prompts), rows_kept=traces.num_rows, facts=clock.facts(**facts))
+    facts = _answer(recipe, whole, out.path, traces, sets, part.count)
+    return out.finish(rows_in=sum(len(each.rows) for each in sets), rows_kept=traces.num_rows, facts=clock.facts(**facts))
 
 
-def _answer(
-    recipe: Recipe, whole: StageFolder, place: Path, traces: TraceTable, prompts: list[dict[str, Any]], parts: int = 1
-) -> dict[str, Any]:
-    """Has each model answer, one after another, and returns what they were and cost."""
+def _answer(recipe: Recipe, whole: StageFolder, place: Path, traces: TraceTable, sets: Sequence[_Set], parts: int = 1) -> Row:
+    """Has each model answer, one after another, all sets each, and returns what they were and cost."""
     from distill.engines.earlier import refuse_another
     from distill.servers.opening import open_writer
 
     evaluate, before = _evaluate_of(recipe), _before(whole)
-    models: dict[str, dict[str, Any]] = {}
+    models: dict[str, Row] = {}
     devices, spent, warnings = [], [], []
     for role in evaluate.models:
         trained = student_folder(recipe) if role == "student" else None
         if trained is not None:
             check_files(trained)
-        how: dict[str, Any] = {"section": "evaluate", "trained": trained, "parts": parts}
+        how: Row = {"section": "evaluate", "trained": trained, "parts": parts}
         with open_writer(recipe, role, evaluate, place, run_dir(recipe), **how) as writer:
             models[role] = writer.record
-            if traces.knows(role):
-                refuse_another(role, models[role], before.get(role, {}))
-            traces.write(writer.engine, prompts, len(prompts), role, f"evaluate {role}", writer.max_failed)
+            if traces.knows(role) and before is not None:
+                refuse_another(role, models[role], before.facts["models"].get(role, {}))
+            for each in sets:
+                sampling = each.asked.sampling
+                engine = writer.engine if each.name == MAIN else writer.drawing(sampling, each.name)
+                more: Row = {"sampling": sampling, "silent": each.name != MAIN}
+                traces.write(engine, each.rows, len(each.rows), role, _described(role, each), writer.max_failed, **more)
         devices.append(writer.device)
         spent.append(writer.spent().get("server"))
         warnings += [warning for warning in writer.warnings if warning not in warnings]
     served = summed(spent)
-    facts: dict[str, Any] = {"device": ", ".join(dict.fromkeys(devices)), "models": models}
+    facts: Row = {"device": ", ".join(dict.fromkeys(devices)), "models": models}
     return facts | ({"server": served} if served else {}) | ({"warnings": warnings} if warnings else {})
 
 
-def _prompts(recipe: Recipe) -> list[dict[str, Any]]:
-    """The prompts that are asked, after those of which nothing can be measured were refused."""
-    source, most = folder(recipe, "prompts"), _evaluate_of(recipe).max_prompts
-    heldout = read_manifest(source).rows("heldout")
-    wanted = range(heldout if most is None else min(most, heldout))
-    prompts = list(rows_at(source, "heldout", wanted, ["prompt_id", "messages", "reference"]))
-    _refuse_unanswerable(source, prompts, recipe)
-    return prompts
+def _described(role: str, each: _Set) -> str:
+    return f"evaluate {role}" if each.name == MAIN else f"evaluate {role} on {each.name}"
 
 
-def _before(out: StageFolder) -> dict[str, dict[str, Any]]:
-    """The models of what the stage grows from."""
-    found: dict[str, dict[str, Any]] = read_manifest(out.earlier).facts["models"] if out.earlier else {}
+def _sets(recipe: Recipe) -> list[_Set]:
+    """What is asked, after prompts of which nothing can be measured were refused: the run's own prompts, then each further set."""
+    source, asked = folder(recipe, "prompts"), recipe.asked_sets()
+    heldout, most = read_manifest(source).rows("heldout"), asked[MAIN].max_prompts
+    columns = ["prompt_id", "messages", "reference", "tags", *(["fields"] if recipe.prompts.fields else [])]
+    rows = list(rows_at(source, "heldout", range(heldout if most is None else min(most, heldout)), columns))
+    _refuse_unanswerable(source, rows, recipe)
+    found = [_Set(MAIN, asked[MAIN], rows)]
+    if len(asked) == 1:
+        return found
+    ids = [as_numbers(piece["prompt_id"].to_pylist()) for piece in iter_pieces(source, "train", ["prompt_id"])]
+    trained = Identities(np.concatenate([*ids, np.array([], np.uint64)]))
+    for name in list(asked)[1:]:
+        read = read_set(recipe, name, trained)
+        _refuse_unjudgeable(f"evaluate.sets.{name}", read.rows, asked[name].checks)
+        if lost := {reason: count for reason, count in read.drops.items() if reason != "not_drawn"}:
+            words = ", ".join(f"{count:,} {reason}" for reason, count in sorted(lost.items()))
+            say(f"evaluate  {name}: {len(read.rows):,} prompts; left out: {words}")
+        found.append(_Set(name, asked[name], read.rows, read.drops, read.sources))
     return found
 
 
-def _refuse_unanswerable(source: Path, prompts: list[dict[str, Any]], recipe: Recipe) -> None:
-    """Refuses prompts of which nothing can be measured, before a model is loaded."""
+def _before(out: StageFolder) -> Manifest | None:
+    """Of what the stage grows from; null where it starts from nothing."""
+    return read_manifest(out.earlier) if out.earlier else None
+
+
+def _refuse_unanswerable(source: Path, prompts: list[Row], recipe: Recipe) -> None:
+    """Refuses prompts of the run of which nothing can be measured, before a model is loaded."""
     if not prompts:
         raise DataError(f"{source}: holds no held-out prompt, so there is nothing to measure on. Raise prompts.heldout_size.")
     if _needs_reference(recipe) and all(row["reference"] is None for row in prompts):
@@ -227,9 +275,13 @@ def _refuse_unanswerable(source: Path, prompts: list[dict[str, Any]], recipe: Re
             f"{source}: not one of {len(prompts):,} held-out prompts has a reference (prompts.columns.reference), so no answer could be "
             f"judged. {_NO_REFERENCE}"
         )
-    is_math = any(check.math is not None for check in recipe.checks_of_answers)
-    if is_math and (problem := unjudged_because([row["reference"] for row in prompts])):
-        raise DataError(f"{source}: {problem}. {_NO_REFERENCE}")
+    _refuse_unjudgeable(str(source), prompts, recipe.checks_of_answers)
+
+
+def _refuse_unjudgeable(where: str, prompts: list[Row], checks: Sequence[Check]) -> None:
+    """Refuses prompts whose references no check could compare with."""
+    if any(check.settings.asks_reference for check in checks) and (problem := unjudged_because([row["reference"] for row in prompts])):
+        raise DataError(f"{where}: {problem}. {_NO_REFERENCE}")
 
 
 def _earlier(recipe: Recipe, out: StageFolder) -> EarlierTraces | None:
@@ -243,84 +295,64 @@ def _earlier(recipe: Recipe, out: StageFolder) -> EarlierTraces | None:
     return EarlierTraces(out.earlier, {"base", "teacher", *(["student"] if same else [])})
 
 
-def _judge(table: TableWriter, recipe: Recipe) -> list[dict[str, Any]]:
-    """Rows of the table `answers`, one for each trace; of the texts a piece at a time is in memory."""
-    answers: list[dict[str, Any]] = []
-    counted, checks, fields = Counted(recipe), recipe.checks_of_answers, _fields(recipe)
-
-    def given() -> Iterator[tuple[int, Given]]:
-        for trace in _judged_parts(table, checks):
-            answers.append(
-                {
-                    "model_role": trace["author"],
-                    "prompt_id": trace["prompt_id"],
-                    "sample_index": trace["sample_index"],
-                    "truncated": trace["finish_reason"] == "length",
-                    "num_tokens": counted(trace),
-                }
-            )
-            if trace["finish_reason"] == "error":
-                answers[-1] |= {"correct": None, "reason": _NO_ANSWER}
-                bar.update()
-            else:
-                known = {"num_tokens": answers[-1]["num_tokens"]}
-                yield len(answers) - 1, given_of(trace | known, fields.get(trace["prompt_id"]))
-
-    timeout_s = _evaluate_of(recipe).check_timeout_s
-    with progress(table.num_rows, "answers", "check answers") as bar, Judges(checks, timeout_s) as judges:
-        for number, (correct, reason) in judges.answers(given()):
-            answers[number] |= {"correct": correct, "reason": reason}
-            bar.update()
-    return answers
+def _judge(table: TableWriter, recipe: Recipe, sets: Sequence[_Set], out: StageFolder) -> Row:
+    """Writes the tables `answers` and `scores`, and `confusion` where labels are answered; a set at a time is in memory."""
+    evaluate, counted, rows, tokens = _evaluate_of(recipe), Counted(recipe), 0, 0
+    asked: Row = {}  # judges
+    answers, scores = out.table("answers", ANSWER), out.table("scores", SCORE)
+    confusions = out.table("confusion", CONFUSION, optional=True)
+    for checks, alike in itertools.groupby(sets, lambda each: each.asked.checks):
+        with Judges(checks, evaluate.check_timeout_s) as judges:
+            for each in alike:
+                prompts = {row["prompt_id"]: row for row in each.rows}
+                found = marked(table, ToMark(each.name, checks, prompts), counted, judges)
+                asked |= grade_answers(recipe, out, run_dir(recipe), table, each.name, checks, found, prompts)
+                measured = _measured(each, evaluate, recipe.seed)
+                scores.extend(_scores(found, measured))
+                confusions.extend(_confusion(found, measured))
+                answers.extend(found)
+                rows, tokens = rows + len(found), tokens + sum(answer["num_tokens"] or 0 for answer in found)
+    asked |= compare(recipe, out, run_dir(recipe), table, sets[0].rows)
+    return {"rows": rows, "tokens": tokens, "judges": asked}
 
 
-def _fields(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """What checks look at beside an answer and its reference, by the held-out prompt's id."""
-    if not recipe.prompts.fields:
-        return {}
-    rows = iter_rows(folder(recipe, "prompts"), "heldout", columns=["prompt_id", "fields"])
-    return {row["prompt_id"]: as_fields(row["fields"]) for row in rows}
+def _measured(each: _Set, evaluate: Evaluate, seed: int) -> Measured:
+    """What the answers to a set are measured by."""
+    found = Measured(each.name, evaluate.models, each.asked.sampling.samples_per_prompt, evaluate.confidence, seed)
+    label = labels_of(each.asked.checks)
+    if label is None:
+        return found
+    right = {row["prompt_id"]: right_label(row["reference"], label) for row in each.rows}
+    known = {prompt: name for prompt, name in right.items() if name is not None}
+    return found._replace(labels=label.choices or [], right=known)
 
 
-def _judged_parts(table: TableWriter, checks: list[Check]) -> Iterator[dict[str, Any]]:
-    """What is asked and noted of each trace, with the number of its tokens."""
-    names = ["author", "prompt_id", "sample_index", "reference", "completion", "finish_reason", "completion_ids"]
-    for piece in table.pieces([*names, *columns_read(checks)]):
-        yield from (
-            piece.drop_columns("completion_ids").append_column("num_tokens", pc.list_value_length(piece["completion_ids"])).to_pylist()
-        )
+def _confusion(answers: Sequence[Row], asked: Measured) -> list[Row]:
+    """Rows of the table `confusion`, but for what never was; none where there are no labels."""
+    rows = []
+    for role in asked.models if asked.right else ():
+        mine = [answer for answer in answers if answer["model_role"] == role]
+        counts = confusion(mine, asked.right, asked.labels)
+        for place, named in zip(*(axis.tolist() for axis in counts.nonzero()), strict=True):
+            given = asked.labels[named] if named < len(asked.labels) else None
+            same = {"set": asked.name, "model_role": role, "count": int(counts[place, named])}
+            rows.append(same | {"reference": asked.labels[place], "answer": given})
+    return rows
 
 
-def _scores(answers: list[dict[str, Any]], evaluate: Evaluate, seed: int) -> list[dict[str, Any]]:
-    """Rows of the table `scores`."""
-    accuracy_RP, most_RP = found = shares(answers, evaluate.models)
-    if not found.num_prompts:
+def _scores(answers: Sequence[Row], asked: Measured) -> list[Row]:
+    """Rows of the table `scores` of a set.
+
+    Raises:
+        DataError: no answer could be judged.
+    """
+    rows = scores_of(answers, asked)
+    if not rows:
         reasons = Counter(answer["reason"] for answer in answers if answer["correct"] is None)
         named = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+        where, section = ("evaluate", "prompts") if asked.name == MAIN else (f"evaluate.sets.{asked.name}",) * 2
         raise DataError(
-            f"evaluate: no held-out prompt has an answer that could be judged ({named}). Check prompts.columns.reference, "
-            "prompts.answer_pattern and evaluate.check_timeout_s; the answers are kept, or set evaluate: null."
+            f"{where}: no held-out prompt has an answer that could be judged ({named}). Check {section}.columns.reference, "
+            f"{section}.answer_pattern and evaluate.check_timeout_s; the answers are kept, or set evaluate: null."
         )
-    draws_RB, scores = resampled_means(accuracy_RP, seed), []
-    for index, role in enumerate(evaluate.models):
-        mine = [answer for answer in answers if answer["model_role"] == role]
-        known = [answer["num_tokens"] for answer in mine if answer["num_tokens"] is not None]
-        estimate = mean_interval(accuracy_RP[index], draws_RB[index], evaluate.confidence)
-        scores.append({"model_role": role, "metric": "accuracy", **estimate._asdict(), "num_prompts": found.num_prompts})
-        plain = {
-            "accuracy_if_unjudged_right": most_RP[index].mean(),
-            "mean_tokens": np.mean(known) if known else np.nan,
-            "truncation_rate": np.mean([answer["truncated"] for answer in mine]),
-            "unjudged_rate": np.mean([answer["correct"] is None for answer in mine]),
-        }
-        num_prompts = len({answer["prompt_id"] for answer in mine})
-        scores += [
-            {"model_role": role, "metric": name, "value": None if np.isnan(value) else float(value), "num_prompts": num_prompts}
-            for name, value in plain.items()
-        ]
-    if {"base", "student", "teacher"} <= set(evaluate.models):
-        order = [evaluate.models.index(role) for role in ("base", "student", "teacher")]
-        base, student, teacher = (float(value) for value in accuracy_RP[order].mean(axis=1))
-        gap = gap_recovered((base, student, teacher), draws_RB[order], evaluate.confidence)
-        scores.append({"model_role": "gap", "metric": "gap_recovered", **gap._asdict(), "num_prompts": found.num_prompts})
-    return [{"task": TASK, "samples_per_prompt": evaluate.samples_per_prompt, **score} for score in scores]
+    return rows

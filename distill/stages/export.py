@@ -25,8 +25,8 @@ from distill.recipe.reading import recipe_text
 from distill.recipe.results import Evaluate, Export
 from distill.reporting.pages import render
 from distill.reporting.public import file_or_name, public_name, public_names, published, published_recipe
+from distill.reporting.results import results_tables
 from distill.reporting.summary import lineage, summarise
-from distill.reporting.tables import RESULT_COLUMNS, results_rows
 from distill.run.clock import Clock
 from distill.run.files import copy_file, write_text
 from distill.run.folder import StageFolder
@@ -320,8 +320,7 @@ def _card(recipe: Recipe, export: Export, facts: dict[str, Any]) -> str:
         adapter=adapter is not None,
         quantised=student.quantization != "none",
         summary=summary,
-        columns=RESULT_COLUMNS,
-        results=results_rows(summary),
+        results=results_tables(summary),
         lineage=lineage(recipe, summary),
         parity=facts["parity"],
         notes=facts["notes"],

@@ -115,7 +115,7 @@ def _complete(recipe: Recipe, out: StageFolder) -> Manifest:
     clock, source = Clock(out.path), folder(recipe, "prompts")
     num_prompts = read_manifest(source).rows("train")
     traces = _table(out, recipe, recipe.generate, EarlierTraces(part_folders(out.path), {"teacher"}, failed=True))
-    traces.write(None, iter_rows(source, "train", columns=_COLUMNS), num_prompts, "teacher", "generate", in_parts=True)
+    traces.write(None, iter_rows(source, "train", columns=_COLUMNS), num_prompts, "teacher", "generate", silent=True)
     return _finish(out, traces, num_prompts, gathered_facts(part_facts(out.path), clock))
 
 

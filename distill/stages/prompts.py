@@ -6,7 +6,6 @@ known only when all were seen; the rows themselves wait in a file.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from array import array
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from distill.data.files import Row
-from distill.data.identities import Identities, Ids, Places, as_numbers
+from distill.data.identities import Identities, Ids, Places, as_numbers, rank
 from distill.data.mapping import PromptMapping
 from distill.data.sources import Source, heldout_problems, problems
 from distill.data.texts import mentions_controls
@@ -218,7 +217,7 @@ class _Index:
                 f"{name}: prompts.heldout_size asks for {count:,} prompts, but there are {len(places):,}. {_advice(fates[rows])}"
             )
         # Of the hash 64 bits: that two of a million rows share them happens once in 40 million runs.
-        ranks = np.fromiter((_rank(salt, int(number)) for number in self.ids[places]), np.uint64, len(places))
+        ranks = np.fromiter((rank(salt, int(number)) for number in self.ids[places]), np.uint64, len(places))
         order = places[np.argsort(ranks, kind="stable")]
         if first is not None:
             order = np.concatenate([first, order[~np.isin(order, first)]])
@@ -267,10 +266,6 @@ def _numbered(finished: Path, table: str) -> tuple[Ids, Ids]:
         ids.extend(as_numbers(piece.column("prompt_id").to_pylist()).tolist())
         references.extend(map(_number_of, piece.column("reference").to_pylist()))
     return np.frombuffer(ids, dtype=np.uint64), np.frombuffer(references, dtype=np.uint64)
-
-
-def _rank(salt: str, number: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{salt}/{number:016x}".encode()).digest()[:8], "big")
 
 
 def _number_of(reference: str | None) -> int:

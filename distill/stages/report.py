@@ -17,16 +17,14 @@ from distill.recipe.reading import recipe_text
 from distill.reporting.made import MadeStep, repeat_commands
 from distill.reporting.pages import render
 from distill.reporting.public import public_names, published, published_recipe
+from distill.reporting.results import label_tables, results_tables, results_text, tag_tables
 from distill.reporting.summary import RunSummary, lineage, metrics, summarise
 from distill.reporting.tables import (
-    RESULT_COLUMNS,
     ROUND_COLUMNS,
     TARGET_COLUMNS,
     cost_columns,
     cost_rows,
     funnel,
-    results_rows,
-    results_text,
     round_rows,
     target_rows,
     verdict_counts,
@@ -80,8 +78,9 @@ def _page(recipe: Recipe, summary: RunSummary) -> dict[str, Any]:
     return {
         "name": recipe.name,
         "summary": summary,
-        "columns": RESULT_COLUMNS,
-        "results": results_rows(summary),
+        "results": results_tables(summary),
+        "tags": tag_tables(summary),
+        "labels": label_tables(summary),
         "funnel": funnel(summary, recipe),
         "verdicts": verdict_counts(summary),
         "drops": [(stage, reason, count) for stage, m in summary.stages for reason, count in sorted(m.drops.items())],
@@ -106,13 +105,14 @@ def _steps(recipe: Recipe) -> list[MadeStep]:
     return [*steps, MadeStep("export", 0, {})] if recipe.export is not None else steps
 
 
-def _pictures(recipe: Recipe, summary: RunSummary) -> dict[str, str | None]:
-    from distill.reporting.plots import accuracy_bars, funnel_bars, loss_curve
+def _pictures(recipe: Recipe, summary: RunSummary) -> Row:
+    from distill.reporting.plots import accuracy_bars, confusion_square, funnel_bars, loss_curve
 
     logged, steps = metrics(student_folder(recipe)), funnel(summary, recipe)
     divergences = [(entry["step"], entry["kl_lower_bound"]) for entry in logged if entry.get("kl_lower_bound") is not None]
     return {
         "accuracy_svg": accuracy_bars(summary.results) if summary.results else None,
+        "confusion_svgs": {table.title: confusion_square(table.name, *table.square) for table in label_tables(summary)},
         "loss_svg": loss_curve([(entry["step"], entry["loss"]) for entry in logged], divergences) if logged else None,
         "loss_words": _loss_words(recipe, bool(divergences)),
         "funnel_svg": funnel_bars(steps) if steps else None,

@@ -133,7 +133,7 @@ def _complete(recipe: Recipe, number: int, out: StageFolder) -> Manifest:
     clock, wanted = Clock(out.path), _prompts_of(recipe, number)
     traces = _table(recipe, number, out, EarlierTraces(part_folders(out.path), {"student"}, failed=True))
     rows = rows_at(folder(recipe, "prompts"), "train", wanted, _COLUMNS)
-    traces.write(None, rows, len(wanted), "student", f"round {number} rollouts", in_parts=True)
+    traces.write(None, rows, len(wanted), "student", f"round {number} rollouts", silent=True)
     return _finish(recipe, number, out, traces, len(wanted), gathered_facts(part_facts(out.path), clock))
 
 
