@@ -12,7 +12,7 @@ from distill.checks.final import boxed, final_answer
 from distill.checks.label import check_label
 from distill.checks.number import check_number
 from distill.checks.text import check_text
-from distill.recipe.checks import Label, Number, Text
+from distill.recipe.kinds import Label, Number, Text
 
 INTENTS = ["refund", "delivery_status", "change_address", "cancel_order", "Refund status"]
 FORMS = [

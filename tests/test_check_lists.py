@@ -98,16 +98,27 @@ def test_what_is_wrong_with_a_check_is_said_with_its_line(tmp_path: Path, check:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_check_has_its_place(kind: str) -> None:
-    """Whatever a recipe may name, something judges; `agreement` is found of all samples together."""
+    """Whatever a recipe may name, something judges; `agreement` is found of all samples together, `code` in a sandbox."""
     from distill.checks.judging import _APART, _HERE
 
-    assert (kind in _HERE) + (kind in _APART) + (kind in ("math", "agreement")) == 1
+    assert (kind in _HERE) + (kind in _APART) + (kind in ("math", "agreement", "code")) == 1
 
 
 def test_evaluate_refuses_what_says_nothing_of_an_answer(tmp_path: Path) -> None:
     for checks, says in (([], "every answer would be right"), (["agreement"], "nothing of a single answer")):
         with pytest.raises(ValueError, match=says):
             recipe_for(tmp_path, evaluate={"checks": checks})
+
+
+def test_answer_is_another_name_of_math(tmp_path: Path) -> None:
+    """Of a recipe that is the same but for this name nothing is made anew."""
+    old, new = (recipe_for(tmp_path, curate={"checks": ["finish", name]}) for name in ("math", "answer"))
+    assert old == new and new.curate.identity()["checks"] == ["finish", "math"]
+    assert recipe_for(tmp_path, curate={"checks": [{"answer": {}, "name": "mine"}]}).curate.checks[0].math is not None
+    with pytest.raises(ValueError, match="math is there twice"):
+        recipe_for(tmp_path, curate={"checks": ["math", "answer"]})
+    with pytest.raises(ValueError, match="an entry of the list is one check"):
+        recipe_for(tmp_path, curate={"checks": [{"math": {}, "answer": {}}]})
 
 
 def test_one_sample_agrees_with_nobody(tmp_path: Path) -> None:

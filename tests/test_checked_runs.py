@@ -179,6 +179,37 @@ def test_tokens_of_brought_traces_are_counted_by_the_student(tmp_path: Path) -> 
     assert "student" in read_manifest(tmp_path / "run" / "curated").settings
 
 
+def test_a_verdict_that_is_brought_stands_in_place_of_the_checks_of_answers(tmp_path: Path) -> None:
+    """Neither the right box of the second nor the missing reference of the third counts; checks of form look as always."""
+    told = ["correct", "wrong", 1, None, True]
+    texts = ["\\boxed{9}", "\\boxed{5}", "no box, cut behi", "\\boxed{5}", "\\boxed{5}"]
+    rows: Rows = [{"q": f"{place}?", "a": "5", "told": verdict, "trace": thought(texts[place])} for place, verdict in enumerate(told)]
+    rows[2]["a"] = None
+    rows[4]["trace"] = "\\boxed{5}"
+    brought = {"source": str(tmp_path / "rows.jsonl"), "columns": {"prompt": "q"}, "completion": "trace", "verdict": "told"}
+    recipe = recipe_file(tmp_path, rows, ["finish", "think", "math", "number"], traces=brought)
+    assert "curate: 40% of 5 traces looked at would be kept" in ok("check", recipe)
+    for command in ("prompts", "generate"):
+        ok(command, recipe)
+    said = ok("curate", recipe)
+    assert "the verdicts of math, number are those of the column told" in said and "2 traces kept · 3 dropped" in said
+    found = verdicts(tmp_path)
+    for check in ("math", "number"):
+        assert {key[1:]: count for key, count in found.items() if key[0] == check} == {
+            (True, "brought_right"): 3,
+            (False, "brought_wrong"): 1,
+            (None, "brought_unknown"): 1,
+        }
+    assert found["think", False, "no_reasoning"] == 1
+
+
+def test_a_verdict_that_stands_for_nothing_is_refused(tmp_path: Path) -> None:
+    brought = {"source": "x.jsonl", "columns": {"prompt": "q"}, "verdict": "told"}
+    recipe = recipe_file(tmp_path, [{"q": "1?"}], ["finish"], traces=brought)
+    result = commands.run(["-m", "distill", "curate", recipe])
+    assert result.returncode == 1 and "traces.verdict would be ignored" in result.stderr
+
+
 def interrupted(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A curation that ends when everything was judged, and before anything is written."""
     with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):

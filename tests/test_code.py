@@ -10,7 +10,7 @@ import pytest
 from code_forms import FORMS
 
 from distill.checks import Verdict
-from distill.checks.code import Tests, code_of, judge_code, judge_codes, read_tests
+from distill.checks.code import Runs, Tests, code_of, judge_code, read_tests
 from distill.checks.sandbox import place_for
 from distill.recipe.code import CodeSettings
 from distill.run import early
@@ -169,7 +169,11 @@ def test_many_rows_are_judged_side_by_side() -> None:
         return f"def f():\n    {'while True: pass' if number == 1 else f'return {number % 4}'}"
 
     rows = [(number, (answer(number), "assert f() == 2")) for number in range(12)]
-    found = list(judge_codes(iter(rows), SETTINGS.model_copy(update={"timeout_s": 3.0}), workers=2))
+    settings = SETTINGS.model_copy(update={"timeout_s": 3.0})
+    with Runs(2) as runs:
+        keyed = [one for number, (code, tests) in rows for one in runs.add((number, "code"), code, tests, settings)]
+        keyed += runs.rest()
+    found = [(number, verdict) for (number, _), verdict in keyed]
     assert sorted(number for number, _ in found) == list(range(12))
     assert {number for number, verdict in found if verdict.passed} == {2, 6, 10}
     assert dict(found)[1].reason == "timed_out"

@@ -10,7 +10,7 @@ import pytest
 from distill.checks import Given
 from distill.checks.json_answer import check_json
 from distill.checks.tool_calls import check_tool_calls
-from distill.recipe.checks import Json, ToolCalls
+from distill.recipe.kinds import Json, ToolCalls
 
 THOUGHT = "<think>\nread {\n</think>\n\n"
 ORDER = {"item": "lamp", "number": 2, "day": {"of": [1, 2]}}

@@ -17,7 +17,7 @@ from distill.checks.language import check_language
 from distill.checks.length import check_length
 from distill.checks.thinking import check_thinking
 from distill.errors import RecipeError
-from distill.recipe.checks import Degenerate, Language, Length, Python, Think
+from distill.recipe.kinds import Degenerate, Language, Length, Python, Think
 
 ENGLISH = "We read the question once more and see that nobody has asked for the price of the second lamp, only for that of the first."
 GERMAN = "Wir lesen die Frage noch einmal und sehen, dass niemand nach dem Preis der zweiten Lampe gefragt hat, nur nach dem der ersten."

@@ -196,6 +196,30 @@ def test_how_a_trace_ended_is_told_by_its_column(value: str | None, reason: str 
     assert found_in({"completion": "a", "finish": value}, finish_reason="finish").finish_reason == reason
 
 
+@pytest.mark.parametrize(
+    ("value", "verdict"),
+    [
+        (True, True),
+        (False, False),
+        (1, True),
+        (0.0, False),
+        ("Correct", True),
+        (" failed ", False),
+        (None, None),
+        ("", None),
+        ("n/a", None),
+    ],
+)
+def test_whether_a_trace_is_right_is_told_by_its_column(value: Any, verdict: bool | None) -> None:
+    assert found_in({"completion": "a", "right": value}, verdict="right").verdict is verdict
+
+
+@pytest.mark.parametrize("value", [0.7, "maybe", 2])
+def test_a_score_is_no_verdict(value: Any) -> None:
+    with pytest.raises(DataError, match="right should say whether the answer is right, as true or false, got"):
+        found_in({"completion": "a", "right": value}, verdict="right")
+
+
 def test_what_was_mended_is_counted(tmp_path: Path, split: tuple[list[str], list[str]]) -> None:
     train, _ = split
     texts = ["a</think>b", "a</think>b<|im_end|>", "the <|im_end|> of <|im_end|>", "a"]

@@ -11,7 +11,7 @@ from distill.before.findings import Even, Findings
 from distill.recipe.experiment import Recipe
 from distill.recipe.traces import Curate
 from distill.run.manifest import MANIFEST, read_manifest
-from distill.run.schema import prompt_id
+from distill.run.schema import TOLD, prompt_id
 from distill.run.tables import iter_rows
 from distill.stages import folder
 
@@ -60,7 +60,7 @@ def _is_well_formed(curate: Curate, row: Row) -> bool:
     from distill.checks.judging import asks_final, given_of, question
 
     of_form = [check for check in curate.checks if check.finish is not None or check.think is not None]
-    return all(question(check, given_of(row), asks_final=asks_final(curate.checks))[0] for check in of_form)
+    return all(question(check, given_of(row), asks_final=asks_final(curate.checks) and TOLD.name not in row)[0] for check in of_form)
 
 
 class _Sample:
@@ -109,7 +109,9 @@ def _brought(recipe: Recipe, survey: Survey, seen: Counter[bool]) -> Iterator[Ro
             fits = row.reason is None and place >= 0
             seen[fits] += 1
             if fits:
-                yield {"prompt_id": name, "messages": messages, "completion": row.text, "finish_reason": row.finish_reason}
+                yield {"prompt_id": name, "messages": messages, "completion": row.text, "finish_reason": row.finish_reason} | (
+                    {} if traces.verdict is None else {TOLD.name: row.verdict}
+                )
 
 
 def _check_curation(curate: Curate, rows: list[Row], found: Findings) -> None:

@@ -19,6 +19,7 @@ from rich.console import Console
 from distill.before import machine, quick, record
 from distill.before.brought import SAMPLE
 from distill.before.findings import Findings
+from distill.before.judges import check_judges
 from distill.before.judging import check_judging, check_sets
 from distill.before.packages import check_packages
 from distill.before.servers import check_servers
@@ -105,6 +106,8 @@ def _examine(recipe: Recipe, steps: Sequence[Step], found: Findings, *, here: bo
     chats = load_chats(recipe, found)
     check_pair(recipe, chats, survey, found)
     check_servers(recipe, chats, survey, found, here=here, further=further)
+    if survey is not None:
+        check_judges(recipe, survey, found, here=here)
     if "student" not in chats or survey is None:
         return whole
     rows, number = check_rows(recipe, chats, survey, found)

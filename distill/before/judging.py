@@ -20,11 +20,14 @@ _LOOKED_AT = 200  # prompts
 def check_judging(recipe: Recipe, survey: Survey, found: Findings) -> None:
     """A claim on the settings of checks, where there are any, one on the references, and a warning for each check that some lack."""
     from distill.checks.beforehand import refuse_settings
+    from distill.checks.code import refuse_no_place
 
     curate, evaluate = _asked(recipe)
-    settings = {check.called: check for check in [*curate, *evaluate] if check.kind in ("python", "json", "language")}
-    if settings:
-        found.prove("checks", lambda: refuse_settings(list(settings.values()), recipe.curate.check_timeout_s))
+    settings = {check.called: check for check in [*curate, *evaluate] if check.kind in ("python", "json", "language", "code")}
+    if settings and found.prove("checks", lambda: refuse_settings(list(settings.values()), recipe.curate.check_timeout_s)):
+        for check in settings.values():
+            if check.code is not None and not refuse_no_place(check.called, check.code).protected:
+                found.warn("checks", f"{check.called}: there is no sandbox here, so code is run as you, with your files and the network")
     notes: list[str] = []
     found.prove("references", lambda: _references(recipe, survey, notes))
     for note in dict.fromkeys(notes):
@@ -61,9 +64,11 @@ def check_sets(recipe: Recipe, survey: Survey, found: Findings) -> dict[str, int
 
 
 def _asked(recipe: Recipe) -> tuple[list[Check], list[Check]]:
-    """The checks of traces, and those of answers."""
+    """The checks that look at traces, and those of answers."""
+    told = recipe.traces is not None and recipe.traces.verdict is not None
+    curate = [check for check in recipe.curate.checks if recipe.learns_from_traces and not (told and check.settings.of_answers)]
     judges = recipe.evaluate is not None and recipe.judges_answers
-    return (recipe.curate.checks if recipe.learns_from_traces else []), (recipe.checks_of_answers if judges else [])
+    return curate, (recipe.checks_of_answers if judges else [])
 
 
 def _references(recipe: Recipe, survey: Survey, notes: list[str]) -> str:

@@ -54,7 +54,7 @@ def check_without_asking(recipe: Recipe, found: Findings) -> None:
     """What can be said of servers in a second: keys that a kind can't honour, and the command of one that a stage starts."""
     for role, (spec, server) in served(recipe).items():
         claim = f"{role}'s server"
-        if not found.prove(claim, lambda r=role, s=server: _plainly(r, s)):  # type: ignore[misc]
+        if not found.prove(claim, lambda r=role, s=server: plainly(r, s)):  # type: ignore[misc]
             continue
         seen = [*_of_weights(recipe, role, spec, server), *_of_stages(recipe, role, spec, server)]
         for error in dict.fromkeys(error for one in seen for error in one.errors):
@@ -98,7 +98,12 @@ def warn_of_keys(recipe: Recipe, found: Findings) -> None:
             found.warn(f"{role}'s key", f"{server.key_variable} is not set here. Export it where the stages will run.")
 
 
-def _plainly(role: str, server: Server) -> str:
+def plainly(role: str, server: Server) -> str:
+    """Where a server is, or how it is started.
+
+    Raises:
+        RecipeError: it can't be.
+    """
     if not server.is_started:
         key = f", its key in {server.key_variable}" if server.key_variable else ""
         return f"{server.kind} at {', '.join(server.urls)}{key}"
@@ -162,7 +167,7 @@ def check_servers(
             found.bad(claim, f"{reason}. Export it.") if here else found.unknown(claim, reason)
         elif survey is None or not (jobs or _reads(recipe, role)):
             found.unknown(claim, "there is nothing to ask it")
-        elif _all_are_silent(server, claim, found):
+        elif all_are_silent(server, claim, found):
             continue
         else:
             asked = recipe.generate.logprobs if role == "teacher" and recipe.generate is not None else None
@@ -195,7 +200,7 @@ def _left(recipe: Recipe, role: str, spec: ModelSpec, found: Findings) -> ModelS
     return spec.model_copy(update={"server": spec.server.model_copy(update={"url": urls, "model": watch.model})})
 
 
-def _all_are_silent(server: Server, claim: str, found: Findings) -> bool:
+def all_are_silent(server: Server, claim: str, found: Findings) -> bool:
     """Whether nothing listens at any address of a server of one's own; one of several that is silent is named."""
     silent = [] if server.is_hosted else [url for url in server.urls if not _listens(url)]
     if not silent:

@@ -32,3 +32,5 @@ class Given(NamedTuple):
     finish_reason: str | None = None
     num_tokens: int | None = None
     """Of the completion; null where they are not known."""
+    told: Found | None = None
+    """What the source says of the answer, which stands in place of every check of answers; null where it has no such column."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from distill.checks import Found, Given
+from distill.checks.code import judge_code, read_tests, refuse_no_place
 from distill.checks.fields import as_fields
 from distill.checks.functions import load_function
 from distill.checks.judging import Judges
@@ -18,14 +19,17 @@ from distill.checks.pool import Call, Pool
 from distill.checks.references import unjudged_because
 from distill.checks.text import references_of
 from distill.errors import DataError, RecipeError, visible
-from distill.recipe.checks import Check, Python
+from distill.recipe.checks import Check
+from distill.recipe.kinds import Code, Python
+
+_EXAMPLE = {"input": "3", "output": "6"}
 
 
 def refuse_settings(checks: Sequence[Check], timeout_s: float) -> str:
     """What can be said of checks without any prompt; names those that were looked at.
 
     Raises:
-        RecipeError: a function can't be loaded, a schema is none, a language is not known.
+        RecipeError: a function can't be loaded, a schema is none, a language is not known, code can't be run.
     """
     looked_at = []
     with Pool(timeout_s, workers=1) as pool:
@@ -36,6 +40,8 @@ def refuse_settings(checks: Sequence[Check], timeout_s: float) -> str:
                     raise RecipeError(reason if passed is False else f"checks: {check.called}: its file was not loaded ({reason}).")
             elif check.json is not None and check.json.json_schema is not None:
                 _refuse_schema(check.called, check.json.json_schema)
+            elif check.code is not None:
+                prove_code(check.called, check.code)
             elif check.language is not None and check.language.language not in {"prompt", *supported()}:
                 raise RecipeError(
                     f"checks: {check.called}: the language {check.language.language!r} is not known. "
@@ -54,6 +60,19 @@ def can_load(settings: Python) -> Found:
     except RecipeError as error:
         return False, str(error)
     return True, "loaded"
+
+
+def prove_code(name: str, settings: Code) -> None:
+    """Runs a function with a test, and a program.
+
+    Raises:
+        RecipeError: there is no sandbox, or they don't pass in it.
+    """
+    refuse_no_place(name, settings)
+    for answer, tests in (("def twice(x):\n    return 2 * x", "assert twice(3) == 6"), ("print(2 * int(input()))", [_EXAMPLE])):
+        found = judge_code(answer, tests, settings)
+        if not found.passed:
+            raise RecipeError(f"checks: {name}: a trivial program does not pass its test ({found.reason}). Raise the limits of {name}.")
 
 
 def _refuse_schema(name: str, schema: dict[str, Any]) -> None:
@@ -87,11 +106,27 @@ def _unfit(check: Check, rows: Sequence[dict[str, Any]], timeout_s: float) -> st
             raise DataError(problem)
         return None
     reasons: dict[int, str] = {}
+    if check.code is not None:
+        reasons = {place: "tests_unreadable" for place, row in enumerate(rows) if not _has_tests(row, check.code.tests)}
+        return _summed(check, rows, reasons)
     strict = check.settings.asks_reference and (check.text is None or check.text.pattern is None)
     with Judges([_of_any_form(check)], timeout_s) as judges:
         for number, verdict in judges.stream(enumerate(_as_answered(check, row) for row in rows)):
             if verdict.passed is None or (strict and not verdict.passed and rows[number]["reference"] is not None):
                 reasons[number] = verdict.reason
+    return _summed(check, rows, reasons)
+
+
+def _has_tests(row: dict[str, Any], column: str) -> bool:
+    return read_tests(as_fields(row.get("fields")).get(column)) is not None
+
+
+def _summed(check: Check, rows: Sequence[dict[str, Any]], reasons: dict[int, str]) -> str | None:
+    """What is said of the rows that can't be judged, each with its reason.
+
+    Raises:
+        DataError: they are more than half.
+    """
     if not reasons:
         return None
     first = min(reasons)

@@ -18,6 +18,8 @@ from distill.recipe.traces import Curate
 
 Codes = NDArray[np.uint16]
 _MOST_VERDICTS = 1000  # different ones, that are told apart
+NOT_ASKED = (None, "not_asked")
+"""What a check found that was asked only of what passes all others."""
 _KEPT, _DUPLICATE, _OVER, _STRAY = range(4)
 
 
@@ -91,6 +93,21 @@ def agree(curate: Curate, evidence: Evidence) -> None:
                 evidence.note(row, Verdict(check.called, *found))
 
 
+def unfailed(evidence: Evidence, curate: Curate) -> NDArray[np.bool_]:
+    """Which traces no check has failed so far, `(R,)`."""
+    fails_V = np.array([False, *(_fails(verdict, curate) for verdict in evidence.verdicts)])
+    unfailed_R = np.ones(len(evidence.prompts_R), np.bool_)
+    for found_R in evidence.codes_CR:
+        unfailed_R &= ~fails_V[found_R]
+    return unfailed_R
+
+
+def _fails(verdict: Verdict, curate: Curate) -> bool:
+    """Whether a verdict drops a trace; one that was not asked for leaves that to the check for which it was not."""
+    unjudged = verdict.passed is None and not curate.keep_unjudged and verdict[1:] != NOT_ASKED
+    return verdict.passed is False or unjudged
+
+
 class Choice(NamedTuple):
     """Which traces are kept, and why the others are not."""
 
@@ -121,7 +138,7 @@ def choose(evidence: Evidence, curate: Curate) -> Choice:
     reasons: list[str | None] = [None, "duplicate", "over_max_per_prompt", "control_token_inside"]
     reason_V = np.zeros(len(evidence.verdicts) + 1, np.uint16)
     for code, verdict in enumerate(evidence.verdicts, start=1):
-        if verdict.passed is False or (verdict.passed is None and not curate.keep_unjudged):
+        if _fails(verdict, curate):
             reason_V[code] = len(reasons)
             reasons.append(f"{verdict.check}:{verdict.reason}")
     codes_R: Codes = np.zeros(len(evidence.prompts_R), np.uint16)

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from types import TracebackType
 from typing import Any, NamedTuple
 
 from distill.checks import Verdict
 from distill.checks.form import answer_of
 from distill.checks.runs import Place, run_program, run_tests
 from distill.checks.sandbox import place_for
+from distill.errors import RecipeError
 from distill.recipe.code import CodeSettings
 from distill.run import early
 
+Key = tuple[int, str]
+"""Number of a trace, name of a check."""
 Tests = str | list[str] | list[dict[str, Any]] | dict[str, Any] | None
 
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+.-]*)[^\n]*\n(.*?)(?:^[ \t]*\1`*[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
@@ -60,30 +64,53 @@ def judge_code(completion: str, tests: Tests, settings: CodeSettings) -> Verdict
     return Verdict("code", passed, reason)
 
 
-def judge_codes(rows: Iterable[tuple[int, tuple[str, Tests]]], settings: CodeSettings, workers: int) -> Iterator[tuple[int, Verdict]]:
-    """Each row's number and verdict, as they come: so many are judged at once, and no more are taken from the rows than that.
+class Runs:
+    """Code of many answers, so many judged at once. Use as a context manager.
 
     Args:
-        rows: Numbered completions with their tests.
-        settings: Limits of each.
         workers: Runs at once.
     """
-    running: dict[Future[Verdict], int] = {}
-    pool = ThreadPoolExecutor(workers, "code")
-    try:
-        for number, (completion, tests) in rows:
-            running[pool.submit(judge_code, completion, tests, settings)] = number
-            if len(running) > workers:
-                yield from _finished(running)
-        while running:
-            yield from _finished(running)
-    finally:  # also where nobody listens any more
-        pool.shutdown(cancel_futures=True)
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._pool = ThreadPoolExecutor(workers, "code")
+        self._running: dict[Future[Verdict], Key] = {}
+
+    def __enter__(self) -> Runs:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def add(self, key: Key, completion: str, tests: Tests, settings: CodeSettings) -> Iterator[tuple[Key, Verdict]]:
+        """Begins to judge an answer, and yields what has been judged meanwhile, if no more may be begun."""
+        self._running[self._pool.submit(judge_code, completion, tests, settings)] = key
+        if len(self._running) > self._workers:
+            yield from self._ended()
+
+    def rest(self) -> Iterator[tuple[Key, Verdict]]:
+        """What is still under way, as it ends."""
+        while self._running:
+            yield from self._ended()
+
+    def _ended(self) -> Iterator[tuple[Key, Verdict]]:
+        for future in wait(self._running, return_when=FIRST_COMPLETED).done:
+            yield self._running.pop(future), future.result()
 
 
-def _finished(running: dict[Future[Verdict], int]) -> Iterator[tuple[int, Verdict]]:
-    for future in wait(running, return_when=FIRST_COMPLETED).done:
-        yield running.pop(future), future.result()
+def refuse_no_place(name: str, settings: CodeSettings) -> Place:
+    """Where the code of a check is run.
+
+    Raises:
+        RecipeError: nowhere, with the reason.
+    """
+    place = place_for(settings)
+    if isinstance(place, str):
+        raise RecipeError(
+            f"checks: {name}: no sandbox can be had on this machine, so no code is run: {place}. Install or permit bubblewrap "
+            "(`python -m distill.checks.sandbox` says what holds), or set unprotected: true where the machine itself may be lost."
+        )
+    return place
 
 
 def code_of(answer: str) -> list[str]:
@@ -108,7 +135,7 @@ def read_tests(tests: Tests) -> str | list[_Example] | None:
         if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs) or tests.get("fn_name"):
             return None
         tests = [{"input": given, "output": expected} for given, expected in zip(inputs, outputs, strict=True)]
-    if not tests:
+    if not tests or not isinstance(tests, list):
         return None
     if all(isinstance(line, str) for line in tests):
         return "\n".join(tests)  # type: ignore[arg-type]

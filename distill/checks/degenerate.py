@@ -10,7 +10,7 @@ import re
 
 from distill.checks import Found, Given
 from distill.data.texts import loops
-from distill.recipe.checks import Degenerate
+from distill.recipe.kinds import Degenerate
 from distill.run.schema import THINK_CLOSE
 
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_]+")  # in Chinese and Japanese each character

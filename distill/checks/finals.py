@@ -10,7 +10,8 @@ from distill.checks.final import bare, final_answer
 from distill.checks.form import answer_of
 from distill.checks.forms.final import is_final
 from distill.checks.label import named_label
-from distill.recipe.checks import Check, Label
+from distill.recipe.checks import Check
+from distill.recipe.kinds import Label
 
 _LONGEST = 200
 """Characters of a final answer that is kept as it is; a longer one is known by its digest."""

@@ -11,7 +11,8 @@ from typing import Any
 from distill.checks import Found, Given
 from distill.checks.form import answer_of
 from distill.errors import RecipeError, visible
-from distill.recipe.checks import Check, Python
+from distill.recipe.checks import Check
+from distill.recipe.kinds import Python
 from distill.run.files import digest_file, digest_json
 
 _LONGEST_REASON = 60

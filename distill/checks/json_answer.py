@@ -9,7 +9,7 @@ from typing import Any
 
 from distill.checks import Found, Given
 from distill.checks.form import answer_of
-from distill.recipe.checks import Json
+from distill.recipe.kinds import Json
 
 _FENCE = re.compile(r"```[ \t]*(?:json[c5]?)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _OPENS = re.compile(r"[{\[]")

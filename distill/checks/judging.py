@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from distill.checks import Found, Given, Verdict, language, math
+from distill.checks.code import Runs, refuse_no_place
 from distill.checks.degenerate import check_degenerate
 from distill.checks.form import check_finish
 from distill.checks.functions import check_python
@@ -22,7 +23,9 @@ from distill.checks.pool import Call, Pool, Question
 from distill.checks.text import check_text
 from distill.checks.thinking import check_thinking
 from distill.checks.tool_calls import check_tool_calls
-from distill.recipe.checks import Check, CheckSection
+from distill.recipe.checks import Check
+from distill.recipe.kinds import CheckSection, Code
+from distill.run.schema import TOLD
 
 _HERE: dict[str, Callable[[Given, Any], Found]] = {
     "finish": lambda given, _: check_finish(given.finish_reason, given.completion)[1:],
@@ -41,27 +44,37 @@ _APART: dict[str, Callable[[Given, Any], Found]] = {
     "language": check_language,
     "python": check_python,
 }
-"""Checks that run what others have written, or compute for long; `math` is one, too."""
+"""Checks that run what others have written, or compute for long; `math` is one, too, and `code`, which has processes of its own."""
 
 _OF_FINAL_ANSWERS = frozenset({"math", "label", "number"})
 """Checks that look for one answer at the end of a text."""
+
+_TOLD: dict[bool | None, Found] = {True: (True, "brought_right"), False: (False, "brought_wrong"), None: (None, "brought_unknown")}
+"""What a column of verdicts comes to."""
 
 _PREPARED = {"math": math.prepare, "language": language.prepare}
 
 
 class Judges:
-    """The checks of a list, but for `agreement`, which no trace passes by itself. Use as a context manager.
+    """The checks of a list, but for `agreement`, which no trace passes by itself, and `judge`, which is asked when all others are done.
+
+    Use as a context manager.
 
     Args:
         checks: In the recipe's order.
-        timeout_s: Hard limit for one check of one trace, in seconds.
+        timeout_s: Hard limit for one check of one trace, in seconds; code has its own.
         workers: Processes; null means one for each core this process may use.
+
+    Raises:
+        RecipeError: code is to be run, and there is no sandbox; when the first is.
     """
 
     def __init__(self, checks: Sequence[Check], timeout_s: float, workers: int | None = None) -> None:
         self._checks = [check for check in checks if check.agreement is None]
+        self._here = [check for check in self._checks if check.judge is None]
         self._asks_final = asks_final(checks)
         prepared = list(dict.fromkeys(_PREPARED[check.kind] for check in self._checks if check.kind in _PREPARED))
+        self._runs: Runs | None = None  # of code
         # One alone goes there by its name: its process need not import what all the others do.
         self._pool = Pool(timeout_s, workers, prepared[0] if len(prepared) == 1 else partial(_prepare, prepared), "checks")
 
@@ -70,6 +83,8 @@ class Judges:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._pool.__exit__(kind, error, trace)
+        if self._runs is not None:
+            self._runs.__exit__(kind, error, trace)
 
     @property
     def slow(self) -> list[str]:
@@ -91,20 +106,41 @@ class Judges:
 
     def answers(self, traces: Iterable[tuple[int, Given]]) -> Generator[tuple[int, Found], None, None]:
         """Each trace's number with what all checks together come to, as soon as the last of them has judged it."""
+        if not self._here:
+            yield from ((number, (True, "right")) for number, _ in traces)
+            return
         waiting: dict[int, dict[str, Found]] = defaultdict(dict)
         with closing(self.stream(traces)) as verdicts:
             for number, verdict in verdicts:
                 waiting[number][verdict.check] = verdict[1:]
-                if len(waiting[number]) == len(self._checks):
-                    yield number, combined(self._checks, waiting.pop(number))
+                if len(waiting[number]) == len(self._here):
+                    yield number, combined(self._here, waiting.pop(number))
 
     def _questions(
         self, traces: Iterable[tuple[int, Given]], is_known: Callable[[int, str], bool]
     ) -> Iterator[tuple[tuple[int, str], Question]]:
         for number, given in traces:
             for check in self._checks:
-                if not is_known(number, check.called):
-                    yield (number, check.called), question(check, given, asks_final=self._asks_final)
+                key = (number, check.called)
+                if is_known(*key):
+                    continue
+                if given.told is not None and check.settings.of_answers:
+                    yield key, given.told
+                elif check.code is not None:
+                    yield from self._run(key, given, check.called, check.code)
+                elif check.judge is None:
+                    yield key, question(check, given, asks_final=self._asks_final and given.told is None)
+        if self._runs is not None:
+            for key, found in self._runs.rest():
+                yield key, found[1:]
+
+    def _run(self, key: tuple[int, str], given: Given, name: str, code: Code) -> Iterator[tuple[tuple[int, str], Question]]:
+        """Begins to run an answer's code, and yields what others have come to meanwhile."""
+        if self._runs is None:
+            refuse_no_place(name, code)
+            self._runs = Runs(self._pool.num_workers)
+        for other, found in self._runs.add(key, given.completion, given.fields.get(code.tests), code):
+            yield other, found[1:]
 
 
 def columns_read(checks: Sequence[Check]) -> list[str]:
@@ -117,7 +153,8 @@ def given_of(trace: Mapping[str, Any], fields: Mapping[str, Any] | None = None) 
     """What a check is told of a row of traces, and of the fields of its prompt."""
     turns = [turn["content"] for turn in trace.get("messages") or () if turn["role"] == "user"]
     prompt = turns[-1] if turns else ""
-    known = (trace.get("finish_reason"), trace.get("num_tokens"))
+    told = _TOLD[trace[TOLD.name]] if TOLD.name in trace else None
+    known = (trace.get("finish_reason"), trace.get("num_tokens"), told)
     return Given(trace["completion"], trace.get("reference"), fields or {}, prompt, *known)
 
 
@@ -160,7 +197,9 @@ def combined(checks: Sequence[Check], found: dict[str, Found]) -> Found:
 
 def _is_apart(check: Check) -> bool:
     """Whether a check runs in a process of its own; of texts only one with a pattern of the user's."""
-    return check.math is not None or (check.kind in _APART and (check.text is None or check.text.pattern is not None))
+    if check.math is not None or check.code is not None:
+        return True
+    return check.kind in _APART and (check.text is None or check.text.pattern is not None)
 
 
 def _prepare(functions: Sequence[Callable[[], None]]) -> None:

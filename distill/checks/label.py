@@ -10,7 +10,7 @@ from typing import Any
 from distill.checks import Found, Given
 from distill.checks.final import bare, boxed, folded, plain
 from distill.checks.form import answer_of
-from distill.recipe.checks import Label
+from distill.recipe.kinds import Label
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _ALONE = re.compile(r"^\W*([A-Za-z])\W*$")

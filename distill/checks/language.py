@@ -9,7 +9,7 @@ from typing import Any
 
 from distill.checks import Found, Given
 from distill.checks.form import answer_of
-from distill.recipe.checks import Language
+from distill.recipe.kinds import Language
 
 _NO_WORDS = re.compile(
     r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[A-Za-z]+(?:\{[^{}]*\})*|</?[A-Za-z][^<>\n]*>|https?://\S+",

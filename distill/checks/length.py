@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distill.checks import Found, Given
-from distill.recipe.checks import Length
+from distill.recipe.kinds import Length
 
 
 def check_length(given: Given, settings: Length) -> Found:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from distill.checks import Found, Given
 from distill.checks.final import boxed, digit_of, final_answer, plain
 from distill.checks.form import answer_of
-from distill.recipe.checks import Number
+from distill.recipe.kinds import Number
 
 _LONGEST = 10_000
 """Characters at the end of an answer that are looked at."""

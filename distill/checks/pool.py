@@ -51,7 +51,8 @@ class Pool:
         self, timeout_s: float, workers: int | None = None, prepare: Callable[[], object] | None = None, name: str = "checks"
     ) -> None:
         self._timeout_s, self._prepare, self._name = timeout_s, prepare, name
-        self._num_workers = workers or _cores()
+        self.num_workers = workers or _cores()
+        """Processes."""
         self._workers: list[_Worker[Any]] = []
 
     def __enter__(self) -> Pool:
@@ -73,7 +74,7 @@ class Pool:
                     waiting.append((key, question))
                 else:
                     yield key, question
-                while len(waiting) >= _TOGETHER * self._num_workers and not self._hand_out(waiting):
+                while len(waiting) >= _TOGETHER * self.num_workers and not self._hand_out(waiting):
                     yield from self._answers(waiting)
             while waiting or any(worker.owed for worker in self._workers):
                 if not self._hand_out(waiting):
@@ -85,11 +86,11 @@ class Pool:
     def _hand_out(self, waiting: deque[tuple[Key, Call]]) -> bool:
         """Gives calls to a worker that has none, and says whether there was one."""
         if not self._workers:
-            self._workers = [self._new_worker() for _ in range(self._num_workers)]
+            self._workers = [self._new_worker() for _ in range(self.num_workers)]
         idle = next((worker for worker in self._workers if worker.ready and not worker.owed), None)
         if idle is None or not waiting:
             return False
-        share = min(_TOGETHER, -(-len(waiting) // self._num_workers))
+        share = min(_TOGETHER, -(-len(waiting) // self.num_workers))
         idle.ask([waiting.popleft() for _ in range(share)])
         return True
 

@@ -8,7 +8,7 @@ import re
 from distill.checks import Found, Given
 from distill.checks.final import bare, final_answer, folded
 from distill.checks.form import answer_of
-from distill.recipe.checks import Text
+from distill.recipe.kinds import Text
 
 
 def check_text(given: Given, settings: Text) -> Found:

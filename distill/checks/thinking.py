@@ -5,7 +5,7 @@ from __future__ import annotations
 from distill.checks import Found, Given
 from distill.checks.form import check_think
 from distill.data.texts import is_blank
-from distill.recipe.checks import Think
+from distill.recipe.kinds import Think
 from distill.run.schema import THINK_CLOSE, THINK_OPEN
 
 

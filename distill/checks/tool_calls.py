@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from distill.checks import Found, Given
 from distill.checks.form import answer_of
 from distill.checks.json_answer import equal, find_json, is_missing, loaded, schema_problem
-from distill.recipe.checks import ToolCalls
+from distill.recipe.kinds import ToolCalls
 
 _HERMES = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _BAR, _BLOCK = "\uff5c", "\u2581"  # in DeepSeek's control tokens

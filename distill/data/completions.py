@@ -19,6 +19,12 @@ _CUT_OFF = frozenset(
     {"length", "max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "model_length", "truncated", "incomplete"}
 )
 
+_VERDICTS = {
+    **dict.fromkeys(("true", "1", "yes", "right", "correct", "pass", "passed", "accept", "accepted", "ok", "valid", "verified"), True),
+    **dict.fromkeys(("false", "0", "no", "wrong", "incorrect", "fail", "failed", "reject", "rejected", "invalid", "error"), False),
+    **dict.fromkeys(("none", "null", "unknown", "n/a"), None),
+}
+
 
 class Brought(NamedTuple):
     """An answer from elsewhere."""
@@ -32,11 +38,13 @@ class Brought(NamedTuple):
     """Whether its reasoning began without `<think>`, as R1's templates leave it, and was given one."""
     finish_reason: str | None = None
     """`stop`, `length` or `error`; null where nothing says how it ended."""
+    verdict: bool | None = None
+    """Whether its source calls the answer right; null where it does not say."""
 
 
 def columns_of(traces: Traces) -> list[str]:
     """Names that are looked up in a row, besides those of its prompt."""
-    return [name for name in (traces.completion, traces.reasoning, traces.finish_reason) if name is not None]
+    return [name for name in (traces.completion, traces.reasoning, traces.finish_reason, traces.verdict) if name is not None]
 
 
 def brought(traces: Traces, row: Row, where: str) -> Brought:
@@ -49,7 +57,7 @@ def brought(traces: Traces, row: Row, where: str) -> Brought:
     """
     given = (text_at(row, traces.completion, where) or "").strip()
     text = without_end(given)
-    found = Brought(text, end_removed=text != given, finish_reason=_finish_reason(traces, row, where))
+    found = Brought(text, end_removed=text != given, finish_reason=_finish_reason(traces, row, where), verdict=_verdict(traces, row, where))
     if is_blank(text):
         return found._replace(text="", reason="empty_completion")
     if traces.answer_separator is not None:
@@ -85,3 +93,19 @@ def _finish_reason(traces: Traces, row: Row, where: str) -> str | None:
         raise DataError(f"{where}: {traces.finish_reason} should say in a word how the trace ended, got {visible(value, 60)!r}.")
     word = value.strip().lower()
     return "stop" if word in _ENDED else "length" if word in _CUT_OFF else "error"
+
+
+def _verdict(traces: Traces, row: Row, where: str) -> bool | None:
+    """Whether the source calls an answer right.
+
+    Raises:
+        DataError: it says something else: a score is no verdict.
+    """
+    value = text_at(row, traces.verdict, where) if traces.verdict is not None else None
+    word = value.strip().lower() if value is not None else "none"
+    if word not in _VERDICTS:
+        raise DataError(
+            f"{where}: {traces.verdict} should say whether the answer is right, as true or false, got {visible(word, 60)!r}. Name a column "
+            "of verdicts in traces.verdict, or leave it out."
+        )
+    return _VERDICTS[word]

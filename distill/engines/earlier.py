@@ -26,16 +26,17 @@ class EarlierTraces:
         folders: Of the stages: one that is to grow, or the parts of one.
         authors: Only theirs: another model of the same name has written nothing yet.
         failed: Whether requests that failed for good there count too; else they are asked again.
+        table: Where they stand.
     """
 
-    def __init__(self, folders: Path | Sequence[Path], authors: Collection[str], *, failed: bool = False) -> None:
+    def __init__(self, folders: Path | Sequence[Path], authors: Collection[str], *, failed: bool = False, table: str = "traces") -> None:
         places = [folders] if isinstance(folders, Path) else folders
-        tables = ("traces", "dropped") if failed else ("traces",)
-        self._sources = [(folder, table) for folder in places for table in tables if table in read_manifest(folder).tables]
+        tables = (table, "dropped") if failed else (table,)
+        self._sources = [(folder, name) for folder in places for name in tables if name in read_manifest(folder).tables]
         hashes, sources, numbers = array("Q"), array("Q"), array("Q")
         self._counts = dict.fromkeys(authors, 0)
-        for source, (folder, table) in enumerate(self._sources):
-            for number, row in enumerate(iter_rows(folder, table, columns=["author", "prompt_id", "sample_index", "finish_reason"])):
+        for source, (folder, name) in enumerate(self._sources):
+            for number, row in enumerate(iter_rows(folder, name, columns=["author", "prompt_id", "sample_index", "finish_reason"])):
                 if row["author"] in self._counts and (failed or row["finish_reason"] != "error"):
                     self._counts[row["author"]] += 1
                     hashes.append(_number_of(row["author"], (row["prompt_id"], row["sample_index"])))

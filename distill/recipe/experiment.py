@@ -178,6 +178,20 @@ class Recipe(Section):
                     f"prompts.fields: the check {check.called} looks at the column {missing!r}, which is not carried along. Add it: "
                     f"fields: [{', '.join([*carried, missing])}]"
                 )
+        preferences = self.evaluate.preferences if self.evaluate is not None else None
+        missing = next((column for column in preferences.columns if column not in carried), None) if preferences is not None else None
+        if missing is not None:
+            raise ValueError(f"prompts.fields: evaluate.preferences.rubric names {{{missing}}}, which is not carried along. Add it")
+        return self
+
+    @model_validator(mode="after")
+    def _verdicts_stand_for_something(self) -> Recipe:
+        told = self.traces is not None and self.traces.verdict is not None
+        if told and not any(check.settings.of_answers for check in self.curate.checks):
+            raise ValueError(
+                "traces.verdict would be ignored: it stands in place of a check that says whether an answer is right, and curate.checks "
+                "has none. Add one (math, label, text, ...)"
+            )
         return self
 
     @model_validator(mode="after")

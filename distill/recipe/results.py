@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from distill.recipe.base import PositiveInt, Sampling, Section
 from distill.recipe.checks import Checks
+from distill.recipe.judge import Preferences
 from distill.recipe.likeness import Likeness
 from distill.recipe.sets import MAIN, HeldOutSet, SetName, judge_an_answer
 
@@ -27,11 +28,14 @@ class Evaluate(Sampling):
     """Use only so many held-out prompts; null means all."""
     checks: Checks | None = None
     """What a right answer passes, every one. Null takes those of `curate.checks` that say that an answer is right (math, label, text,
-    number, json, tool_calls, python), or math where there are none."""
+    number, json, tool_calls, code, judge, python), or math where there are none."""
     sets: dict[SetName, HeldOutSet] = Field(default_factory=dict)
     """Further held-out sets by their names, each with a source, columns, checks and sampling of its own."""
     check_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """Hard limit for one answer check, in seconds."""
+    preferences: Preferences | None = None
+    """Ask a model, in both orders, which answer is better: the student's or the teacher's, the base's or the teacher's, the student's or
+    the base's. Null asks nobody."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Coverage of the printed intervals."""
     likeness: Likeness | None = None
@@ -46,6 +50,12 @@ class Evaluate(Sampling):
         if not value or len(set(value)) != len(value):
             raise ValueError("name each of base, student, teacher at most once, and at least one")
         return value
+
+    @model_validator(mode="after")
+    def _two_are_compared(self) -> Evaluate:
+        if self.preferences is not None and len(self.models) < 2:
+            raise ValueError("preferences compares the answers of two models: name two or more in models, or leave it out")
+        return self
 
     _checks = field_validator("checks")(judge_an_answer)
 
@@ -76,9 +86,9 @@ class Evaluate(Sampling):
         `Recipe.checks_of_answers`, the other sets by `Recipe.asked_sets`, and what is compared with the teacher by `Recipe.likeness`.
         """
         plain = super().identity()
-        return {
-            name: value for name, value in plain.items() if name not in ("checks", "sets", "likeness") and (name != "calibration" or value)
-        }
+        apart = ("checks", "sets", "likeness", "preferences")
+        plain = {name: value for name, value in plain.items() if name not in apart and (name != "calibration" or value)}
+        return plain | ({} if self.preferences is None else {"preferences": self.preferences.identity()})
 
 
 class Report(Section):

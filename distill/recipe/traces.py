@@ -32,6 +32,10 @@ class Traces(Section):
     finish_reason: str | None = None
     """Column that says how a trace ended (`stop`, `length`, and what servers write for them); one that was cut is dropped by curate.checks
     finish. Null where none does: then only a text that is plainly cut is found."""
+    verdict: str | None = None
+    """Column that says whether the answer is right (true, false, 1, 0, or a word such as `correct`, `failed`; null: not known). It stands
+    in place of every check in `curate.checks` that says so (math, label, text, number, json, tool_calls, code, python, judge), which then
+    look at no trace; base, student and teacher are measured by these checks all the same."""
     author_model: str | None = None
     """Who wrote them, for the record."""
     licence: str | None = None
@@ -42,6 +46,11 @@ class Traces(Section):
         if self.reasoning is not None and self.answer_separator is not None:
             raise ValueError("reasoning and answer_separator exclude each other: the reasoning is in one place")
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the rows; of those that an earlier kit did not know only what is asked for."""
+        plain = super().identity()
+        return {name: value for name, value in plain.items() if name != "verdict" or value is not None}
 
 
 class Generate(Sampling):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich import box
@@ -95,7 +95,7 @@ def _accuracy_text(result: ModelResult) -> str:
 
 
 class TagTable(NamedTuple):
-    """The accuracy on the prompts of each tag of a set."""
+    """The accuracy on the prompts of each tag of a set, or what a judge prefers."""
 
     title: str
     columns: list[str]
@@ -105,6 +105,21 @@ class TagTable(NamedTuple):
 def tag_tables(summary: RunSummary) -> list[TagTable]:
     """A table for each set whose prompts have tags."""
     return [_tags(found) for found in summary.sets if found.tags]
+
+
+def win_tables(summary: RunSummary) -> list[TagTable]:
+    """How often a judge prefers the answers of one model to those of another, where one was asked."""
+    columns = ["answers of", "against", "preferred", "prompts", "ties", "unjudged"]
+    return [
+        TagTable("By a judge, in both orders; a tie counts as half", columns, [_win(row) for row in found.wins])
+        for found in summary.sets
+        if found.wins
+    ]
+
+
+def _win(row: Mapping[str, Any]) -> list[str]:
+    rate = _with_interval(Estimate(row["value"], row["low"], row["high"]))
+    return [row["model_role"], row["against"], rate, f"{row['num_prompts']:,}", *map(percent_text, (row["tie_rate"], row["unjudged_rate"]))]
 
 
 def _tags(found: SetResults) -> TagTable:

@@ -41,6 +41,9 @@ TRACE = pa.schema(
     ]
 )
 
+# Whether the source of brought traces calls the answer right (null: not known); their table has it where traces.verdict names a column.
+TOLD = pa.field("verdict", pa.bool_())
+
 # A dropped row is a trace and the reason it went.
 DROPPED_TRACE = TRACE.append(pa.field("reason", pa.string()))
 
@@ -141,6 +144,32 @@ CERTAINTY = pa.schema(
         ("sample_index", pa.int32()),
         ("num_tokens", pa.int32()),  # behind its reasoning, end of turn excluded
         ("log_prob", pa.float64()),  # of these, in nats; null where it was not read
+    ]
+)
+
+# Whose answer to a prompt a judge prefers, of two; a row a pair.
+PREFERENCE = pa.schema(
+    [
+        ("model_role", pa.string()),
+        ("against", pa.string()),
+        ("prompt_id", pa.string()),
+        ("sample_index", pa.int32()),
+        ("winner", pa.string()),  # one of the two, or tie; null: could not be judged
+        ("reason", pa.string()),
+    ]
+)
+
+# How often one model's answers are preferred to another's.
+WINS = pa.schema(
+    [
+        ("model_role", pa.string()),
+        ("against", pa.string()),
+        ("value", pa.float64()),  # share of prompts won, a tie counted as half
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+        ("num_prompts", pa.int32()),  # of which a pair could be judged
+        ("tie_rate", pa.float64()),  # of the judged pairs
+        ("unjudged_rate", pa.float64()),  # of all pairs
     ]
 )
 

@@ -16,6 +16,7 @@ from distill.recipe.experiment import Recipe
 from distill.recipe.models import ModelSpec
 from distill.recipe.servers import Server
 from distill.run.log import say
+from distill.servers.needs import ServerNeeds, needs_of
 
 if TYPE_CHECKING:
     from distill.models.chat import ChatFormat
@@ -83,6 +84,8 @@ def open_writer(
     logprobs: int | None = None,
     needs_ids: bool = False,
     parts: int = 1,
+    spec: ModelSpec | None = None,
+    needs: ServerNeeds | None = None,
 ) -> Iterator[Writer]:
     """The model of a role, ready to write for as long as the context lasts; in this process it is then out of memory.
 
@@ -97,12 +100,14 @@ def open_writer(
         logprobs: Alternatives wanted beside each written token.
         needs_ids: Whether completions without ids are tokenised here.
         parts: Among how many the stage's `max_cost` and `max_tokens` are divided.
+        spec: The model, of a role that is none of these three.
+        needs: What a server that is started for it must be able to do.
 
     Raises:
         RecipeError: a key was set that the place can't honour.
         ServerError: a server can't be started or reached.
     """
-    spec: ModelSpec | None = recipe.teacher if role == "teacher" else recipe.student
+    spec = spec or (recipe.teacher if role == "teacher" else recipe.student)
     assert spec is not None  # the recipe was validated
     if spec.server is None:
         if logprobs is not None:
@@ -113,7 +118,8 @@ def open_writer(
         with _here(recipe, spec, sampling, trained) as writer:
             yield writer
     else:
-        with _behind(recipe, spec, spec.server, role, sampling, place, run, section, trained, logprobs, parts) as writer:
+        needs = needs or needs_of(recipe, role)
+        with _behind(recipe, spec, spec.server, role, sampling, place, run, section, trained, logprobs, parts, needs) as writer:
             if needs_ids:
                 if writer.chat is None:
                     raise ModelError(f"{spec.model}: its tokenizer is needed here. Make it reachable, or name one with tokenizer.")
@@ -153,11 +159,11 @@ def _behind(
     trained: Path | None,
     logprobs: int | None,
     parts: int,
+    needs: ServerNeeds,
 ) -> Iterator[Writer]:
     """A model behind a server, which is found, or started and ended."""
     from distill.servers.batches import BatchEngine
     from distill.servers.client import Client
-    from distill.servers.needs import needs_of
     from distill.servers.protocols import protocol_of
     from distill.servers.serving import serving
     from distill.servers.spending import Spending, shared
@@ -172,7 +178,7 @@ def _behind(
     refuse(sampling, section)
     chat = _chat_format(spec, server)
     adapter = recipe.student.adapter if trained is not None else None
-    with serving(spec, role, place, run, trained=trained, adapter=adapter, needs=needs_of(recipe, role)) as served:
+    with serving(spec, role, place, run, trained=trained, adapter=adapter, needs=needs) as served:
         protocol = protocol_of(server, served.model)
         spending = Spending(place, role, shared(server, parts))
         record = model_at(spec, server, served.model, served.record)
@@ -227,7 +233,7 @@ def _refuse_unhonoured(
 
     given = getattr(recipe, section, None)
     fields = given.model_fields_set if given is not None else sampling.model_fields_set
-    name = "teacher" if role == "teacher" else "student"
+    name = "student" if role == "base" else role
     found = unhonoured(
         server,
         sampling,

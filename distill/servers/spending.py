@@ -26,7 +26,7 @@ class Spending:
 
     Args:
         folder: Of the stage; null keeps nothing.
-        role: Whose model it is: `teacher`, `student`, `base`; each is counted apart.
+        role: Whose model it is: `teacher`, `student`, `base`, a judge; each is counted apart.
         server: With `price`, `max_cost` and `max_tokens`.
         part: Of the stage, where several processes share its folder: each counts for itself.
 
@@ -97,7 +97,7 @@ class Spending:
         of_tokens = most is not None and tokens >= most
         key, limit = ("max_tokens", f"{most:,}") if of_tokens else ("max_cost", f"${self._server.max_cost or 0:,.2f}")
         cost = "" if self.cost is None else f", ${self._cost_of(used):,.2f}"
-        section = "teacher" if self._role == "teacher" else "student"
+        section = "student" if self._role == "base" else self._role
         raise BudgetError(
             f"{section}.server.{key}: {limit} is reached: {tokens:,} tokens{cost} in {used.requests:,} requests. All that was "
             f"written is kept; raise {key} and run this again, and it goes on."

@@ -41,16 +41,22 @@ def _tables(*names: str) -> tuple[str, ...]:
     return tuple(f"{name}-[0-9][0-9][0-9][0-9][0-9].parquet" for name in names)
 
 
+_JUDGED = ("judged_*-[0-9][0-9][0-9][0-9][0-9].parquet*", "journal-judge*.jsonl", "batches-judge*.json", "compared-[0-9]*.parquet*")
+"""What judges have said: it stays where the tables that are made in one go begin anew."""
 _WRITTEN = (f"{PARTS}/[0-9]*-of-[0-9]*/*", "batches*.json")
 
 WRITES = {
     "prompts": _tables("train", "heldout", "dropped"),
     "generate": (*_tables("traces", "dropped", "alternatives"), *_WRITTEN),
-    "curate": _tables("curated", "dropped", "verdicts"),
+    "curate": (*_tables("curated", "dropped", "verdicts"), *_JUDGED),
     "score": ("targets-*-of-*.targets", "targets-*-of-*.targets.part", "journal-*-of-*.jsonl"),
     "train": ("adapter/*", "model/*", "tokenizer/*", "checkpoints/*", "logs/*", "metrics.jsonl"),
     "rollouts": (*_tables("traces", "dropped"), *_WRITTEN),
-    "evaluate": (*_tables("traces", "answers", "scores", "confusion", "thoughts", "likeness", "certainty"), *_WRITTEN),
+    "evaluate": (
+        *_tables("traces", "answers", "scores", "confusion", "thoughts", "likeness", "certainty", "preferences", "wins"),
+        *_WRITTEN,
+        *_JUDGED,
+    ),
     "report": ("report.html", "report.md", "summary.txt"),
     "export": ("model/*", "adapter/*", "README.md"),
 }

@@ -8,31 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from distill.checks import Given, Verdict
-from distill.checks.choice import Choice, Evidence, agree, choose, evidence_for
+from distill.checks import Given, Verdict, judge
+from distill.checks.choice import NOT_ASKED, Choice, Evidence, agree, choose, evidence_for, unfailed
 from distill.checks.fields import PromptFields
 from distill.checks.functions import digest_of
+from distill.checks.judge import Case
 from distill.checks.judging import Judges, columns_read, given_of
 from distill.checks.tokens import Counted
-from distill.errors import DataError
+from distill.errors import DataError, visible
 from distill.recipe.experiment import Recipe
 from distill.recipe.traces import Curate
 from distill.run.clock import Clock
 from distill.run.early import EndedEarly
 from distill.run.folder import StageFolder
-from distill.run.log import Progress, progress
+from distill.run.log import Progress, progress, say
 from distill.run.manifest import Manifest, read_manifest
 from distill.run.plan import Growth, StagePlan
-from distill.run.schema import DROPPED_TRACE, TRACE, VERDICT
+from distill.run.schema import DROPPED_TRACE, TOLD, TRACE, VERDICT
 from distill.run.tables import iter_pieces
-from distill.stages import Step, folder, open_stage, plan_of
+from distill.servers.judging import CASE, Asked, case_of, grade, with_judges
+from distill.stages import Step, folder, open_stage, plan_of, run_dir
 
 _READ = ["prompt_id", "sample_index", "reference", "completion", "finish_reason"]
 _BLOCK = 64  # verdicts of slow checks between two writes to the journal
@@ -46,6 +50,8 @@ def plan(recipe: Recipe) -> StagePlan:
         settings["student"] = recipe.student.identity()
     if (digest := digest_of(recipe.curate.checks)) is not None:
         settings["python_sha256"] = digest
+    if (digest := judge.digest_of(recipe.curate.checks)) is not None:
+        settings |= {"judge_sha256": digest, "seed": recipe.seed}
     inputs = [folder(recipe, "generate"), *([folder(recipe, "prompts")] if _reads_fields(recipe) else [])]
     return plan_of(recipe, Step("curate"), settings, inputs, growth)
 
@@ -59,6 +65,7 @@ def run(recipe: Recipe) -> Manifest:
         clock, source = Clock(out.path), read_manifest(traces)
         evidence = evidence_for(recipe.curate, source.rows("traces"))
         _examine(recipe, out, evidence)
+        judges = _ask_judges(recipe, out, evidence)
         _find_strays(traces, evidence, source.facts.get("control_ids", []))
         choice = choose(evidence, recipe.curate)
         rows_in, drops = len(choice.codes_R), choice.drops
@@ -66,7 +73,7 @@ def run(recipe: Recipe) -> Manifest:
             raise DataError(_nothing_kept(out, rows_in, drops))
         with out.in_one_go():
             tokens = _write(out, traces, evidence, choice)
-            facts = clock.facts(verdicts=evidence.summary(), **_carried(source.facts, tokens))
+            facts = with_judges(clock.facts(verdicts=evidence.summary(), **_carried(source.facts, tokens)), judges)
             return out.finish(rows_in=rows_in, rows_kept=choice.num_kept, drops=drops, facts=facts)
 
 
@@ -88,6 +95,9 @@ def _examine(recipe: Recipe, out: StageFolder, evidence: Evidence) -> None:
         # A kit that knew one slow check alone did not write down which.
         evidence.note(entry["row"], Verdict(entry.get("check", "math"), entry["passed"], entry["reason"]))
     block: list[dict[str, Any]] = []
+    if recipe.traces is not None and recipe.traces.verdict is not None:
+        stand_for = ", ".join(check.called for check in curate.checks if check.settings.of_answers)
+        say(f"check traces: the verdicts of {stand_for} are those of the column {visible(recipe.traces.verdict, 80)}")
     judges = Judges(curate.checks, curate.check_timeout_s, curate.workers)
     slow = {name: evidence.has(name) for name in judges.slow}
     unit, times = ("traces", 1) if len(slow) < 2 else ("verdicts", len(slow))
@@ -110,11 +120,49 @@ def _examine(recipe: Recipe, out: StageFolder, evidence: Evidence) -> None:
     agree(curate, evidence)
 
 
+def _ask_judges(recipe: Recipe, out: StageFolder, evidence: Evidence) -> dict[str, dict[str, Any]]:
+    """Fills the evidence with what judges find of traces that no other check has failed; returns what is to be known of each judge."""
+    facts: dict[str, dict[str, Any]] = {}
+    if _is_told(recipe):
+        return facts
+    for check in recipe.curate.checks:
+        if check.judge is None:
+            continue
+        waiting_R = unfailed(evidence, recipe.curate)
+        found, facts[Asked.of_check(check.called).role] = grade(
+            recipe, check, out, run_dir(recipe), partial(_cases, recipe, out, waiting_R)
+        )
+        for row in np.flatnonzero(~waiting_R).tolist():
+            evidence.note(row, Verdict(check.called, *NOT_ASKED))
+        for row, verdict in found:
+            evidence.note(row, Verdict(check.called, *verdict))
+    return facts
+
+
+def _cases(recipe: Recipe, out: StageFolder, waiting_R: NDArray[np.bool_]) -> Iterator[tuple[int, Case]]:
+    """The traces that a judge is asked of, by their numbers."""
+    start = 0
+    with PromptFields(folder(recipe, "prompts"), out.path) if _reads_fields(recipe) else nullcontext() as fields:
+        for piece in iter_pieces(folder(recipe, "generate"), "traces", CASE):
+            places = np.flatnonzero(waiting_R[start : start + len(piece)])
+            rows = piece.take(pa.array(places)).to_pylist()
+            of_prompts = fields.of([trace["prompt_id"] for trace in rows]) if fields is not None else [{}] * len(rows)
+            for place, trace, known in zip(places.tolist(), rows, of_prompts, strict=True):
+                yield start + place, case_of(trace, known)
+            start += len(piece)
+
+
+def _is_told(recipe: Recipe) -> bool:
+    """Whether the source of the traces says itself which answers are right."""
+    return recipe.traces is not None and recipe.traces.verdict is not None
+
+
 def _traces(recipe: Recipe, out: StageFolder, evidence: Evidence, bar: Progress | None) -> Iterator[tuple[int, Given]]:
     """What checks are told of each trace, after what tells it from others was noted."""
     checks, start = recipe.curate.checks, 0
     counted = Counted(recipe) if _counts_tokens(recipe.curate) else None
-    names = [*_READ, *columns_read(checks), *(["completion_ids"] if counted else [])]
+    told = [TOLD.name] if _is_told(recipe) else []
+    names = [*_READ, *told, *columns_read(checks), *(["completion_ids"] if counted else [])]
     with PromptFields(folder(recipe, "prompts"), out.path) if _reads_fields(recipe) else nullcontext() as fields:
         for piece in iter_pieces(folder(recipe, "generate"), "traces", names):
             rows = _rows(piece, counted)
@@ -154,7 +202,7 @@ def _write(out: StageFolder, traces: Path, evidence: Evidence, choice: Choice) -
     curated, dropped, verdicts = out.table("curated", TRACE), out.table("dropped", DROPPED_TRACE), out.table("verdicts", VERDICT)
     reasons = pa.array(choice.reasons, pa.string())
     tokens, unknown, start = 0, 0, 0
-    for piece in iter_pieces(traces, "traces"):
+    for piece in iter_pieces(traces, "traces", TRACE.names):
         codes = choice.codes_R[start : start + len(piece)]
         kept, lost = piece.filter(pa.array(codes == 0)), piece.filter(pa.array(codes != 0))
         curated.add(kept)

@@ -18,6 +18,7 @@ import numpy as np
 
 from distill.checks.finals import labels_of
 from distill.checks.functions import digest_of
+from distill.checks.judge import digest_of as judge_digest_of
 from distill.checks.judging import Judges
 from distill.checks.label import right_label
 from distill.checks.marking import ToMark, marked
@@ -42,6 +43,8 @@ from distill.run.parts import Part, begun, gathered_facts, missing, part_facts, 
 from distill.run.plan import NO_LIMIT, Growth, StagePlan, name_in_run
 from distill.run.schema import ANSWER, CONFUSION, SCORE, TRACE
 from distill.run.tables import TableWriter, iter_pieces, rows_at
+from distill.servers.judging import grade_answers, with_judges
+from distill.servers.preferences import compare
 from distill.stages import Step, folder, open_stage, plan_of, run_dir, student_folder
 
 if TYPE_CHECKING:
@@ -85,14 +88,18 @@ def plan(recipe: Recipe) -> StagePlan:
     inputs = [folder(recipe, "prompts"), *([student_folder(recipe)] if "student" in evaluate.models else [])]
     rising = {f"evaluate.{place}{name}": least for place in ("", "sets.*.") for name, least in _RISING.items()}
     # A teacher that comes or goes; another is refused. By other checks the same answers are judged anew. A set comes or goes whole.
-    free = {"models", "confidence", "checks", "sets", "sets.*", "sets.*.checks", *_READING}
-    growth = Growth(rising, free=frozenset({f"evaluate.{name}" for name in free} | {"python_sha256", "teacher"}), other_inputs=True)
+    free = {"models", "confidence", "checks", "preferences", "sets", "sets.*", "sets.*.checks", *_READING}
+    growth = Growth(
+        rising, free=frozenset({f"evaluate.{name}" for name in free} | {"python_sha256", "judge_sha256", "teacher"}), other_inputs=True
+    )
     checks = recipe.checks_of_answers
     asked = evaluate.identity() | ({} if checks == checks_of("math") else {"checks": [check.identity() for check in checks]})
     asked |= {} if recipe.likeness is None else {"likeness": recipe.likeness.identity()}
     asked |= {"sets": _settings_of_sets(recipe)} if evaluate.sets else {}
-    python = digest_of([check for each in recipe.asked_sets().values() for check in each.checks])
+    checks = [check for each in recipe.asked_sets().values() for check in each.checks]
+    python, judge = digest_of(checks), judge_digest_of(checks, evaluate.preferences)
     settings = {**specs, "evaluate": asked, "seed": recipe.seed, **({"python_sha256": python} if python else {})}
+    settings |= {"judge_sha256": judge} if judge else {}
     return plan_of(recipe, Step("evaluate"), settings, inputs, growth)
 
 
@@ -174,7 +181,10 @@ def _evaluate(recipe: Recipe, out: StageFolder, *, in_parts: bool = False) -> Ma
         rows_kept=answers["rows"],
         # A model or a set that is asked for no more has been paid for.
         keep_earlier=before is not None and (bool(dropped) or not set(before.facts["models"]) <= set(facts["models"])),
-        facts=facts | {"confidence": evaluate.confidence, "tokens": answers["tokens"]} | _facts_of_sets(sets) | answers["read"],
+        facts=with_judges(facts, answers["judges"])
+        | {"confidence": evaluate.confidence, "tokens": answers["tokens"]}
+        | _facts_of_sets(sets)
+        | answers["read"],
     )
 
 
@@ -295,6 +305,7 @@ def _judge(table: TableWriter, recipe: Recipe, sets: Sequence[_Set], out: StageF
 
     evaluate, counted, rows, tokens = _evaluate_of(recipe), Counted(recipe), 0, 0
     read: Row = {}
+    asked: Row = {}  # judges
     answers, scores = out.table("answers", ANSWER), out.table("scores", SCORE)
     confusions = out.table("confusion", CONFUSION, optional=True)
     for checks, alike in itertools.groupby(sets, lambda each: each.asked.checks):
@@ -302,6 +313,7 @@ def _judge(table: TableWriter, recipe: Recipe, sets: Sequence[_Set], out: StageF
             for each in alike:
                 prompts = {row["prompt_id"]: row for row in each.rows}
                 found = marked(table, ToMark(each.name, checks, prompts), counted, judges)
+                asked |= grade_answers(recipe, out, run_dir(recipe), table, each.name, checks, found, prompts)
                 measured = _measured(each, evaluate, recipe.seed)
                 if each.name == MAIN:
                     trained = student_folder(recipe) if "student" in evaluate.models else None
@@ -312,7 +324,8 @@ def _judge(table: TableWriter, recipe: Recipe, sets: Sequence[_Set], out: StageF
                 confusions.extend(_confusion(found, measured))
                 answers.extend(found)
                 rows, tokens = rows + len(found), tokens + sum(answer["num_tokens"] or 0 for answer in found)
-    return {"rows": rows, "tokens": tokens, "read": read}
+    asked |= compare(recipe, out, run_dir(recipe), table, sets[0].rows)
+    return {"rows": rows, "tokens": tokens, "judges": asked, "read": read}
 
 
 def _measured(each: _Set, evaluate: Evaluate, seed: int) -> Measured:

@@ -31,7 +31,7 @@ from distill.run.folder import StageFolder
 from distill.run.log import say
 from distill.run.manifest import Manifest, read_manifest
 from distill.run.plan import Growth, StagePlan
-from distill.run.schema import DROPPED_TRACE, TRACE, Message, prompt_id
+from distill.run.schema import DROPPED_TRACE, TOLD, TRACE, Message, prompt_id
 from distill.run.tables import iter_pieces, iter_rows
 from distill.stages import Step, folder, open_stage, plan_of
 
@@ -73,11 +73,11 @@ def _import(recipe: Recipe, traces: Traces, source: Source, out: StageFolder) ->
         _refuse_what_is_gone(recipe, traces, out)
         out.grow()
     with out.in_one_go(), _Prompts(folder(recipe, "prompts"), out.path) as prompts:
-        kept, dropped = out.table("traces", TRACE), out.table("dropped", DROPPED_TRACE)
+        kept, dropped = out.table("traces", TRACE if traces.verdict is None else TRACE.append(TOLD)), out.table("dropped", DROPPED_TRACE)
         for row, found in _matched(recipe, traces, source, prompts):
             rows_in += 1
             if found.reason is None:
-                kept.append(row)
+                kept.append(row if traces.verdict is None else row | {TOLD.name: found.verdict})
                 mended.update(_mended(found))
             else:
                 drops[found.reason] += 1

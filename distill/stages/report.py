@@ -17,7 +17,7 @@ from distill.recipe.reading import recipe_text
 from distill.reporting.made import MadeStep, repeat_commands
 from distill.reporting.pages import render
 from distill.reporting.public import public_names, published, published_recipe
-from distill.reporting.results import label_tables, results_tables, results_text, tag_tables
+from distill.reporting.results import label_tables, results_tables, results_text, tag_tables, win_tables
 from distill.reporting.summary import RunSummary, lineage, metrics, summarise
 from distill.reporting.tables import (
     ROUND_COLUMNS,
@@ -79,7 +79,7 @@ def _page(recipe: Recipe, summary: RunSummary) -> dict[str, Any]:
         "name": recipe.name,
         "summary": summary,
         "results": results_tables(summary),
-        "tags": tag_tables(summary),
+        "tags": [*tag_tables(summary), *win_tables(summary)],
         "labels": label_tables(summary),
         "funnel": funnel(summary, recipe),
         "verdicts": verdict_counts(summary),

@@ -1,0 +1,101 @@
+"""A model that grades: which one, how it draws its tokens, how often it is asked, and by which rubric."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from distill.recipe.base import PositiveInt, Sampling, Section
+from distill.recipe.models import ModelSpec
+
+# Not the argument of a LaTeX command, as in \boxed{answer}, nor what looks like Jinja's.
+_PLACE = re.compile(r"(?<![\w\\}\]^{])\{([A-Za-z_][\w.]*)\}")
+_SHARED = ("prompt", "reference")
+
+
+class Grader(Section):
+    """A model that grades, in this process or behind a server."""
+
+    decides_no_row = frozenset({"batch_size"})
+
+    model: ModelSpec
+    """The model, as in `teacher`: `{model: ..., server: {...}}`."""
+    repeats: PositiveInt = 1
+    """How often each question is put, an odd number: what more than half of the replies say counts, and else nothing is judged."""
+    max_new_tokens: PositiveInt = 2048
+    """Longest reply, in tokens, reasoning included; what is cut before its verdict is not judged."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 takes the most probable token; more than 0 is needed for repeats."""
+    batch_size: PositiveInt = 16
+    """Questions at once, in this process; halved by itself when memory runs out."""
+
+    @model_validator(mode="after")
+    def _repeats_differ(self) -> Grader:
+        if self.repeats % 2 == 0:
+            raise ValueError(f"repeats: got {self.repeats}, of which half may say one thing and half the other. Give an odd number")
+        if self.repeats > 1 and self.temperature == 0:
+            raise ValueError("repeats at temperature 0 say the same thing every time: raise temperature, or leave repeats out")
+        return self
+
+    @property
+    def sampling(self) -> Sampling:
+        """How a reply is drawn."""
+        return Sampling(
+            samples_per_prompt=self.repeats,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            batch_size=self.batch_size,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What decides a reply, besides the words that frame the rubric."""
+        plain = self.model_dump(mode="json", exclude_defaults=True, exclude={"model", *self.decides_no_row})
+        return plain | {"model": self.model.identity()}
+
+
+def places_in(rubric: str, known: tuple[str, ...]) -> list[str]:
+    """Columns of `prompts.fields` that a rubric names: what stands in braces and is none of the known words."""
+    return [name for name in dict.fromkeys(_PLACE.findall(rubric)) if name not in known]
+
+
+def filled(rubric: str, values: dict[str, str]) -> str:
+    """A rubric with values in the places of their names, all at once: what stands in a value is no place."""
+    return _PLACE.sub(lambda found: values.get(found[1], found[0]), rubric)
+
+
+def _not_empty(value: str) -> str:
+    if not value.strip():
+        raise ValueError("is empty, so there is nothing to grade by. Say what a good answer is")
+    return value
+
+
+class Rubric(Grader):
+    """A model that grades single answers by a rubric."""
+
+    rubric: str
+    """What a good answer is, in plain words. `{prompt}`, `{answer}`, `{reasoning}`, `{reference}` and columns of `prompts.fields` in braces
+    stand for these of each row; prompt and answer are put below it where it does not name them."""
+
+    _says_something = field_validator("rubric")(_not_empty)
+
+
+class Preferences(Grader):
+    """A model that says which of two answers is better."""
+
+    rubric: str = "Which answer serves the user better: right, complete, to the point, in the form that was asked for?"
+    """What makes an answer the better one, in plain words. `{prompt}`, `{reference}` and columns of `prompts.fields` in braces stand for
+    these of each row; the prompt is put below it where it does not name it, and the two answers always."""
+
+    _says_something = field_validator("rubric")(_not_empty)
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of `prompts.fields` that the rubric names."""
+        return places_in(self.rubric, _SHARED)
+
+    @property
+    def asks_reference(self) -> bool:
+        """Whether the rubric names it."""
+        return "reference" in places_in(self.rubric, ())

@@ -1,0 +1,238 @@
+"""A model that grades, here or behind a server: questions in, replies out; what was answered is never paid for twice.
+
+Questions go the way of every prompt: the same engine and servers, journal and shards. Replies stay in the stage's folder, as a table of
+traces whose author is the judge.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distill.checks import Found
+from distill.checks.fields import as_fields
+from distill.checks.judge import GRADES, Case, Vote, grade_of, question_id, question_of, unasked, vote_of
+from distill.engines import TraceTable
+from distill.engines.earlier import EarlierTraces
+from distill.recipe.checks import Check
+from distill.recipe.experiment import Recipe
+from distill.recipe.judge import Grader
+from distill.recipe.sets import MAIN
+from distill.run.folder import StageFolder
+from distill.run.manifest import read_manifest
+from distill.run.parts import summed
+from distill.run.schema import TRACE, Message
+from distill.run.tables import TableWriter
+from distill.servers.needs import ServerNeeds
+from distill.servers.opening import open_writer
+
+_PER_TOKEN = 2  # texts that are shown may have so many times the tokens that the author's own tokenizer counts
+
+
+class Question(NamedTuple):
+    """What a judge is asked."""
+
+    name: str
+    """Of the question: equal only for equal ones."""
+    messages: list[Message]
+
+
+class Asked(NamedTuple):
+    """A judge among the models of a stage."""
+
+    role: str
+    """Its name there: that of no model of the recipe's own."""
+    table: str
+    """Of its replies."""
+    doing: str
+    """For the progress bar."""
+
+    @classmethod
+    def of_check(cls, name: str, of_set: str = MAIN) -> Asked:
+        """The judge that a check of this name is, in a further held-out set one of its own."""
+        role = name if name == "judge" else f"judge-{name}"
+        further = "" if of_set == MAIN else f"+{of_set}"
+        return cls(f"{role}{further}", f"judged_{name}{further}", f"ask {role}{f' of {of_set}' if further else ''}")
+
+
+class Replies(NamedTuple):
+    """What a judge has said of all questions."""
+
+    table: TableWriter
+    repeats: int
+    facts: dict[str, Any]
+    """Of the judge, for the manifest: which model, its terms, what it used."""
+
+    def votes(self, words: tuple[str, ...]) -> Iterator[list[Vote]]:
+        """Of each question, in their order, what its replies say."""
+        votes: list[Vote] = []
+        for piece in self.table.pieces(["completion", "finish_reason"]):
+            for row in piece.to_pylist():
+                votes.append(vote_of(row["completion"], row["finish_reason"], words))
+                if len(votes) == self.repeats:
+                    yield votes
+                    votes = []
+
+
+def ask(
+    recipe: Recipe,
+    grader: Grader,
+    asked: Asked,
+    out: StageFolder,
+    run: Path,
+    questions: Callable[[], Iterable[Question]],
+    number: int,
+) -> Replies:
+    """Puts questions to a judge, as far as they have not been answered; goes on after a kill.
+
+    Args:
+        recipe: The recipe.
+        grader: The judge.
+        asked: Who the judge is, and where its replies stand.
+        out: The stage's folder.
+        run: The run's folder.
+        questions: All of them, in the same order after a restart.
+        number: How many.
+
+    Raises:
+        ServerError: more requests failed than the recipe allows.
+    """
+    role = asked.role
+    table = out.table(asked.table, TRACE, resume=True)
+    sampling = grader.sampling
+    if not number:
+        return Replies(table, grader.repeats, {})
+    needs = ServerNeeds(_PER_TOKEN * _longest(recipe) + sampling.max_new_tokens)
+    how: dict[str, Any] = {"section": role, "spec": grader.model, "needs": needs}
+    with open_writer(recipe, role, sampling, out.path, run, **how) as writer:
+        known = _known(out, asked, writer.record)
+        traces = TraceTable(table, out.journal(f"journal-{role}.jsonl"), sampling, recipe.seed, known)
+        rows = ({"prompt_id": one.name, "messages": one.messages, "reference": None} for one in questions())
+        traces.write(writer.engine, rows, number, role, asked.doing, writer.max_failed)
+    from distill.data.licences import licence_of
+
+    licence = licence_of(grader.model.model, grader.model.licence)
+    return Replies(
+        table, grader.repeats, {"author": writer.record, "licence": licence, "device": writer.device, **writer.rendering, **writer.spent()}
+    )
+
+
+Cases = Callable[[], Iterable[tuple[int, Case]]]
+"""Numbered traces, as often as they are asked for, in one order."""
+CASE = ["author", "prompt_id", "sample_index", "messages", "reference", "completion"]
+"""Columns of a table of traces that make a case."""
+
+
+def case_of(trace: Mapping[str, Any], fields: Mapping[str, Any] | None) -> Case:
+    """A row of traces, and the fields of its prompt, as a case."""
+    return Case(**{name: trace[name] for name in CASE}, fields=fields or {})
+
+
+def grade(
+    recipe: Recipe, check: Check, out: StageFolder, run: Path, cases: Cases, of_set: str = MAIN
+) -> tuple[Iterator[tuple[int, Found]], dict[str, Any]]:
+    """What a judge finds of each case, and what is to be known of the judge.
+
+    Args:
+        recipe: The recipe.
+        check: The judge's.
+        out: The stage's folder.
+        run: The run's folder.
+        cases: Those that the judge is asked of.
+        of_set: The held-out set that they belong to.
+    """
+    judge = check.judge
+    assert judge is not None  # whoever asks looks
+    known, asked = dict[int, Found](), array("q")
+    for number, case in cases():
+        found = unasked(judge, case)
+        if found is None:
+            asked.append(number)
+        else:
+            known[number] = found
+    identity = judge.identity()
+
+    def questions() -> Iterator[Question]:
+        for number, case in cases():
+            if number not in known:
+                messages = question_of(judge, case)
+                yield Question(question_id(identity, messages, case), messages)
+
+    replies = ask(recipe, judge, Asked.of_check(check.called, of_set), out, run, questions, len(asked))
+
+    def all_found() -> Iterator[tuple[int, Found]]:
+        yield from known.items()
+        yield from zip(asked, map(grade_of, replies.votes(GRADES)), strict=True)
+
+    return all_found(), replies.facts
+
+
+def grade_answers(
+    recipe: Recipe,
+    out: StageFolder,
+    run: Path,
+    table: TableWriter,
+    of_set: str,
+    checks: Sequence[Check],
+    answers: Sequence[dict[str, Any]],
+    prompts: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """Has the judges among a set's checks look at answers that no other check has failed; returns what is to be known of each.
+
+    Args:
+        recipe: The recipe.
+        out: The stage's folder.
+        run: The run's folder.
+        table: Of the answers as traces.
+        of_set: Its name.
+        checks: Of its answers.
+        answers: To its prompts, a row each; `correct` and `reason` are changed.
+        prompts: By their ids, with `fields` where checks look at some.
+    """
+    facts: dict[str, dict[str, Any]] = {}
+    for check in checks:
+        if check.judge is None:
+            continue
+        waiting = {_key(answer, "model_role"): number for number, answer in enumerate(answers) if answer["correct"] is not False}
+
+        def cases(waiting: dict[tuple[str, str, int], int] = waiting) -> Iterator[tuple[int, Case]]:
+            for row in (row for piece in table.pieces([*CASE, "finish_reason"]) for row in piece.to_pylist()):
+                number = waiting.get(_key(row, "author"))
+                if number is not None and row["finish_reason"] != "error":
+                    yield number, case_of(row, as_fields(prompts[row["prompt_id"]].get("fields")))
+
+        found, facts[Asked.of_check(check.called, of_set).role] = grade(recipe, check, out, run, cases, of_set)
+        for number, (passed, reason) in found:
+            if passed is False or answers[number]["correct"] is True:
+                named = reason if len(checks) == 1 else "right" if passed else f"{check.called}:{reason}"
+                answers[number].update(correct=passed, reason=named)
+    return facts
+
+
+def _key(row: Mapping[str, Any], author: str) -> tuple[str, str, int]:
+    return row[author], row["prompt_id"], row["sample_index"]
+
+
+def with_judges(facts: dict[str, Any], judges: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Facts of a stage with those of its judges, whose costs are among the stage's."""
+    if not judges:
+        return facts
+    spent = summed([facts.get("server"), *(judge.get("server") for judge in judges.values())])
+    return facts | {"judges": judges} | ({"server": spent} if spent else {})
+
+
+def _longest(recipe: Recipe) -> int:
+    """Tokens of the longest answer that is shown."""
+    lengths = [recipe.evaluate.max_new_tokens if recipe.evaluate is not None else 0, recipe.train.max_length]
+    return max([*lengths, recipe.generate.max_new_tokens if recipe.generate is not None else 0])
+
+
+def _known(out: StageFolder, asked: Asked, record: dict[str, Any]) -> EarlierTraces | None:
+    """What this judge has said before, where the stage grows; of another one nothing."""
+    if out.earlier is None:
+        return None
+    before = read_manifest(out.earlier)
+    same = (before.facts.get("judges") or {}).get(asked.role, {}).get("author") == record
+    return EarlierTraces(out.earlier, {asked.role}, table=asked.table) if same else None
