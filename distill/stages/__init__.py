@@ -31,6 +31,7 @@ FOLDERS = {
     "train": "student",
     "rollouts": "rollouts",
     "evaluate": "eval",
+    "benchmark": "benchmarks",
     "report": "report",
     "export": "export",
 }
@@ -43,6 +44,8 @@ def _tables(*names: str) -> tuple[str, ...]:
 
 _WRITTEN = (f"{PARTS}/[0-9]*-of-[0-9]*/*", "batches*.json")
 
+_PARTIAL = "partial"
+
 WRITES = {
     "prompts": _tables("train", "heldout", "dropped"),
     "generate": (*_tables("traces", "dropped", "alternatives"), *_WRITTEN),
@@ -51,12 +54,13 @@ WRITES = {
     "train": ("adapter/*", "model/*", "tokenizer/*", "checkpoints/*", "logs/*", "metrics.jsonl"),
     "rollouts": (*_tables("traces", "dropped"), *_WRITTEN),
     "evaluate": (*_tables("traces", "answers", "scores"), *_WRITTEN),
+    "benchmark": (*_tables("scores"), *(f"{place}/*" for place in ("base", "student", "teacher", "every_eval_ever", _PARTIAL))),
     "report": ("report.html", "report.md", "summary.txt"),
     "export": ("model/*", "adapter/*", "README.md"),
 }
 """Stage name and the files that it may write in its folder: what is not among them is never deleted."""
 
-SCRATCH = {"train": "checkpoints", "generate": PARTS, "rollouts": PARTS, "evaluate": PARTS}
+SCRATCH = {"train": "checkpoints", "generate": PARTS, "rollouts": PARTS, "evaluate": PARTS, "benchmark": _PARTIAL}
 """Stage name and the folder in its folder that a restart needs, and nobody afterwards."""
 
 CACHE = "cache"
@@ -77,7 +81,7 @@ RECIPE = "recipe.yaml"
 ROUND_STAGES = ("rollouts", "score", "train")
 """What an on-policy round consists of: the student writes, the teacher scores, the student trains."""
 
-_MEASURING = ("evaluate", "report", "export")
+_MEASURING = ("evaluate", "benchmark", "report", "export")
 """Stages that stand behind the rounds."""
 
 ROUNDS = "rounds"
@@ -106,6 +110,7 @@ def stages_of(recipe: Recipe) -> list[str]:
         "train": recipe.trains_on_traces or recipe.train.is_live,
         "rollouts": False,
         "evaluate": recipe.evaluate is not None,
+        "benchmark": recipe.benchmarks is not None,
         "report": True,
         "export": recipe.export is not None,
     }
