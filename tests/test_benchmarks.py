@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -148,17 +149,51 @@ def test_differences_are_paired_and_the_report_says_in_words_what_was_not_lost(t
     assert "as they were written" in ok("verify", trained / "run")
 
 
+STOPPED = """
+import os, sys
+from distill.benchmarks import kept
+from distill.cli import main
+from distill.stages import benchmark
+
+what, count = sys.argv.pop(1), 0
+tell, keep = kept.Kept.add_partial, benchmark._Stage._keep
+
+def told(self, *answer):
+    global count
+    tell(self, *answer)
+    count += 1
+    if what == "answers" and count == 5:
+        self.write()
+        os._exit(9)
+
+def kept_unit(self, unit):
+    keep(self, unit)
+    if what == "unit":
+        os._exit(9)
+
+kept.Kept.add_partial, benchmark._Stage._keep = told, kept_unit
+main()
+"""
+
+
 @pytest.mark.slow
-def test_further_tasks_are_added_and_what_is_there_is_kept(trained: Path) -> None:
-    """A task that leaves and comes back, a model that comes: nothing is measured twice; a task with other data is."""
-    before = stamps(trained, "base"), stamps(trained, "student")
-    ok("benchmark", trained / "r.yaml", "--benchmarks.models", "[base, student, teacher]")
-    assert (stamps(trained, "base"), stamps(trained, "student")) == before
-    assert set(stamps(trained, "teacher")) == {"own_written", "own_chosen"}
-    rows = {(row["model_role"], row["metric"]): row["value"] for row in scores(trained)}
-    assert rows["teacher", "accuracy"] >= 0
-    refused = distill("benchmark", trained / "r.yaml", "--benchmarks.limit", "3")
-    assert refused.returncode == 1 and "benchmarks.limit" in refused.stderr
+def test_killed_it_goes_on_with_what_is_missing(trained: Path, tmp_path: Path) -> None:
+    """Behind a task, and inside of one: neither is done twice, and the numbers are those of a run that was not killed."""
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run, ignore=shutil.ignore_patterns("benchmarks", "report"))
+    words = ["benchmark", trained / "r.yaml", "--run_dir", run, "--benchmarks.models", "[base, student]"]
+    assert commands.run([tmp_path / "stopped.py", "unit", *map(str, words)]).returncode == 9
+    first = next((run / "benchmarks" / "base" / "own_written").glob("results_*.json")).name
+    assert commands.run([tmp_path / "stopped.py", "answers", *map(str, words)]).returncode == 9
+    assert not (run / "benchmarks" / "base" / "own_chosen").exists()
+    said = distill(*words)
+    assert said.returncode == 0 and f"{2 * DOCUMENTS} requests, going on from 5" in said.stderr, said.stderr
+    assert next((run / "benchmarks" / "base" / "own_written").glob("results_*.json")).name == first
+    assert not (run / "benchmarks" / "partial").exists() and not (run / "benchmarks" / "journal.jsonl").exists()
+    whole = {(row["model_role"], row["metric"], row["scorer"]): row["value"] for row in scores(trained)}
+    for row in read_rows(run / "benchmarks", "scores"):
+        assert row["value"] == pytest.approx(whole[row["model_role"], row["metric"], row["scorer"]])
 
 
 @pytest.mark.slow
@@ -227,3 +262,21 @@ def test_a_record_of_every_eval_ever_has_what_its_schema_asks_for(trained: Path)
         assert record["eval_library"]["name"] == "lm_eval" and record["source_metadata"]["source_organization_name"] == "the tests"
         assert str(trained) not in json.dumps(record)
     assert record["model_info"]["name"] == "sums" and record["model_info"]["additional_details"]["trained_from"] == "embedded:student"
+
+
+@pytest.mark.slow
+def test_further_tasks_are_added_and_what_is_there_is_kept(trained: Path) -> None:
+    """A task that leaves and comes back, a model that comes: nothing is measured twice; a task with other data is."""
+    before = stamps(trained, "base"), stamps(trained, "student")
+    ok("benchmark", trained / "r.yaml", "--benchmarks.models", "[base, student, teacher]")
+    assert (stamps(trained, "base"), stamps(trained, "student")) == before
+    assert set(stamps(trained, "teacher")) == {"own_written", "own_chosen"}
+    rows = {(row["model_role"], row["metric"]): row["value"] for row in scores(trained)}
+    assert rows["teacher", "accuracy"] >= 0
+    ok("train", trained / "r.yaml", "--redo", "--train.trainer_args.max_steps", "3")
+    student = stamps(trained, "student")
+    ok("benchmark", trained / "r.yaml")  # without the teacher, which was paid for
+    assert stamps(trained, "base") == before[0] and not set(stamps(trained, "student").values()) & set(student.values())
+    assert (trained / "run" / "benchmarks" / "earlier" / "teacher" / "own_written").is_dir()
+    refused = distill("benchmark", trained / "r.yaml", "--benchmarks.limit", "3")
+    assert refused.returncode == 1 and "benchmarks.limit" in refused.stderr

@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from distill.run.files import digest_json
 
 INSTALL = "`pip install 'distill-kit[benchmarks]'`"
 GENERATIVE = "generate_until"
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of a function, another one in each process
 _OF_TASKS = frozenset({".yaml", ".py", ".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet"})
 
 
@@ -137,7 +139,7 @@ def _leaf(task: Any) -> Leaf:
     config = task.dump_config()
     metadata = {key: value for key, value in (config.get("metadata") or {}).items() if key != "config_source"}
     settings = {key: value for key, value in config.items() if key != "metadata"} | {"metadata": metadata}
-    settings = {key: repr(value) for key, value in settings.items()}
+    settings = {key: _ADDRESS.sub("", repr(value)) for key, value in settings.items()}
     seen = hashlib.sha256(digest_json(settings).encode())
     documents = task.eval_docs
     for document in documents:
