@@ -23,7 +23,7 @@ from distill.run.files import write_text
 
 SCHEMA = "0.3.0"
 FOLDER = "every_eval_ever"
-_SHARES = frozenset({"acc", "acc_norm", "acc_bytes", "exact_match", "em", "f1", "accuracy", "mcc_pos", "pass@1"})
+_SHARES = frozenset({"acc", "acc_norm", "accuracy", "em", "exact_match", "f1"})
 """Metrics that lie between 0 and 1."""
 _CANONICAL = {"acc": "accuracy", "accuracy": "accuracy", "exact_match": "exact_match", "f1": "f1"}
 _LOADERS = frozenset({"json", "csv", "parquet", "text", "arrow"})
@@ -143,11 +143,12 @@ def _source_data(task: str, config: Row, count: int | None) -> Row:
         return {"dataset_name": task, "source_type": "other"}
     split = config.get("test_split") or config.get("validation_split") or config.get("training_split")
     return {
-        "dataset_name": config.get("dataset_name") or path,
+        "dataset_name": path.rpartition("/")[2],
         "source_type": "hf_dataset",
         "hf_repo": path,
         **({"hf_split": split} if isinstance(split, str) else {}),
         **({"samples_number": count} if count is not None else {}),
+        **({"additional_details": {"config": str(config["dataset_name"])}} if config.get("dataset_name") else {}),
     }
 
 
