@@ -35,5 +35,5 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) -e '.[dev,qlora,serve]'
+	$(PIP) -e '.[dev,qlora,serve,benchmarks]'
 	touch $@

@@ -211,6 +211,7 @@ def evaluate(context: typer.Context, recipe: RecipePath, redo: Redo = False, sha
     _run_one("evaluate", _load(recipe, context), redo=redo, shard=shard)
 
 
+_stage_command("benchmark", "Measure base, student and teacher on public benchmarks through lm-eval (the optional extra benchmarks).")
 _stage_command("report", "Make report.md and report.html from the run's files.")
 _stage_command("export", "Write the merged student, its adapter and a model card.")
 

@@ -28,7 +28,7 @@ def run_stage(name: str, recipe: Recipe, *, number: int = 0, redo: bool = False,
     """Runs one stage, goes on with it, or finds it done; returns its manifest, with rows, drops and facts.
 
     Args:
-        name: `prompts`, `generate`, `curate`, `score`, `train`, `rollouts`, `evaluate`, `report` or `export`.
+        name: `prompts`, `generate`, `curate`, `score`, `train`, `rollouts`, `evaluate`, `benchmark`, `report` or `export`.
         recipe: Of `load_recipe`.
         number: Of the on-policy round, from 1; 0 outside the rounds.
         redo: Delete first what is there of this stage.

@@ -47,6 +47,7 @@ _UNITS = {
     "train": "rows",
     "rollouts": "traces",
     "evaluate": "answers",
+    "benchmark": "tasks",
 }
 
 

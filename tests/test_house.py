@@ -26,7 +26,7 @@ LAYERS = [
     {"before"},
     {"pipeline"},
     {"stages"},
-    {"trainers", "reporting"},
+    {"trainers", "reporting", "benchmarks"},
     {"servers"},
     {"engines", "checks", "measure"},
     {"models", "data"},

@@ -99,6 +99,7 @@ def _examine(recipe: Recipe, steps: Sequence[Step], found: Findings, *, here: bo
     survey = _check_prompts(recipe, found)
     further = {} if survey is None else check_sets(recipe, survey, found)
     check_packages(recipe, found, importing=True)
+    _check_benchmarks(recipe, found)
     whole = machine.check_device(recipe, found, here=here, processes=processes)
     machine.check_memory(recipe, steps, found, here=here, processes=processes)
     possible = machine.possible(recipe)
@@ -118,6 +119,21 @@ def _examine(recipe: Recipe, steps: Sequence[Step], found: Findings, *, here: bo
 
         rehearse(possible, rows or [made_up(prompt, recipe, chats["student"]) for prompt in survey.sample], found)
     return whole
+
+
+def _check_benchmarks(recipe: Recipe, found: Findings) -> None:
+    """Whether lm-eval knows the tasks, and their data can be had here."""
+    if recipe.benchmarks is None:
+        return
+
+    def attempt() -> str:
+        from distill.benchmarks.tasks import find_tasks, version
+
+        leaves = find_tasks(recipe).leaves
+        listed = ", ".join(f"{name} ({sum(leaf.documents for leaf in found):,})" for name, found in leaves.items())
+        return f"lm-eval {version()}: {listed} documents"
+
+    found.prove("benchmarks", attempt)
 
 
 def _trainer_arguments(recipe: Recipe, processes: int) -> str:

@@ -77,6 +77,7 @@ def _asked(recipe: Recipe, name: str, judge: Judge | Preferences, server: Server
     from distill.servers.opening import open_writer
 
     first = Case("", row["prompt_id"], 0, row["messages"], row["reference"] or _NOTHING, row["reference"], as_fields(row.get("fields")))
+    words: tuple[str, ...]
     if isinstance(judge, Judge):
         messages, words = question_of(judge, first), GRADES
     else:

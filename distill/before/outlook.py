@@ -19,7 +19,7 @@ from distill.run.owned import EARLIER
 from distill.run.plan import StagePlan, relation
 from distill.stages import Step, folder, made_steps, run_dir, steps_of
 
-_COSTLY = ("generate", "score", "train", "rollouts", "evaluate")
+_COSTLY = ("generate", "score", "train", "rollouts", "evaluate", "benchmark")
 _STYLES = {"keep": "dim", "refuse": "bold red", "make anew": "yellow"}
 
 

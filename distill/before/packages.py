@@ -73,6 +73,8 @@ def needs(recipe: Recipe) -> list[Need]:
         # Without flash-attn transformers takes the same kernels from the package `kernels`.
         if spec.attn_implementation == "flash_attention_2" and importlib.util.find_spec("kernels") is None:
             found.append(Need(f"{role}.attn_implementation flash_attention_2", "flash_attn", "flash-attn --no-build-isolation"))
+    if recipe.benchmarks is not None:
+        found.append(Need("benchmarks", "lm_eval", "distill-kit[benchmarks]"))
     found += _of_arguments("train.trainer_args", recipe.train.trainer_args)
     if recipe.rollouts is not None:
         found += _of_arguments("rollouts.trainer_args", recipe.rollouts.trainer_args)

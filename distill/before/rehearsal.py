@@ -177,7 +177,7 @@ def _targets(recipe: Recipe, config: Any) -> Any:
 
 def _small(recipe: Recipe, place: Path, targets: list[str] | None) -> Recipe:
     """The recipe with miniatures for models, and few short rows and steps; what only says how is as it was."""
-    changed = recipe.model_dump(mode="json") | {"run_dir": str(place / "run"), "export": None}
+    changed = recipe.model_dump(mode="json") | {"run_dir": str(place / "run"), "benchmarks": None, "export": None}
     changed |= _small_reading(recipe, changed["prompts"])
     for role in ("student", "teacher"):
         if changed[role] is not None:

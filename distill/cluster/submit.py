@@ -117,8 +117,10 @@ def check(recipes: Sequence[Recipe], asked: Submission, wanted: Wanted, site: Si
         found.warn("site", f"there is no file {file}, so Slurm's defaults hold, and nodes have {wanted.gpus or 'no'} GPUs")
     if any(job.script == "train.sbatch" for job in asked.jobs):
         found.prove("processes that train", lambda: "; ".join(dict.fromkeys(_step(recipe, wanted, site) for recipe in recipes)))
-    if Step("evaluate") in {step for job in asked.jobs for step in job.steps}:
-        found.prove("GPUs of evaluate", lambda: _servers_of_evaluate(recipes[0], wanted))
+    asked_of = {"evaluate": recipes[0].evaluate, "benchmark": recipes[0].benchmarks}
+    for stage, section in asked_of.items():
+        if section is not None and Step(stage) in {step for job in asked.jobs for step in job.steps}:
+            found.prove(f"GPUs of {stage}", lambda stage=stage, roles=section.models: _own_servers(recipes[0], stage, roles, wanted))  # type: ignore[misc]
     if wanted.shards is not None:
         found.prove("parts", lambda: _parts(recipes[0], asked, wanted.shards or 1))
     arrays = [job for job in asked.jobs if job.tasks]
@@ -129,15 +131,14 @@ def check(recipes: Sequence[Recipe], asked: Submission, wanted: Wanted, site: Si
     return found.end("these jobs would be submitted:" if dry_run else "these jobs are submitted:")
 
 
-def _servers_of_evaluate(recipe: Recipe, wanted: Wanted) -> str:
-    """The servers that evaluate starts itself must find room on the GPUs of a task.
+def _own_servers(recipe: Recipe, stage: str, roles: Sequence[str], wanted: Wanted) -> str:
+    """The servers that a stage starts itself must find room on the GPUs of a task.
 
     Raises:
         ClusterError: one is told to take more.
     """
-    assert recipe.evaluate is not None
     own = {"teacher": recipe.teacher, "student": recipe.student, "base": recipe.student}
-    for role in recipe.evaluate.models:
+    for role in roles:
         spec = own[role]
         if spec is None or spec.server is None or not spec.server.is_started:
             continue
@@ -145,8 +146,8 @@ def _servers_of_evaluate(recipe: Recipe, wanted: Wanted) -> str:
         if wanted.gpus and needed > min(wanted.gpus, wanted.gpus_per_task):
             section = "teacher" if role == "teacher" else "student"
             raise ClusterError(
-                f"{section}.server.args: evaluate starts this server itself, on {needed:,} GPUs, and a task of it has "
-                f"{min(wanted.gpus, wanted.gpus_per_task):,}. Add --gpus-per-task {needed}, or leave {role} out of evaluate.models."
+                f"{section}.server.args: {stage} starts this server itself, on {needed:,} GPUs, and a task of it has "
+                f"{min(wanted.gpus, wanted.gpus_per_task):,}. Add --gpus-per-task {needed}, or leave {role} out of its models."
             )
     return f"{min(wanted.gpus, wanted.gpus_per_task):,} a task"
 

@@ -29,7 +29,7 @@ _PART = re.compile(r"(?P<index>\d{5})-of-(?P<count>\d{5})")
 _SCORED = re.compile(r"(?:targets|journal)-(?P<index>\d{5})-of-(?P<count>\d{5})\.(?P<kind>targets|targets\.part|jsonl)")
 _SPENT = re.compile(r"server-spending-(teacher|student|base)\b.*\.json")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-UNITS = {"generate": "traces", "score": "traces", "train": "steps", "rollouts": "traces", "evaluate": "answers"}
+UNITS = {"generate": "traces", "score": "traces", "train": "steps", "rollouts": "traces", "evaluate": "answers", "benchmark": "tasks"}
 
 
 class Parts(NamedTuple):
@@ -88,6 +88,8 @@ def total_of(recipe: Recipe, step: Step) -> int | None:
             if asked.sets:  # how many prompts these have is known when they were read
                 return None
             return _prompts(recipe, "heldout", asked.max_prompts) * asked.samples_per_prompt * len(asked.models)
+        if step.stage == "benchmark" and recipe.benchmarks is not None:
+            return len(recipe.benchmarks.models) * len(recipe.benchmarks.all_tasks)
         if step.stage == "score":
             source = ("rollouts", "traces") if step.number else ("curate", "curated")
             return read_manifest(folder(recipe, source[0], step.number)).rows(source[1])
@@ -116,6 +118,8 @@ def under_way(recipe: Recipe, step: Step, files: Files, held: Held, at: float) -
         return _of_traces(recipe, step, files, held, at)
     if step.stage == "score":
         return _of_targets(recipe, step, files, held, at)
+    if step.stage == "benchmark":
+        return _of_benchmarks(recipe, step, files, held)
     return _of_training(recipe, step, files, held) if step.stage == "train" else _in_one_go(recipe, step, files, held)
 
 
@@ -195,6 +199,23 @@ def _of_training(recipe: Recipe, step: Step, files: Files, held: Held) -> UnderW
         doing=_text(doing) if doing and not noted else "",
     )
     return _with_rate(found, [clock] if noted else [], files)
+
+
+def _of_benchmarks(recipe: Recipe, step: Step, files: Files, held: Held) -> UnderWay:
+    """Tasks of all models that are finished, and what is asked of the one at work; one task may take a hundred times as long as another."""
+    clock = clock_of(files)
+    doing = clock.get("doing") or {}
+    done = sum(each.rows for each in rows_in_journals([files.path / JOURNAL] if has_open_journal(files) else []))
+    return UnderWay(
+        rows=done,
+        total=total_of(recipe, step),
+        unit=UNITS["benchmark"],
+        held=is_held(files, held),
+        written_at=files.written_at,
+        seconds=clock.get("wall_s"),
+        spent=_spent(recipe, [files]),
+        doing=_text(doing) if doing else "",
+    )
 
 
 def _in_one_go(recipe: Recipe, step: Step, files: Files, held: Held) -> UnderWay:

@@ -68,6 +68,7 @@ def _models_of(recipe: Recipe, stage: str) -> list[tuple[str, ModelSpec]]:
         "generate": [] if recipe.traces is not None else ["teacher"],
         "rollouts": ["student"],
         "evaluate": [] if recipe.evaluate is None else recipe.evaluate.models,
+        "benchmark": [] if recipe.benchmarks is None else recipe.benchmarks.models,
         "score": [] if recipe.score is None or recipe.score.resolved(recipe.teacher) == "generation" else ["teacher"],
     }
     sections = {"teacher": recipe.teacher, "student": recipe.student}

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from distill.recipe.base import OutputPath, Section
+from distill.recipe.benchmarks import Benchmarks
 from distill.recipe.checks import Check, answer_checks
 from distill.recipe.learning import (
     DEEPSPEED_HAS_NO_PARTS,
@@ -63,6 +64,8 @@ class Recipe(Section):
     """What the student writes in the rounds, and when they end."""
     evaluate: Evaluate | None = Evaluate()
     """How it is measured; null leaves the stage out."""
+    benchmarks: Benchmarks | None = None
+    """Public benchmarks; null leaves the stage out."""
     report: Report = Report()
     """What the report shows."""
     export: Export | None = Export()
@@ -165,6 +168,22 @@ class Recipe(Section):
                 "evaluate.calibration asks how often an answer is right, and none can be judged without a reference: name its column in "
                 "prompts.columns.reference, or leave calibration out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _benchmarks_fit(self) -> Recipe:
+        if self.benchmarks is None:
+            return self
+        if self.teacher is None and "teacher" in self.benchmarks.models:
+            raise ValueError("benchmarks.models names teacher, but there is no section teacher")
+        for role in self.benchmarks.models:
+            spec = self.teacher if role == "teacher" else self.student
+            is_served = spec is not None and spec.server is not None
+            if is_served and not (self.benchmarks.apply_chat_template and self.benchmarks.max_gen_toks):
+                raise ValueError(
+                    f"benchmarks.models names {role}, which stands behind a server: set benchmarks.apply_chat_template and "
+                    "benchmarks.max_gen_toks, by which all models are then asked alike"
+                )
         return self
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ _USES = {
     "train": ("student", "train", "seed", "teacher"),
     "rollouts": ("student", "rounds", "rollouts", "seed"),
     "evaluate": ("evaluate", "seed", "teacher"),
+    "benchmark": ("benchmarks", "student", "seed", "teacher"),
     "report": ("report",),
     "export": ("export",),
 }
@@ -92,7 +93,8 @@ def _used(step: MadeStep) -> list[str]:
     writes = made_with.get("traces") is None
     judges = (made_with.get("train") or {}).get("on_policy") is not None
     answers = "teacher" in ((made_with.get("evaluate") or {}).get("models") or [])
-    has_teacher = {"generate": writes, "train": judges, "evaluate": answers}.get(step.stage, True)
+    takes_tests = "teacher" in ((made_with.get("benchmarks") or {}).get("models") or [])
+    has_teacher = {"generate": writes, "train": judges, "evaluate": answers, "benchmark": takes_tests}.get(step.stage, True)
     return [key for key in _USES[step.stage] if key != "teacher" or has_teacher]
 
 

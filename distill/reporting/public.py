@@ -16,7 +16,7 @@ from distill.recipe.servers import HostedKind
 _SERVERS = frozenset({"url", "teacher_server"})
 """Keys with addresses."""
 _TEXTS = frozenset({"system_prompt", "template", "answer_pattern", "answer_separator"})  # `/no_think` is no path there
-_TEXTS |= {"pattern", "choices", "units", "decimal", "fields", "column", "context"}
+_TEXTS |= {"pattern", "choices", "units", "decimal", "fields", "column", "context", "second_reference", "think_end"}
 
 
 def file_or_name(value: str) -> str:

@@ -18,6 +18,7 @@ from distill.run.log import duration_text
 from distill.run.manifest import MANIFEST, Manifest, checked_file, read_manifest
 
 Row = dict[str, Any]
+_MEASURING = ("evaluate", "benchmark")
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ class RunSummary:
     def stages(self) -> list[tuple[str, Manifest]]:
         """Every finished stage under the name a reader knows it by, in the order they ran."""
         named = [(f"round {number} {stage}", m) for number, stages in enumerate(self.rounds, start=1) for stage, m in stages.items()]
-        before = [(stage, m) for stage, m in self.manifests.items() if stage != "evaluate"]
-        return [*before, *named, *((stage, m) for stage, m in self.manifests.items() if stage == "evaluate")]
+        before = [(stage, m) for stage, m in self.manifests.items() if stage not in _MEASURING]
+        return [*before, *named, *((stage, m) for stage, m in self.manifests.items() if stage in _MEASURING)]
 
     @property
     def stop(self) -> str:

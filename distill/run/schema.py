@@ -184,6 +184,28 @@ CONFUSION = pa.schema(
     ]
 )
 
+# A number of a public benchmark, of one model, or the student's difference from the base.
+BENCHMARK = pa.schema(
+    [
+        ("model_role", pa.string()),  # base, student, teacher; or "student - base"
+        ("asked", pa.string()),  # the recipe's name: of a group or tag there are rows of all tasks in it
+        ("task", pa.string()),
+        ("metric", pa.string()),
+        ("filter", pa.string()),  # how the answer was taken out of what was written
+        ("value", pa.float64()),
+        ("stderr", pa.float64()),  # lm-eval's; null where it gives none
+        ("low", pa.float64()),  # interval of a difference
+        ("high", pa.float64()),
+        ("interval_by", pa.string()),  # how that was found
+        ("num_documents", pa.int64()),
+        ("num_fewshot", pa.int32()),
+        ("higher_is_better", pa.bool_()),
+        ("task_version", pa.string()),
+        ("scorer", pa.string()),
+        ("scorer_version", pa.string()),
+    ]
+)
+
 
 def prompt_id(messages: list[Message]) -> str:
     """Stable id of a prompt: the first 16 hex digits of the SHA-256 of its messages."""

@@ -31,6 +31,8 @@ def needs_of(recipe: Recipe, role: str) -> ServerNeeds:
     written, logprobs = [], [0]
     if recipe.evaluate is not None and role in recipe.evaluate.models:
         written += [each.sampling.max_new_tokens for each in recipe.asked_sets().values()]
+    if recipe.benchmarks is not None and role in recipe.benchmarks.models and recipe.benchmarks.max_gen_toks is not None:
+        written.append(recipe.benchmarks.max_gen_toks)
     if role == "teacher" and recipe.generate is not None:
         written.append(recipe.generate.max_new_tokens)
         logprobs.append(recipe.generate.logprobs or 0)

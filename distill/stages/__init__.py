@@ -31,6 +31,7 @@ FOLDERS = {
     "train": "student",
     "rollouts": "rollouts",
     "evaluate": "eval",
+    "benchmark": "benchmarks",
     "report": "report",
     "export": "export",
 }
@@ -45,6 +46,8 @@ _JUDGED = ("judged_*-[0-9][0-9][0-9][0-9][0-9].parquet*", "journal-judge*.jsonl"
 """What judges have said: it stays where the tables that are made in one go begin anew."""
 _WRITTEN = (f"{PARTS}/[0-9]*-of-[0-9]*/*", "batches*.json")
 
+_PARTIAL = "partial"
+
 WRITES = {
     "prompts": _tables("train", "heldout", "dropped"),
     "generate": (*_tables("traces", "dropped", "alternatives"), *_WRITTEN),
@@ -57,12 +60,13 @@ WRITES = {
         *_WRITTEN,
         *_JUDGED,
     ),
+    "benchmark": (*_tables("scores"), *(f"{place}/*" for place in ("base", "student", "teacher", "every_eval_ever", _PARTIAL))),
     "report": ("report.html", "report.md", "summary.txt"),
     "export": ("model/*", "adapter/*", "README.md"),
 }
 """Stage name and the files that it may write in its folder: what is not among them is never deleted."""
 
-SCRATCH = {"train": "checkpoints", "generate": PARTS, "rollouts": PARTS, "evaluate": PARTS}
+SCRATCH = {"train": "checkpoints", "generate": PARTS, "rollouts": PARTS, "evaluate": PARTS, "benchmark": _PARTIAL}
 """Stage name and the folder in its folder that a restart needs, and nobody afterwards."""
 
 CACHE = "cache"
@@ -83,7 +87,7 @@ RECIPE = "recipe.yaml"
 ROUND_STAGES = ("rollouts", "score", "train")
 """What an on-policy round consists of: the student writes, the teacher scores, the student trains."""
 
-_MEASURING = ("evaluate", "report", "export")
+_MEASURING = ("evaluate", "benchmark", "report", "export")
 """Stages that stand behind the rounds."""
 
 ROUNDS = "rounds"
@@ -112,6 +116,7 @@ def stages_of(recipe: Recipe) -> list[str]:
         "train": recipe.trains_on_traces or recipe.train.is_live,
         "rollouts": False,
         "evaluate": recipe.evaluate is not None,
+        "benchmark": recipe.benchmarks is not None,
         "report": True,
         "export": recipe.export is not None,
     }

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from distill.recipe.experiment import Recipe
 from distill.recipe.reading import recipe_text
+from distill.reporting.benchmarks import NOTHING, benchmarks_shown, benchmarks_text
 from distill.reporting.made import MadeStep, repeat_commands
 from distill.reporting.pages import render
 from distill.reporting.public import public_names, published, published_recipe
@@ -68,7 +69,7 @@ def _report(recipe: Recipe, out: StageFolder) -> Manifest:
     page = _page(recipe, summary)
     write_text(out.path / "report.html", render("report.html.j2", **page, **_pictures(recipe, summary)))
     write_text(out.path / "report.md", render("report.md.j2", **page))
-    write_text(out.path / "summary.txt", results_text(summary))
+    write_text(out.path / "summary.txt", results_text(summary) + benchmarks_text(page["benchmarks"]))
     return out.finish(files=[out.path / name for name in ("report.html", "report.md", "summary.txt")], facts=clock.facts())
 
 
@@ -81,6 +82,7 @@ def _page(recipe: Recipe, summary: RunSummary) -> dict[str, Any]:
         "results": results_tables(summary),
         "tags": [*tag_tables(summary), *win_tables(summary)],
         "labels": label_tables(summary),
+        "benchmarks": benchmarks_shown(folder(recipe, "benchmark")) if recipe.benchmarks is not None else NOTHING,
         "funnel": funnel(summary, recipe),
         "verdicts": verdict_counts(summary),
         "drops": [(stage, reason, count) for stage, m in summary.stages for reason, count in sorted(m.drops.items())],
