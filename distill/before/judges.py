@@ -77,10 +77,8 @@ def _asked(recipe: Recipe, name: str, judge: Judge | Preferences, server: Server
     from distill.servers.opening import open_writer
 
     first = Case("", row["prompt_id"], 0, row["messages"], row["reference"] or _NOTHING, row["reference"], as_fields(row.get("fields")))
-    if isinstance(judge, Judge):
-        messages, words = question_of(judge, first), GRADES
-    else:
-        messages, words = question_of_two(judge, first, first._replace(completion=_NOTHING)), CHOICES
+    second, words = first._replace(completion=_NOTHING), GRADES if isinstance(judge, Judge) else CHOICES
+    messages = question_of(judge, first) if isinstance(judge, Judge) else question_of_two(judge, first, second)
     patience = {"max_retries": _RETRIES, "timeout_s": min(server.timeout_s, _PATIENCE_S)}
     spec = judge.model.model_copy(update={"server": server.model_copy(update=patience)})
     requests = requests_for([row | {"messages": messages}], 1, recipe.seed)
