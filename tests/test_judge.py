@@ -207,3 +207,19 @@ def test_a_tiny_model_in_this_process_judges_nothing(tmp_path: Path) -> None:
     manifest = curate.run(recipe)
     assert manifest.rows_kept == 3 and manifest.facts["verdicts"]["judge"] == {"passed": 0, "failed": 0, "unjudged": 3}
     assert manifest.facts["judges"]["judge"]["author"]["parameters"] > 0
+
+
+@pytest.mark.parametrize(("reply", "says"), [("pass", ""), ("It is fine.", "no verdict can be read from its reply (unreadable)")])
+def test_check_asks_a_judge_one_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reply: str, says: str) -> None:
+    from distill.before.findings import Findings
+    from distill.before.judges import check_judges
+    from distill.stages.prompts import survey
+
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with Judging(verdict=lambda content, count: reply) as server:
+        recipe, found = load_recipe(judged_recipe(tmp_path, server)), Findings()
+        check_judges(recipe, survey(recipe.prompts, 0, 10), found, here=True)
+        assert len(server.questions) == 1 and len(found.refuted) == bool(says)
+    assert all(says in line and "max_new_tokens" in line for line in found.refuted)
+    check_judges(recipe, survey(recipe.prompts, 0, 10), found, here=True)  # nobody listens any more
+    assert len(found.refuted) == bool(says) + 1
