@@ -59,9 +59,9 @@ _YES_OR_NO = re.compile(
     r"(yes|no|true|false|oui|non|sí|ja|nein|sim|não|да|нет|是|否|对|不是|はい|いいえ|네|아니요|نعم|لا|हाँ|नहीं)(?:\s*[,.!;:]|\s+-+\s|\s+because\b)",
     re.IGNORECASE,
 )
-_FENCED = re.compile(r"```[\w+-]*\n(.*?)\n?```\Z", re.DOTALL)
 _DATE = re.compile(
-    r"(?:([^\W\d_]+\.? )(?:the )?)?(\d{1,2}(?:st|nd|rd|th|\.)?,? (?:(?:de|of) )?(?:[^\W\d_]+\.?,? )?(?:de )?\d{4})(?!\d)", re.IGNORECASE
+    r"(?:([^\W\d_]{1,20}\.? )(?:the )?)?(\d{1,2}(?:st|nd|rd|th|\.)?,? (?:(?:de|of) )?(?:[^\W\d_]{1,20}\.?,? )?(?:de )?\d{4})(?!\d)",
+    re.IGNORECASE,
 )
 _UNSAID = re.compile(
     r"(?:\bor|\bnot|n't(?: be)?|\bcannot be|\bthan|\b(?:over|under|below|above)|(?<![=-])[<>]=?|\\(?:le|ge|ne|lt|gt)"
@@ -72,6 +72,7 @@ _UNSAID = re.compile(
 _MONEY = re.compile(r"(-?[$€£¥₹]\s?\S*\d)\s?(?!thousand|million|billion|trillion|bn?\b|[mk]\b)[^\W\d_]+$", re.IGNORECASE)
 _LABELLED = re.compile(r"\(?[A-Z][).:]+\s+\S")
 _LABEL = re.compile(r"\(?[A-Z][).:]?|\*\*\(?[A-Z]\)?\.?\*\*")
+_NEAR = 80  # characters before a number that say what it is
 _FEW = 4  # words that may be an answer and nothing else
 _HEADING = re.compile(r"[^\W\d_][^:=]*:")
 _STATES = re.compile(
@@ -105,8 +106,8 @@ def final_answer(text: str) -> Final:
     ending = last.rsplit(". ", 1)[-1]
     if found := _CHOSEN.fullmatch(ending.rstrip(".!")):
         return Final([found[1]], True)
-    if found := _FENCED.search(text):
-        texts = [found[1].strip(), text]
+    if code := _code_at_end(text):
+        texts = [code, text]
     elif (bold := bold_of(last)) is not None:
         texts = [bold, text]
     elif _LABEL.fullmatch(lines[0]) or (len(lines) > 1 and _is_answer_before_reasons(lines)):
@@ -114,6 +115,12 @@ def final_answer(text: str) -> Final:
     elif found := _STATES.fullmatch(_until_clause_end(ending)) or _YES_OR_NO.match(text):
         texts.append(found[1])
     return Final(list(dict.fromkeys(part for part in texts if part)), False)
+
+
+def _code_at_end(text: str) -> str:
+    """What is in the fence that a text ends with; empty where it ends with none."""
+    start = text.rfind("```", 0, -3) if text.endswith("```") else -1
+    return text[start:-3].partition("\n")[2].strip() if start >= 0 else ""
 
 
 def _is_answer_before_reasons(lines: list[str]) -> bool:
@@ -140,21 +147,25 @@ def is_final(text: str) -> bool:
 
 
 def loose_numbers(text: str) -> list[str]:
-    """The last formula and the last number in a text that marks no answer: what a sentence ends in is often what it finds."""
+    """The last formula, number or date in a text that marks no answer: what a sentence ends in is often what it finds."""
     text = unified(text).replace("**", "")
+    dates = list(_DATE.finditer(text))[-1:]
+    said = [part for found in dates for part in (found.group(), found[2])]
     formulas, numbers = list(_MATH.finditer(text)), list(_NUMBER.finditer(text))
     last = max((found.end() for found in formulas), default=0)
-    dates = list(_DATE.finditer(text))
-    if dates:
-        return [dates[-1].group(), dates[-1][2]]
-    if formulas and not any(found.start() > last for found in numbers):
-        return [] if _UNSAID.search(text[: formulas[-1].start()]) else [next(part for part in formulas[-1].groups() if part is not None)]
-    if not numbers or _UNSAID.search(text[: numbers[-1].start()]):
-        return []
-    named = _NAMED.search(text[: numbers[-1].start()])
-    number = numbers[-1].group().strip()
+    is_formula = bool(formulas) and not any(found.start() > last for found in numbers)
+    if not (formulas if is_formula else numbers):
+        return said
+    found = formulas[-1] if is_formula else numbers[-1]
+    before = text[: found.start()]
+    if _UNSAID.search(before[-_NEAR:]):
+        return said
+    if is_formula:
+        return [*said, next(part for part in found.groups() if part is not None)]
+    named = _NAMED.search(before[-_NEAR:])
+    number = found.group().strip()
     money = _MONEY.fullmatch(number)
-    return [(f"{named[1]} = " if named else "") + (money[1] if money else number)]
+    return [*said, (f"{named[1]} = " if named else "") + (money[1] if money else number)]
 
 
 def reference_answer(text: str) -> Final:

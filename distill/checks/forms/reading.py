@@ -33,7 +33,7 @@ _ELSEWHERE = re.compile(r"(?<=[\d)\]}])\s+([^\s\d]{1,6})\s+(?=[-\d(\[]|\\[a-z]|[
 _CALLED = r"(?:[Oo]ption|[Cc]hoice|[Oo]pci[óo]n|[Oo]pção|[Aa]ntwort|[Rr]éponse|[Вв]ариант|选项|選項|选择|選択肢|보기)\s*"
 _LABELLED = re.compile(
     rf"(?:{_CALLED})?(?:\(([A-Za-z])\)|([A-Z])[.):]|\\text\{{\s*\(?([A-Z])\)?[.:]?\s*\}})"
-    r"(?:\s*(?![-+*/^_=,;&]|and\b|or\b|\\(?:text|cdot|times)\b)|\s+(?=-\d))(\S.*)"
+    r"(?:\s*(?![-+*/^_=,;&]|and\b|or\b|\\(?:cdot|times)\b|\\text\{\s*(?:and|or)\b)|\s+(?=-\d))(\S.*)"
 )
 _OPTION = re.compile(rf"(?:answer\s+|选|{_CALLED})\(?([A-Za-z])\)?|([A-Za-z])(?:\)|\s*选项)", re.IGNORECASE)
 _DECADE = re.compile(r"(?:the )?(\d{3}0s)", re.IGNORECASE)
