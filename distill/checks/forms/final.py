@@ -235,7 +235,11 @@ def _belongs(between: str, inside: str, following: str) -> bool:
 
 def _after_phrase(rest: str) -> list[str]:
     """The ways to take what follows a phrase: its clause, and what is bold or a formula at its beginning."""
-    rest = re.sub(r"^[\s*_#:>]+(?=\S)", lambda found: "**" if found.group().endswith("**") and "**" in rest[found.end() :] else "", rest)
+    rest = re.sub(
+        r"^(?:[\s*_:>]|#(?=[\s#*]))+(?=\S)",
+        lambda found: "**" if found.group().endswith("**") and "**" in rest[found.end() :] else "",
+        rest,
+    )
     if (bold := _BOLD.match(rest)) is not None:
         return [next(part for part in bold.groups() if part is not None)]
     clause = _until_clause_end(rest)

@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 Meaning = TypeVar("Meaning")
 
@@ -93,7 +93,7 @@ def folded(text: str) -> str:
 def _all() -> list[Any]:
     from babel.localedata import LocaleDataDict, load
 
-    return [LocaleDataDict(load(language)) for language in LANGUAGES]  # type: ignore[no-untyped-call]
+    return [LocaleDataDict(cast("dict[str | int | None, Any]", load(language))) for language in LANGUAGES]
 
 
 def _named(data: Any, kind: str) -> Iterator[tuple[int, str]]:

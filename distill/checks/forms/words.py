@@ -27,7 +27,8 @@ def spelled(text: str) -> tuple[Fraction, str] | None:
     """The number in words that a text begins with, and the rest of the text; null where it begins with none."""
     if text[:1] in _HAN:  # behind one there may be a name: a kingdom of three, a hundred degrees
         return _han(text) if set(text) <= _HAN else None
-    words, ends, place = [], [0], 0
+    words: list[str] = []
+    ends, place = [0], 0
     while (found := _WORD.match(text, place)) and len(words) < 20 and _is_known(found[1].lower()):
         words.append(found[1].lower())
         place = found.end()
