@@ -1,12 +1,16 @@
 r"""Answers judged a second by the math check, against the loop it had before: batches of 64, each waited for. Prints Markdown.
 
     python scripts/bench_checks.py                        # a quarter of an hour on two cores, nearly all of it slow answers
+    python scripts/bench_checks.py --alone                # a minute: against math-verify alone, no processes
 
 Answers are like those to GSM8K (reasoning, then a box with a number); but for the first mix, one in four is an expression. Among
 them, evenly, stand slow ones: half need one to three seconds (a golden power, a binomial of high degree), half run for ever and are killed
 at the limit (a power tower, the factorial of ten million). Both loops judge the same answers with the same number of
 processes, which are started and warm before the clock runs. `cores` is processor time of all processes over wall time.
 The old loop stands on pebble.
+
+With `--alone`, `compare` and math-verify by itself judge the same answers in this process, in turn, kind by kind; the rate is of processor
+time, so that others on the machine do not count, and of the faster of the repeats. Both are warm, and no answer comes twice.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import Any
 
 import psutil
@@ -130,14 +135,69 @@ def _processor_s() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in (gone, own)) + float(sum(times.user + times.system for times in alive))
 
 
+KINDS: dict[str, Callable[[int], Pair]] = {
+    "equal integers": lambda index: (f"They have {index} in all, so the answer is \\boxed{{{index}}}.", str(index)),
+    "other integers": lambda index: (f"They have {index} in all, so the answer is \\boxed{{{index}}}.", str(index + 1)),
+    "decimals and fractions": lambda index: (f"\\boxed{{\\frac{{{index}}}{{4}}}}", f"{index / 4}"),
+    "units": lambda index: (f"\\boxed{{{index} \\text{{ km}}}}", f"{index} km"),
+    "words": lambda index: (f"The answer is **option number {index}**.", f"option number {index + index % 2}"),
+    "expressions": lambda index: expression(index * 4),
+}
+
+
+def by_math_verify(pairs: list[Pair]) -> list[bool]:
+    """What math-verify says by itself, as its documentation has it; without its limit of time, which needs the main thread's alarm."""
+    from math_verify import parse, verify
+
+    return [
+        bool(verify(parse(f"${reference}$", parsing_timeout=None), parse(answer, parsing_timeout=None), timeout_seconds=None))
+        for answer, reference in pairs
+    ]
+
+
+def by_compare(pairs: list[Pair]) -> list[bool]:
+    """What the kit says."""
+    return [bool(checks.compare(answer, str(reference))[0]) for answer, reference in pairs]
+
+
+def beside_math_verify(count: int, repeats: int) -> None:
+    """Prints the table of both, kind by kind."""
+    checks.prepare()
+    by_math_verify([("\\boxed{\\frac{1}{2}}", "0.5")])
+    print("| answers | `compare`, answers/s | math-verify alone, answers/s | ratio | verdicts that differ |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for kind, make in KINDS.items():
+        times: dict[str, list[float]] = {"own": [], "theirs": []}
+        differ = 0
+        for repeat in range(repeats):
+            pairs = [make(1000 + repeat * count + index) for index in range(count)]
+            start = time.process_time()
+            own = by_compare(pairs)
+            middle = time.process_time()
+            theirs = by_math_verify(pairs)
+            times["own"].append(middle - start)
+            times["theirs"].append(time.process_time() - middle)
+            differ += sum(one != other for one, other in zip(own, theirs, strict=True))
+        own_s, their_s = min(times["own"]), min(times["theirs"])
+        print(
+            f"| {kind} | {count / own_s:,.0f} | {count / their_s:,.0f} | {their_s / own_s:.1f} | {differ} of {count * repeats} |",
+            flush=True,
+        )
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=4000, help="answers of each mix")
     parser.add_argument("--repeats", type=int, default=3, help="of the mixes without slow answers; the fastest counts")
     parser.add_argument("--timeout_s", type=float, default=10.0)
+    parser.add_argument("--alone", action="store_true", help="against math-verify alone, in this process")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
+    if arguments.alone:
+        print(f"{datetime.now(UTC):%Y-%m-%d}, one process, Python {platform.python_version()}, math-verify {version('math-verify')}\n")
+        beside_math_verify(min(arguments.count, 400), arguments.repeats)
+        return
     timeout_s, workers = arguments.timeout_s, arguments.workers
     print(f"{datetime.now(UTC):%Y-%m-%d}, {len(os.sched_getaffinity(0))} CPU cores, Python {platform.python_version()}; ", end="")
     print(f"{arguments.count:,} answers a mix, {workers} processes, limit {timeout_s:g} s\n")

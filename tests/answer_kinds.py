@@ -50,6 +50,28 @@ def _kinds(draw: random.Random) -> dict[str, Callable[[], str]]:
         "date": lambda: draw.choice(["{2}-{1:02}-{0:02}", "{0} March {2}", "June {0}, {2}", "{0:02}.{1:02}.{2}"]).format(
             draw.randint(1, 28), draw.randint(1, 12), draw.randint(1900, 2030)
         ),
+        "date in another language": lambda: draw.choice(
+            ["{} de marzo de {}", "{}. Mai {}", "{} августа {}", "{} mars {}", "{} يونيو {}"]
+        ).format(draw.randint(1, 28), draw.randint(1900, 2030)),
+        "date in signs": lambda: f"{draw.randint(1900, 2030)}年{draw.randint(1, 12)}月{draw.randint(1, 28)}日",
+        "time in signs": lambda: draw.choice(["{}点{:02}分", "下午{}点{:02}分", "오전 {}시 {:02}분"]).format(
+            draw.randint(1, 12), draw.randint(10, 59)
+        ),
+        "unit of another language": lambda: f"{whole(3)} {draw.choice(['Stunden', 'kilómetros', 'литров', 'minutes', '公里', '小时'])}",
+        "number in words": lambda: draw.choice(["forty-two", "seven hundred", "two thirds", "minus nine", "twelve"]),
+        "formula": lambda: draw.choice(["C_{}H_{{1{}}}O_6", "Fe_{}O_{}", "C{}H{}", "2H_{} + O_{} \\to 2H_2O"]).format(
+            draw.randint(2, 9), draw.randint(2, 9)
+        ),
+        "ion": lambda: f"Fe^{{{draw.randint(2, 9)}+}}",
+        "version": lambda: f"v{draw.randint(1, 9)}.{draw.randint(1, 20)}.{draw.randint(1, 20)}",
+        "colour": lambda: f"#{draw.randint(0x100000, 0xFFFFFF):06X}",
+        "address of another kind": lambda: f"2001:db8::{draw.randint(1, 9)}:{draw.randint(11, 99)}",
+        "two signs": lambda: draw.choice(["\\pm {}", "{} \\pm \\sqrt{{7}}", "x = \\pm {}"]).format(draw.randint(2, 40)),
+        "set of what": lambda: f"\\{{x \\mid x > {draw.randint(2, 40)}\\}}",
+        "size": lambda: f"|x| < {draw.randint(2, 40)}",
+        "all but one": lambda: f"\\mathbb{{R}} \\setminus \\{{{draw.randint(2, 40)}\\}}",
+        "logarithm": lambda: draw.choice(["\\log_{} {}", "\\ln {}{}", "{}\\ln {}"]).format(draw.randint(2, 3), draw.choice([5, 7, 11])),
+        "money in words": lambda: f"{whole(3)} {draw.choice(['dollars', 'euros', '元', '円', 'rupees'])}",
         "time": lambda: draw.choice(["{}:{:02} AM", "{}:{:02} PM", "{}:{:02}"]).format(draw.randint(1, 12), draw.randint(0, 59)),
         "ratio": lambda: f"{draw.randint(1, 20)}:{draw.randint(1, 9)}",
         "base": lambda: draw.choice(["{:b}_2", "{:o}_8", "{:X}_{{16}}"]).format(draw.randint(300, 5000)),

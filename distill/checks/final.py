@@ -5,18 +5,13 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from distill.checks.forms.final import PHRASE, TAG, bold_of
+
 _BRACES = re.compile(r"\\f?box(?:ed)?\s*\{|\\[{}\\]|[{}]")
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-_BOLD = re.compile(r"(?:\*\*|__)(?=\S)(.+?)(?<=\S)(?:\*\*|__)")
-_PHRASE = re.compile(
-    r"(?:(?:answer|result)(?: is|\s*[:=])|antwort(?: ist|\s*:)|réponse(?: est|\s*:)|respuesta(?: es|\s*:)|risposta(?: è|\s*:)"
-    r"|resposta(?: é|\s*:)|ответ\s*[:—-]|答案(?:是|为|為|\uff1a|:)|答えは|정답은|الجواب(?: هو|\s*:)|الإجابة(?: هي|\s*:)|उत्तर(?: है|\s*:))"
-    r"\s*[:\uff1a]?",
-    re.IGNORECASE,
-)
 _WRAPPER = re.compile(r"\\(?:text|textbf|textit|texttt|textrm|mathrm|mathbf|mathit|mathsf|mbox|operatorname)\s*\{([^{}]*)\}")
 _SEPARATORS = re.compile(r"(?<=\w)[\s_\-\u2010-\u2015]+(?=\w)|\s+")
 _AROUND = " \t\n.,;:!?\"'`*_~()[]{}<>«»„“”‘’‚‹›。，；：！？、（）「」『』【】《》،؛؟।|$#"  # noqa: RUF001 (marks of many scripts)
+_AS_ASCII = {0xFF1A: ":", 0x2013: "-", 0x2014: "-"}  # marks behind a phrase; no other length, so places stay
 _LONGEST = 10_000
 """Characters of an answer's last part in which a final answer is looked for."""
 
@@ -36,24 +31,23 @@ def boxed(text: str) -> str | None:
 
 
 def final_answer(answer: str) -> str:
-    """The part of an answer that is put forward as final: a box, `<answer>`, what follows an answer phrase, bold text at the end, a last
-    line; all of it where nothing is.
+    """The part of an answer that is put forward as final, by the marks that `forms.final` knows, as it is spelled: a box, `<answer>`, what
+    follows an answer phrase, bold text at the end, a last line; all of it where nothing is.
     """
     tail = answer.strip()[-_LONGEST:]
     box = boxed(tail)
     if box is not None:
         return plain(box)
-    tagged = _TAGGED.findall(tail)
+    tagged = TAG.findall(tail)
     if tagged:
         return plain(tagged[-1])
-    phrases = list(_PHRASE.finditer(tail))
+    phrases = list(PHRASE.finditer(tail.translate(_AS_ASCII)))
     if phrases:
         rest = tail[phrases[-1].end() :].strip().partition("\n")[0]
         if rest:
             return plain(rest)
     last = tail.rpartition("\n")[2].strip()
-    bold = _BOLD.findall(last)
-    return plain(bold[-1] if bold else last)
+    return plain(bold_of(last) or last)
 
 
 def plain(text: str) -> str:

@@ -2,6 +2,7 @@
 
 A pattern of the user's, a function, or math-verify on an adversarial expression can run without end; limits by signals need the main
 thread, and nothing inside a process can interrupt sympy or a regular expression. A process can be killed. Its workers import no torch.
+What one of them may hold in memory has a hard limit too, which the system keeps: a check that asks for more is not judged.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -22,7 +24,9 @@ from distill.checks import Found
 Key = TypeVar("Key")
 
 _TOGETHER = 32  # calls sent to a worker at once: the way there costs a fifth of a check
-TIMED_OUT, FAILED = "checker_timed_out", "checker_failed"
+TIMED_OUT, FAILED, OUT_OF_MEMORY = "checker_timed_out", "checker_failed", "checker_out_of_memory"
+MEMORY_BYTES = 4 * 2**30
+"""What the checks of one process may hold beyond what it holds when it is ready: several times what any check of the kit needs."""
 
 
 class Call(NamedTuple):
@@ -45,12 +49,18 @@ class Pool:
         workers: Processes; null means one for each core this process may use.
         prepare: Called once in each new process, outside of any limit: imports and the like.
         name: Of the check, for errors.
+        memory_bytes: Hard limit for the data of each process, above what `prepare` has loaded; past it nothing is judged. Linux keeps it.
     """
 
     def __init__(
-        self, timeout_s: float, workers: int | None = None, prepare: Callable[[], object] | None = None, name: str = "checks"
+        self,
+        timeout_s: float,
+        workers: int | None = None,
+        prepare: Callable[[], object] | None = None,
+        name: str = "checks",
+        memory_bytes: int = MEMORY_BYTES,
     ) -> None:
-        self._timeout_s, self._prepare, self._name = timeout_s, prepare, name
+        self._timeout_s, self._prepare, self._name, self._memory_bytes = timeout_s, prepare, name, memory_bytes
         self.num_workers = workers or _cores()
         """Processes."""
         self._workers: list[_Worker[Any]] = []
@@ -117,7 +127,7 @@ class Pool:
                 yield key, (None, reason)
 
     def _new_worker(self) -> _Worker[Any]:
-        return _Worker(2 * self._timeout_s, self._prepare)
+        return _Worker(2 * self._timeout_s, self._prepare, self._memory_bytes)
 
     def _stop(self) -> None:
         for worker in self._workers:
@@ -131,13 +141,14 @@ class _Worker(Generic[Key]):
     Args:
         alarm_s: After so long with one call it ends itself.
         prepare: What it does first.
+        memory_bytes: What it may hold beyond that.
     """
 
-    def __init__(self, alarm_s: float, prepare: Callable[[], object] | None) -> None:
+    def __init__(self, alarm_s: float, prepare: Callable[[], object] | None, memory_bytes: int) -> None:
         # Not forked: a copy of a process with torch's threads in it can hang.
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, alarm_s, prepare), daemon=True)
+        self._process = context.Process(target=_work, args=(theirs, alarm_s, prepare, memory_bytes), daemon=True)
         self._process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
         self.owed: deque[tuple[Key, Call]] = deque()
@@ -180,12 +191,13 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _work(pipe: Connection, alarm_s: float, prepare: Callable[[], object] | None) -> None:
+def _work(pipe: Connection, alarm_s: float, prepare: Callable[[], object] | None, memory_bytes: int) -> None:
     """What a worker does: answers calls, one message each, until nobody is left to ask."""
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):  # of all in a job: the stage stops its workers itself
         signal.signal(number, signal.SIG_IGN)
     if prepare is not None:
         prepare()
+    _limit_memory(memory_bytes)
     try:
         pipe.send(None)
         while True:
@@ -195,12 +207,28 @@ def _work(pipe: Connection, alarm_s: float, prepare: Callable[[], object] | None
         return
 
 
+def _limit_memory(more_bytes: int) -> None:
+    """Lets this process hold so much data beyond what it has: its own memory, not the libraries that it only reads."""
+    try:
+        import resource
+    except ImportError:  # no such limits on this system
+        return
+    size = Path("/proc/self/statm")
+    pages = int(size.read_text().split()[5]) if size.exists() else 0  # of data and stack
+    limit = pages * resource.getpagesize() + more_bytes
+    most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    with contextlib.suppress(ValueError, OSError):  # a system that does not keep it
+        resource.setrlimit(resource.RLIMIT_DATA, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
+
+
 def guarded(alarm_s: float, function: Callable[..., Found], *arguments: Any) -> Found:
     """A call, under an alarm that ends a worker whom nobody is left to kill because the stage itself was killed."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, alarm_s)
     try:
         return function(*arguments)
+    except MemoryError:
+        return None, OUT_OF_MEMORY
     except Exception:  # whatever is raised on strange input, the answer has not been judged
         return None, FAILED
     finally:

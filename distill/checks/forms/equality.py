@@ -90,9 +90,14 @@ def _ratios(one: Ratio, other: Ratio) -> bool:
 
 
 def _equations(one: Equation, other: Equation) -> bool:
-    if one.left == other.left:
+    if one.left == other.left or (one.is_value and other.is_value and _is_index(one.left, other.left)):
         return alike(one.right, other.right)
     return all(map(expressions.is_letters, (*one.sides, *other.sides))) and expressions.equations_equal(one.sides, other.sides)
+
+
+def _is_index(one: str, other: str) -> bool:
+    """Whether one name is the other's with a number that only counts solutions: x and x_1."""
+    return one.partition("_")[0] == other.partition("_")[0] and "" in (one.partition("_")[2], other.partition("_")[2])
 
 
 def _labelled(one: Labelled, other: Labelled) -> bool:
@@ -100,6 +105,8 @@ def _labelled(one: Labelled, other: Labelled) -> bool:
 
 
 def _tables(one: Table, other: Table) -> bool:
+    if one.bars != other.bars:
+        return False
     shapes = [[len(row) for row in table.rows] for table in (one, other)]
     if shapes[0] != shapes[1]:
         return False
@@ -115,9 +122,17 @@ def _groups(one: Group, other: Group) -> bool:
         if first and second and first != second:
             return False
         return len(one.parts) == len(other.parts) and all(alike(a, b) for a, b in zip(one.parts, other.parts, strict=True))
+    if _is_named(one) != _is_named(other):  # x = 1, y = 2 against 1, 2: the names are left out, not their order
+        return len(one.parts) == len(other.parts) and all(alike(a, b) for a, b in zip(one.parts, other.parts, strict=True))
     if first == second == "\\{\\}":  # sets: a part that is named twice is one
         return _within(one.parts, other.parts) and _within(other.parts, one.parts)
     return len(one.parts) == len(other.parts) and _matched(one.parts, other.parts, alike)
+
+
+def _is_named(group: Group) -> bool:
+    """Whether each part is of another letter."""
+    lefts = {form.left for part in group.parts for form in part if isinstance(form, Equation)}
+    return 1 < len(lefts) == len(group.parts) and len({left.partition("_")[0] for left in lefts}) > 1
 
 
 def _within(parts: Sequence[Readings], others: Sequence[Readings]) -> bool:
@@ -157,17 +172,22 @@ def _expression_and(one: Expression, other: Form) -> bool:
 
 
 def _quantity_and(one: Quantity, other: Form) -> bool:
+    if isinstance(other, Ratio):
+        return one.unit == PERCENT and _ratio_and(other, one)
     if not isinstance(other, Number | Expression):
         return False
     if _equal(one.value, other):
         return True
+    if isinstance(other, Expression) and isinstance(one.value, Number) and "\\pi" in other.text and factor_free(one.unit, "°"):
+        value = one.value.value
+        return value is not None and expressions.equal(f"\\frac{{{value.numerator}\\pi}}{{{180 * value.denominator}}}", other.text)
     return one.unit == PERCENT and isinstance(one.value, Number) and _equal(one.value.scaled(Fraction(1, 100)), other)
 
 
 def _ratio_and(one: Ratio, other: Form) -> bool:
     if len(one.terms) != 2 or one.terms[0].value is None or not one.terms[1].value:
         return False
-    return isinstance(other, Number | Expression) and _equal(Number(one.terms[0].value / one.terms[1].value), other)
+    return isinstance(other, Number | Expression | Quantity) and _equal(Number(one.terms[0].value / one.terms[1].value), other)
 
 
 def _equation_and(one: Equation, other: Form) -> bool:
@@ -175,12 +195,17 @@ def _equation_and(one: Equation, other: Form) -> bool:
 
 
 def _labelled_and(one: Labelled, other: Form) -> bool:
-    return (isinstance(other, Text) and other.key == one.label) or alike(one.content, (other,))
+    if isinstance(other, Text) and len(other.key) == 1 and other.key.isascii():  # a label alone
+        return other.key == one.label
+    return alike(one.content, (other,))
 
 
 def _group_and(one: Group, other: Form) -> bool:
     if one.opening == "\\{" and len(one.parts) == 1:
         return alike(one.parts[0], (other,))
+    if isinstance(other, Table) and one.opening == "[" and not other.bars:
+        rows = [form.parts for part in one.parts for form in part if isinstance(form, Group) and form.opening == "["]
+        return len(rows) == len(one.parts) and _tables(Table(tuple(rows)), other)
     if isinstance(other, Table) and one.opening == "(":
         cells = [cell for row in other.rows for cell in row]
         is_vector = len(other.rows) == 1 or all(len(row) == 1 for row in other.rows)

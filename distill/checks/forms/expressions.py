@@ -23,7 +23,9 @@ _MORE = (
     "operatorname le ge ne"
 )
 _COMMANDS = _FUNCTIONS | frozenset(_MORE.split())
-_OTHER = re.compile(r"\w'|\d\.\d+\.|\\\\|[A-Za-z]\d|\d [A-Za-z]+ \d|\d \d")  # primes, addresses, rows, codes, sentences
+_OTHER = re.compile(
+    rf"\w'|\d\.\d+\.|\\\\|[A-Za-z]\d|\d (?!(?:{_NAMES.replace(' ', '|')}) )[A-Za-z]+ \d|\d \d"
+)  # primes, addresses, rows, codes, sentences
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _RUN = re.compile(r"[A-Za-z]+")
 _ALLOWED = re.compile(r"[A-Za-z0-9°\s+\-*/^_{}()\[\]|!.,'=<>\\]*")
@@ -32,7 +34,7 @@ _STEPS = [
     (re.compile(old), new)
     for old, new in {
         r"\*\*": "^",
-        r"(?<!\\)\b(sqrt)\s*\(([^()]*)\)": r"\\sqrt{\2}",
+        r"(?<![\\A-Za-z])(sqrt)\s*\(([^()]*)\)": r"\\sqrt{\2}",
         r"(?<![\\A-Za-z])(pi|theta|alpha|beta|gamma|infty)(?![A-Za-z])": r"\\\1 ",
         r"(?<![\\A-Za-z])(a?rc?(?:sin|cos|tan)|sin|cos|tan|cot|sec|csc|log|ln|exp|max|min|gcd|lcm)(?![A-Za-z])": r"\\\1",
         r"\^\s*(-?\d+)": r"^{\1}",
@@ -43,6 +45,7 @@ _STEPS = [
         r"(?<=\d),(?=\d{3}(?!\d))": "",
     }.items()
 ]
+_INDEX = re.compile(r"_ ?(\d) ?(?=\d)")
 _POINTS = 8
 _DIGITS = 40
 
@@ -51,6 +54,7 @@ def is_expression(text: str) -> bool:
     """Whether a plain text is mathematics: something besides letters, and no words."""
     if not _ALLOWED.fullmatch(text) or not re.search(r"\d|[+*/^=<>!|]|\\[A-Za-z]|[A-Za-z]\s*\(|-", text):
         return False
+    text = _INDEX.sub(r"_{\1}", text)
     if any(command not in _COMMANDS for command in _COMMAND.findall(text)) or _OTHER.search(_COMMAND.sub("@", text)):
         return False
     return all(len(run) == 1 or (len(run) <= 3 and run.islower()) for run in _runs(text))
@@ -124,6 +128,8 @@ def parsed(text: str) -> Any:
     config = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
     try:
         found = latex2sympy(text, is_real=True, convert_degrees=False, normalization_config=None, conversion_config=config)
+    except MemoryError:  # not judged, which is not the same as unreadable
+        raise
     except Exception:  # its grammar and sympy raise what they like on what they can't read
         return None
     if not isinstance(found, sympy.Expr):

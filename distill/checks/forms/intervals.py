@@ -5,12 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
-from distill.checks.forms.plain import as_words, exact_key
+from distill.checks.forms.plain import as_words
 from distill.checks.forms.shapes import Intervals, Piece, Readings, Text
 from distill.checks.forms.splitting import bracketed, split
 
 _UNION = re.compile(r"\s*(?:\\cup(?![a-z])|(?<=[)\]])\s*U(?=\s*[(\[]))\s*")
 _OR = re.compile(r"\s*(?:\bor\b|\\cup(?![a-z]))\s*")
+_BUILT = re.compile(
+    r"\\\{ ?([A-Za-z])(?: ?\\in ?\\mathbb ?\{?R\}?)? ?(?:\||:|\\mid(?![a-z])|\\vert(?![a-z])|such that) ?(.+?) ?\\\}", re.IGNORECASE
+)
+_ALL = re.compile(r"\\mathbb ?\{?R\}?|all (?:the )?real(?: number)?s?", re.IGNORECASE)
+_ALL_BUT = re.compile(r"\\mathbb ?\{?R\}? ?(?:\\setminus|-) ?\\\{ ?([^{},]+?) ?\\\}")
+_SIZE = re.compile(r"\|([A-Za-z])\| ?(<=|>=|<|>|\\le(?![a-z])|\\ge(?![a-z])) ?([^<>=|-]+)")
 _AND = re.compile(r"\s*\band\b\s*")
 _COMMA = re.compile(r"\s*[,;]\s*")
 _RELATION = re.compile(r"\s*(<=|>=|<|>|\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])|!=)\s*")
@@ -26,11 +32,18 @@ Read = Callable[[str], Readings]
 def intervals(text: str, read: Read) -> Iterator[Intervals]:
     """The union that a plain text is; nothing where it is something else, or brackets that may be a pair of numbers too."""
     text = as_words(text)
+    if found := _BUILT.fullmatch(text):
+        yield from (piece for piece in _inequalities(found[2], read) if piece.letter in (None, found[1]))
+        return
+    text = _SIZE.sub(_without_bars, text)
     letter = None
     if found := _MEMBER.fullmatch(text):
         letter, text = found[1], found[2].strip()
-    if exact_key(text) in ("\\mathbb{R}", "\\mathbb R", "all real numbers", "\\mathbb{R}s"):
+    if _ALL.fullmatch(text):
         yield Intervals(letter, (Piece(None, None, False, False),))
+        return
+    if found := _ALL_BUT.fullmatch(text):
+        yield Intervals(letter, _around(read(found[1])))
         return
     parts = split(text, _UNION)
     pieces = [piece_of(bracketed(part), read) for part in parts]
@@ -54,6 +67,19 @@ def piece_of(found: tuple[str, str, str] | None, read: Read) -> Piece | None:
         return None
     lower, upper = (_end(end, read) for end in ends)
     return Piece(lower, upper, found[0] == "[" and lower is not None, found[2] == "]" and upper is not None)
+
+
+def _around(end: Readings) -> tuple[Piece, Piece]:
+    """All but one number."""
+    return Piece(None, end, False, False), Piece(end, None, False, False)
+
+
+def _without_bars(found: re.Match[str]) -> str:
+    """`|x|<2` as `-2<x<2`, `|x|>2` as what lies outside."""
+    letter, sign, end = found[1], found[2], found[3].strip()
+    if sign in ("<", "<=", "\\le"):
+        return f"-{end} {sign} {letter} {sign} {end}"
+    return f"{letter} {_FLIPPED[_SPELLED.get(sign, sign)]} -{end} or {letter} {sign} {end}"
 
 
 def _has_mixed_or_infinite(text: str) -> bool:
@@ -117,6 +143,6 @@ def _chain(text: str, read: Read) -> tuple[str, list[Piece]] | None:
     if end is None or any(isinstance(form, Text) for form in end):
         return None
     if sign == "\\ne":
-        return sides[place], [Piece(None, end, False, False), Piece(end, None, False, False)]
+        return sides[place], list(_around(end))
     closed = "e" in sign
     return sides[place], [Piece(None, end, False, closed) if sign in ("<", "\\le") else Piece(end, None, closed, False)]

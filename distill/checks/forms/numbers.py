@@ -9,27 +9,31 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from distill.checks.forms.words import spelled
+
 TOLERANCE = Fraction(1, 10**9)
 """Relative, where one side is a decimal and the other had to be computed."""
 _SIZE = 4000  # digits of a number that is worked with; a longer one equals only its own digits
 
-_WHOLE = r"\d{1,3}(?:,\d{3})+(?![\d])|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d{1,3}(?: \d{3})+(?!\d)|\d{1,3}(?:'\d{3})+(?!\d)|\d+"
+_SIGN = re.compile(r"[-+]\s*|(?:minus|negative)\s+(?=[\d.\\])", re.IGNORECASE)
+_WHOLE = (
+    r"\d{1,3}(?:,\d{3})+(?![\d])|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)"
+    r"|\d{1,3}(?: \d{3})+(?!\d)|\d{1,3}(?:'\d{3})+(?!\d)|\d{1,3}(?:\.\d{3}){2,}(?![\d.])|\d+"
+)
 _POWER = r"(?:[eE](?P<e>[+-]?\d+)(?!\d)| ?(?:\\times|\\cdot|\*|x) ?10 ?(?:\^|\*\*) ?(?:\{ ?(?P<p>[+-]? ?\d+) ?\}|(?P<q>[+-]?\d+)))?"
 _LITERAL = re.compile(rf"(?P<whole>{_WHOLE})?(?:\.(?P<part>\d+)(?!\d)|\.(?!\d))?{_POWER}")
 _TEN = re.compile(r"10 ?\^ ?(?:\{ ?([+-]? ?\d+) ?\}|([+-]?\d+))(?![\d.])")
-_DECIMAL_COMMA = re.compile(r"(\d{1,3}(?:\.\d{3})*|\d+),(\d+)")
+_DECIMAL_COMMA = re.compile(r"(\d{1,3}(?:\.\d{3})*|\d{1,3}(?: \d{3})+|\d+),(\d+)")
 _SLASHED = re.compile(r"(?:\\frac ?\{ ?(-?[\d.,]+) ?\} ?\{ ?(-?[\d.,]+) ?\}|(\d[\d.]*) ?/ ?(\d[\d.]*))(?![\d.])")
 _MIXED = re.compile(r"(\d+)(?: ?\\frac ?\{ ?(\d+) ?\} ?\{ ?(\d+) ?\}| (?:and )?(\d+) ?/ ?(\d+))(?![\d.])")
-_REPEATING = re.compile(r"(\d*)\.(\d*)(?:\\overline|\\bar|\\dot) ?\{ ?(\d+) ?\}")
+_REPEATING = re.compile(r"(\d*)\.(?:(\d*)(?:\\overline|\\bar|\\dot) ?\{ ?(\d+) ?\}|(?:(?<=^0\.)(\d*))?\((\d+)\))")
 _INTEGER_POWER = re.compile(r"(\d{1,9}) ?(?:\^|\*\*) ?(?:\{ ?(-?\d{1,6}) ?\}|(-?\d{1,6}))(?![\d.])")
-_BASE = re.compile(r"\(?([0-9][0-9A-Za-z]*|[0-9A-F]{2,})\)? ?_ ?\{? ?(\d{1,2}|two|eight|ten|twelve|sixteen) ?\}?")
+_BASE = re.compile(
+    r"\(?([0-9][0-9A-Za-z]*|[0-9A-F]{2,}|[0-9a-f]{2,}(?= ?_ ?\{? ?\(?16))\)?"
+    r" ?(?:_ ?\{? ?|\(?base )\(?(\d{1,2}|two|eight|ten|twelve|sixteen)\)? ?\}?"
+)
 _BASES = {"two": 2, "eight": 8, "ten": 10, "twelve": 12, "sixteen": 16}
 _PREFIXED = {"0b": 2, "0o": 8, "0x": 16}
-_NAMES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen "
-    "twenty"
-)
-_NAMED = {name: number for number, name in enumerate(_NAMES.split())}
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,9 @@ def number(text: str) -> Number | None:
 def leading(text: str) -> tuple[Number, str] | None:
     """The number that a plain text begins with, as long as possible, and the rest of the text; null where there is none."""
     body = text.lstrip()
-    negative = body.startswith("-")
-    body = body[1:].lstrip() if body[:1] in ("-", "+") else body
+    sign = _SIGN.match(body)
+    negative = sign is not None and sign.group()[0] != "+"
+    body = body[sign.end() :] if sign else body
     for reader in (_mixed, _slashed, _repeating, _ten, _power, _literal):
         found = reader(body)
         if found is not None:
@@ -90,9 +95,9 @@ def with_decimal_comma(text: str) -> Number | None:
     """The number that a plain text is where a comma stands before its decimals: `3,14`, `1.234,5`, not `1,500`."""
     sign = "-" if text.startswith("-") else ""
     found = _DECIMAL_COMMA.fullmatch(text.removeprefix("-"))
-    if found is None or (len(found[2]) == 3 and not found[1].startswith("0") and "." not in found[1]):
+    if found is None or (len(found[2]) == 3 and not found[1].startswith("0") and found[1].isdigit()):
         return None
-    return number(f"{sign}{found[1].replace('.', '')}.{found[2]}")
+    return number(f"{sign}{re.sub('[. ]', '', found[1])}.{found[2]}")
 
 
 def written(negative: bool, whole: str, part: str, exponent: str) -> Number:
@@ -109,6 +114,11 @@ def written(negative: bool, whole: str, part: str, exponent: str) -> Number:
     return Number(value, f"{'-' * negative}{kept}e{power}")
 
 
+def exactly(value: Fraction) -> Number:
+    """A number that is said in words: a whole one counts as written in digits."""
+    return written(value < 0, str(abs(value)), "", "") if value.denominator == 1 else Number(value)
+
+
 def _negated(value: Number) -> Number:
     if value.digits == "0":
         return value
@@ -122,7 +132,7 @@ def _literal(text: str) -> tuple[Number, str] | None:
     rest = text[found.end() :]
     if found["whole"] and re.match(r"[,.']\d", rest):  # digits go on in a way that is no number
         return None
-    whole = re.sub(r"[ ,']", "", found["whole"] or "")
+    whole = re.sub(r"[ ,'.]", "", found["whole"] or "")
     exponent = (found["e"] or found["p"] or found["q"] or "").replace(" ", "")
     return written(False, whole, found["part"] or "", exponent), rest
 
@@ -172,7 +182,7 @@ def _repeating(text: str) -> tuple[Number, str] | None:
     found = _REPEATING.match(text)
     if found is None or len(found.group()) > _SIZE:
         return None
-    whole, first, again = found.groups()
+    whole, first, again = found[1], found[2] or found[4] or "", found[3] or found[5]
     ones = Fraction(int(again), 10 ** len(again) - 1)
     return Number(int(whole or 0) + (int(first or 0) + ones) / 10 ** len(first)), text[found.end() :]
 
@@ -192,5 +202,5 @@ def _based(text: str) -> Number | None:
 
 
 def _named(text: str) -> Number | None:
-    value = _NAMED.get(text.lower())
-    return None if value is None else written(False, str(value), "", "")
+    found = spelled(text)
+    return None if found is None or found[1] else exactly(found[0])

@@ -22,16 +22,34 @@ _SIGNS = str.maketrans(
         "\u2264": "\\le ", "\u2265": "\\ge ", "\u2a7d": "\\le ", "\u2a7e": "\\ge ", "\u2260": "\\ne ", "\u2248": "\\approx ",
         "\u221e": "\\infty ", "\u222a": "\\cup ", "\u2229": "\\cap ", "\u2205": "\\emptyset ", "\u2208": "\\in ", "\u00b1": "\\pm ",
         "\u2213": "\\mp ", "\u211d": "\\mathbb{R}", "\u066b": ".", "\u066c": ",", "\u066a": "%", "\u060c": ",", "\u061b": ";",
-        "\u3001": ",", "\u3002": ".", "\u00b0": "°", "\u00ba": "°",
+        "\u3001": ",", "\u3002": ".", "\u0964": ".", "\u00b0": "°", "\u00ba": "°", "\u2236": ":", "\u2192": "\\to ",
+        "\u27e8": "(", "\u27e9": ")", "\u2228": " or ", "\u2227": " and ", "\u2216": "\\setminus ",
     }
 )  # fmt: skip
 _ROOT = re.compile(r"([\u221a\u221b\u221c])\s*(\d+(?:\.\d+)?|[A-Za-z]|\{[^{}]*\}|\([^()]*\))")
+_OVERLINED = re.compile(r"(?:\d\u0305)+")
 _ROOTS = {"\u221a": "\\sqrt", "\u221b": "\\sqrt[3]", "\u221c": "\\sqrt[4]"}
 _LETTERS = ("alpha", "beta", "gamma", "delta", "theta", "lambda", "pi", "phi", "omega")
 _GREEK = {unicodedata.lookup(f"GREEK SMALL LETTER {name.replace('lambda', 'lamda')}"): name for name in _LETTERS}
 _LONE_GREEK = re.compile(rf"(?<![^\W\d_A-Za-z])[{''.join(_GREEK)}](?![^\W\d_A-Za-z])")
 _SAME = {
     r"\\[dtc]frac(?![a-zA-Z])": r"\\frac",
+    r"\\[dt]binom(?![a-zA-Z])": r"\\binom",
+    r"\{([^{}]*)\\over(?![a-zA-Z])\s*([^{}]*)\}|^([^{}\\]*)\\over(?![a-zA-Z])\s*([^{}\\]*)$": r"\\frac{\1\3}{\2\4}",
+    r"\{([^{}]*)\\choose(?![a-zA-Z])\s*([^{}]*)\}": r"\\binom{\1}{\2}",
+    r"\\(?:long)?rightarrow(?![a-zA-Z])|->": r"\\to ",
+    r"\\langle(?![a-zA-Z])": "(",
+    r"\\rangle(?![a-zA-Z])": ")",
+    r"\\(?:lor|vee)(?![a-zA-Z])": " or ",
+    r"\\(?:land|wedge)(?![a-zA-Z])": " and ",
+    r"\\(?:backslash|smallsetminus)(?![a-zA-Z])": r"\\setminus ",
+    r"(?<=[\w)}\]])\s*\\(?:approx|simeq)(?![a-zA-Z])\s*(?=\S)": " = ",
+    r"\\equiv(?=.*\\pmod)": "=",
+    r"\\mathrm\s*\{\s*([ied])\s*\}": r" \1",
+    r"\\checkmark(?![a-zA-Z])|\\\\\s*$": "",
+    r"\\(?:begin|end)\s*\{(?:aligned|align\*?|gathered|gather\*?|split|equation\*?)\}": "",
+    r"^\s*\\begin\s*\{cases\}([^&]*)\\end\s*\{cases\}\s*$": lambda found: found[1].replace("\\\\", ", "),
+    r"\{:\}": ":",
     r"\\(?:leq|leqslant|lte)(?![a-zA-Z])": r"\\le",
     r"\\(?:geq|geqslant|gte)(?![a-zA-Z])": r"\\ge",
     r"\\neq(?![a-zA-Z])": r"\\ne",
@@ -61,11 +79,21 @@ _SAME = {
 }
 _STEPS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [(re.compile(old), new) for old, new in _SAME.items()]  # type: ignore[misc]
 _DRESS = re.compile(
-    r"\\(?:textbf|mathbf|textit|mathit|emph|underline|uline|boldsymbol|bm|pmb|boxed|fbox|ensuremath|mathds|textsc)\s*(?=\{)"
+    r"\\(?:textbf|mathbf|textit|mathit|emph|underline|uline|boldsymbol|bm|pmb|boxed|fbox|ce|mathcal|ensuremath|mathds|textsc)\s*(?=\{)"
 )
 _WORDS = re.compile(r"\\(?:text|textrm|textsf|texttt|textnormal|mathrm|mathsf|mathtt|mbox|hbox|operatorname\*?)\s*(?=\{)")
-_EDGES = re.compile(r"^(?:=|\\approx(?![a-z])|\\simeq|\\sim(?![a-z]))\s*|\s*[.,;]+$")
-_PAIRS = [("**", "**"), ("__", "__"), ("`", "`"), ('"', '"'), ("'", "'"), ("\u00ab", "\u00bb"), ("\u300c", "\u300d")]
+_EDGES = re.compile(r"^(?:=|\\approx(?![a-z])|\\simeq|\\sim(?![a-z]))\s*|\s*(?:[.,;]|\\text\s*\{\s*[.,;]?\s*\})+$")
+_ABOUT = r"(?:approximately|approx\.?|about|around|roughly|circa|ca\.)"
+_HEDGE = r"(?:approx(?:imately|\.)?|rounded[^(){}]*|exact(?:ly)?|estimated)"
+_HEDGED = re.compile(
+    rf"^(?:\\text\s*\{{\s*{_ABOUT}\s*\}}|{_ABOUT}\s)\s*(?=\\?[-$€£¥\d.(])"
+    rf"|(?<=[\w%)}}])\s*(?:\\text\s*\{{\s*\(?{_HEDGE}\)?\s*\}}|\({_HEDGE}\)|\s{_HEDGE})$",
+    re.IGNORECASE,
+)
+"""What says that a number is rounded, before or behind it."""
+_VALUE = re.compile(rf"\\?[-+$€£¥]*\s*(?:[\d.(]|\\(?:frac|sqrt|pi|text\s*\{{\s*{_ABOUT}))|{_ABOUT}\s", re.IGNORECASE)
+_GOES_ON = re.compile(r"(?<![\d.])(\d*\.\d{0,3}?)(\d{1,12}?)(\2+)(?:\.\.\.|\s*\\[lc]?dots(?![a-zA-Z]))")
+_PAIRS = [("**", "**"), ("__", "__"), ("`", "`"), ('"', '"'), ("'", "'"), ("\u00ab", "\u00bb"), ("\u300c", "\u300d"), ("\u300a", "\u300b")]
 _TEXT = re.compile(r"\\text\s*(?=\{)")
 
 
@@ -73,6 +101,7 @@ def unified(text: str) -> str:
     """The text in one spelling of Unicode: digits of every script as ASCII, signs and fractions as LaTeX; nobody's LaTeX is touched."""
     if text.isascii():
         return text
+    text = _OVERLINED.sub(lambda found: "\\overline{" + found.group().replace("\u0305", "") + "}", text)
     text = _ROOT.sub(lambda found: f"{_ROOTS[found[1]]}{{{found[2].strip('{}()')}}}", text)
     pieces: list[str] = []
     script = ""
@@ -103,8 +132,11 @@ def plain(text: str) -> str:
     text = text.replace("\\$", "\ue000")
     if text.count("$") % 2 == 0:
         text = text.replace("$", " ")
+    elif text.count("$") > 2 and text.strip().startswith("$$") and text.rstrip().endswith("$"):  # money inside of a formula
+        text = text.strip()[1:-1]
     text = text.replace("\ue000", "$")
-    if "\\" in text or "~" in text or "{" in text:
+    text = _GOES_ON.sub(lambda found: found.group() if len(found[2] + found[3]) < 2 else f"{found[1]}\\overline{{{found[2]}}}", text)
+    if "\\" in text or "~" in text or "{" in text or "->" in text:
         for pattern, new in _STEPS:
             text = pattern.sub(new, text)
         text = _WORDS.sub(lambda _: "\\text", _without(_DRESS, text))
@@ -116,12 +148,14 @@ def trimmed(text: str) -> str:
     while True:
         before = text
         text = _EDGES.sub("", text.strip())
+        if _VALUE.match(text):
+            text = _HEDGED.sub("", text)
         for opening, closing in _PAIRS:
             inner = text[len(opening) : -len(closing)]
             if text.startswith(opening) and text.endswith(closing) and inner and opening not in inner:
                 text = inner
         for opening in ("{", "\\text{"):
-            if text.startswith(opening) and closing_brace(text, len(opening) - 1) == len(text) - 1 and not text.startswith('{"'):
+            if text.startswith(opening) and closing_brace(text, len(opening) - 1) == len(text) - 1 and not text.startswith(('{"', "{'")):
                 text = text[len(opening) : -1]
         if text == before:
             return text

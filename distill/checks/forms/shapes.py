@@ -89,6 +89,15 @@ class Table:
     """A matrix, by rows."""
 
     rows: tuple[tuple[Readings, ...], ...]
+    bars: str = ""
+    """What stands around it where that is no bracket: `v` for a determinant, `V` for a norm."""
+
+
+@dataclass(frozen=True)
+class Formula:
+    """Of chemistry, a reaction too, without what sets its numbers low."""
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,8 @@ class Data:
     text: str
 
 
-Form: TypeAlias = Text | Number | Expression | Quantity | Day | Clock | Ratio | Group | Intervals | Equation | Labelled | Table | Data
+Form: TypeAlias = (
+    Text | Number | Expression | Quantity | Day | Clock | Ratio | Group | Intervals | Equation | Labelled | Table | Formula | Data
+)
 Readings: TypeAlias = tuple[Any, ...]
 """Forms, of which each is a way to read one text."""

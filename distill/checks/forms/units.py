@@ -11,6 +11,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from distill.checks.forms import locales
 from distill.checks.forms.plain import as_words
 
 PERCENT = "%"
@@ -24,12 +25,23 @@ _MONEY = {
     **{"$": "USD", "us$": "USD", "usd": "USD", "dollar": "USD", "dollars": "USD", "us dollars": "USD", "bucks": "USD", "美元": "USD"},
     **{"€": "EUR", "eur": "EUR", "euro": "EUR", "euros": "EUR", "欧元": "EUR", "£": "GBP", "gbp": "GBP"},
     **{"¥": "CNY", "yuan": "CNY", "cny": "CNY", "rmb": "CNY", "元": "CNY", "yen": "JPY", "jpy": "JPY", "円": "JPY"},
-    **{"₹": "INR", "inr": "INR", "rupee": "INR", "rupees": "INR", "rs": "INR", "rs.": "INR", "₩": "KRW", "won": "KRW", "krw": "KRW"},
+    **{
+        "₹": "INR",
+        "inr": "INR",
+        "rupee": "INR",
+        "rupees": "INR",
+        "रुपये": "INR",
+        "rs": "INR",
+        "rs.": "INR",
+        "₩": "KRW",
+        "won": "KRW",
+        "krw": "KRW",
+    },
     **{"₽": "RUB", "rub": "RUB", "ruble": "RUB", "rubles": "RUB", "¢": "USD_cent", "cent": "USD_cent", "cents": "USD_cent"},
 }
 MONEY_SIGN = re.compile(r"(?:US\$|[$€£¥₹₩₽]|(?:USD|EUR|GBP|JPY|CNY|INR|Rs\.?)(?![A-Za-z]))\s*")
 """What stands before an amount of money."""
-_AMBIGUOUS = {frozenset({"GBP", "pound"}), frozenset({"CNY", "JPY"})}  # £ and a pound, the two whose sign is ¥
+_AMBIGUOUS = {frozenset({"GBP", "pound"}), frozenset({"¥", "JPY"})}  # £ and a pound; ¥ is read as Chinese money, and may be Japanese
 _SHORT = (
     "m g s h L l K N J W V A C F km cm mm nm um μm dm kg mg lb lbs oz ft mi yd mph kmh kph mL ml kJ MJ kcal kW MW mW GW kWh mV kV mA Pa "
     "kPa MPa hPa bar atm mol ms ns min hr hrs sec rad deg eV keV MeV Hz kHz MHz GHz MB GB TB kB Ω st nd rd th USD EUR GBP"
@@ -57,6 +69,7 @@ _SPELLINGS = {
     r"\^\s*\{?\s*(-?\d)\s*\}?": r"**\1",
     r"(?<=[A-Za-z])([23])\b": r"**\1",
     r"\bkmh\b": "km/h",
+    r"\bNm\b": "N*m",
 }
 _STEPS = [(re.compile(old), new) for old, new in _SPELLINGS.items()]
 _SAFE = re.compile(r"(?:[A-Za-zμΩ_ /()]|\*(?!\*)|\*\*-?\d(?!\d))+")
@@ -78,7 +91,7 @@ def unit_in(rest: str, *, alone: bool = False) -> str | None:
     words = _WORD.findall(unit.replace("\\cdot", " ").replace("\\frac", " ").replace("\\times", " "))
     if any(word.lower() in _NO_UNIT for word in words) and _known(unit) is None:
         return None
-    if unit.lower().rstrip(".") in ("%", "percent", "per cent", "percentage", "pct", "prozent"):
+    if unit.lower().rstrip(".") in ("%", "per cent", "percentage", "pct") or locales.units().get(locales.folded(unit)) == "percent":
         return PERCENT
     is_ascii = unit[0].isascii() and unit[0].isalpha()
     if is_ascii and not set_apart and not all(word in _GLUED for word in words):
@@ -104,7 +117,7 @@ def factor_free(one: str, other: str) -> bool:
         return True
     first, second = _known(one), _known(other)
     if first is not None and second is not None:
-        return bool(first == second) or frozenset({_code(one), _code(other)}) in _AMBIGUOUS
+        return bool(first == second) or any(frozenset({_code(a), _code(b)}) in _AMBIGUOUS for a, b in ((one, other), (other, one)))
     return _same_words(one, other)
 
 
@@ -122,6 +135,9 @@ def converted(value: Fraction, one: str, other: str) -> Fraction | None:
 def prepare() -> None:
     """Loads what takes half a second the first time."""
     _registry()
+    locales.units()
+    locales.months()
+    locales.halves_of_day()
 
 
 @lru_cache(maxsize=1)
@@ -138,8 +154,10 @@ def _registry() -> Any:
 @lru_cache(maxsize=4096)
 def _known(unit: str) -> Any:
     """The unit as pint has it, or null."""
-    money = _MONEY.get(unit.lower())
-    text = money or " ".join(_MONEY.get(word.lower(), word) for word in re.split(r"(?<=[$€£¥₹])|(?=/)|\s", unit) if word)
+    money = _MONEY.get(unit.lower()) or locales.money().get(locales.folded(unit))
+    text = (
+        money or _in_english(unit) or " ".join(_MONEY.get(word.lower(), word) for word in re.split(r"(?<=[$€£¥₹])|(?=/)|\s", unit) if word)
+    )
     for pattern, new in _STEPS:
         text = pattern.sub(new, text)
     text = re.sub(r"(?<=[\w)])\s+(?=[\w(])", "*", text.strip().rstrip("."))
@@ -153,8 +171,19 @@ def _known(unit: str) -> Any:
     return None
 
 
+def _in_english(unit: str) -> str | None:
+    """The unit of measure that a name in some language is, whole or part by part; null where it is none or has case to tell."""
+    if unit.isascii() and len(unit) < 3:
+        return None
+    names, name = locales.units(), locales.folded(unit)
+    if name in names or name == "千米":
+        return names.get(name, "kilometer")
+    parts = [names.get(locales.folded(part)) for part in unit.split("/")]
+    return "/".join(part for part in parts if part) if len(parts) == 2 and all(parts) else None
+
+
 def _code(unit: str) -> str:
-    return _MONEY.get(unit.lower()) or _singular(unit.lower())
+    return "¥" if unit.strip() == "¥" else _MONEY.get(unit.lower()) or _singular(unit.lower())
 
 
 def _same_words(one: str, other: str) -> bool:

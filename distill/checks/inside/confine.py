@@ -23,6 +23,7 @@ def _limit(job: dict[str, Any]) -> None:
     """Sets what the job says. The user comes last: only root may become another one, and afterwards nothing can be raised again."""
     limits = {
         resource.RLIMIT_AS: job["memory_mib"] * MIB,
+        resource.RLIMIT_DATA: job["memory_mib"] * MIB,  # what started this may have a lower one
         resource.RLIMIT_FSIZE: job["files_mib"] * MIB,
         resource.RLIMIT_CPU: job["processor_s"],
         resource.RLIMIT_NOFILE: 128,
