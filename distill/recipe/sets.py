@@ -71,7 +71,7 @@ class HeldOutSet(Section):
     temperature: Annotated[float, Field(ge=0)] | None = None
     """0 takes the most probable token."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Nucleus."""
+    """Nucleus: the smallest set of tokens whose probability reaches this."""
     top_k: Annotated[int, Field(ge=0)] | None = None
     """Only the k most probable tokens; 0 means all."""
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
