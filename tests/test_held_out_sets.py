@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +228,13 @@ def test_a_set_takes_from_evaluate_what_it_does_not_say(tmp_path: Path) -> None:
     found = {name: (each.samples_per_prompt, each.temperature, each.top_p, each.top_k) for name, each in drawn.items()}
     assert found == {"heldout": (8, 0.7, 0.9, 0), "greedy": (1, 0.0, 0.95, 0), "same": (8, 0.7, 0.9, 0), "own": (2, 0.7, 0.9, 5)}
     assert {each.max_new_tokens for each in drawn.values()} == {77}
+
+
+@pytest.mark.parametrize(
+    ("each", "meant"),
+    [({"colums": {"prompt": "q"}}, "evaluate.sets.more.columns"), ({"columns": {"promt": "q"}}, "evaluate.sets.more.columns.prompt")],
+)
+def test_a_misspelt_key_of_a_set_is_guessed(each: dict[str, Any], meant: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("RUN", str(tmp_path / "run")))
+    with pytest.raises(RecipeError, match=rf"Did you mean {re.escape(meant)}\?"):
+        load_recipe(tmp_path / "r.yaml", {"evaluate.sets.more": {"source": "x"} | each})

@@ -145,10 +145,15 @@ def _beside(loc: Sequence[str]) -> tuple[list[str], dict[str, set[str]]]:
     """The keys of the section at a place; and those that it would have if another that stands for it were chosen, with its name."""
     sections: list[type[BaseModel]] = [Recipe]
     others: dict[str, set[str]] = {}
+    below_mapping = False
     for name in (part for part in loc if not part.isdecimal()):
+        if below_mapping:  # a name of the user's own
+            below_mapping = False
+            continue
         found = [info for section in sections if (info := section.model_fields.get(name))]
         if found:
             sections, others = list(_sections_in(found[0].annotation)), {}
+            below_mapping = bool(sections) and _is_mapping(found[0].annotation)
             continue
         chosen = [section for section in sections if name in _names_of(section)]
         for section in sections:

@@ -19,6 +19,7 @@ from distill.run.owned import has_made, listed, strangers
 
 Kind = Literal["new", "begun", "complete", "grows", "refused"]
 NO_LIMIT = math.inf
+_LONGEST = 200  # characters of a value that is shown
 HOLDS = "holds no stage of a run, but"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -182,7 +183,16 @@ def _differences(found: Any, asked: Any, key: str = "") -> Iterator[tuple[str, s
             yield from _differences(found.get(name), asked.get(name), f"{key}.{name}" if key else name)
     elif found != asked:
         digests = all(value is None or _DIGEST.fullmatch(str(value)) for value in (found, asked))
-        yield key, f"{key}: its content has changed" if digests else f"{key} is {found!r} there and {asked!r} here"
+        if _is_section(found, asked):
+            yield key, f"{key} is {'new' if found is None else 'left out here'}"
+        else:
+            yield key, f"{key}: its content has changed" if digests else f"{key} is {found!r} there and {asked!r} here"
+
+
+def _is_section(found: Any, asked: Any) -> bool:
+    """Whether a mapping, too long to be read in a line, stands against nothing."""
+    one = asked if found is None else found if asked is None else None
+    return isinstance(one, dict) and len(repr(one)) > _LONGEST
 
 
 def _at(settings: dict[str, Any], key: str) -> Any:
