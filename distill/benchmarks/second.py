@@ -23,7 +23,7 @@ _METRIC, _FILTER = "accuracy", "whole answer"
 
 def scorer(section: Benchmarks) -> tuple[str, str]:
     """Name and version of the checks."""
-    names = ", ".join(check.called for check in section.checks_beside)
+    names = ", ".join(check.called for check in section.second_checks)
     return f"distill-kit: {names}", f"{distill.__version__} (math-verify {importlib.metadata.version('math-verify')})"
 
 
@@ -49,7 +49,7 @@ def second_rows(places: Mapping[tuple[str, str], Path], section: Benchmarks) -> 
         return
     name, version = scorer(section)
     right: dict[int, float] = {}
-    with Judges(section.checks_beside, section.check_timeout_s) as judges:
+    with Judges(section.second_checks, section.check_timeout_s) as judges:
         for number, (correct, _) in judges.answers(enumerate(given for *_, documents in tasks for _, given in documents)):
             right[number] = float(correct is True)
     first = 0

@@ -42,8 +42,8 @@ class Benchmarks(Section):
     """Sequences at once; halved by itself when memory runs out."""
     second_tasks: list[str] = Field(default_factory=lambda: ["aime*", "gsm8k*", "hendrycks_math*", "minerva_math*"])
     """Tasks, by patterns of their names, whose answers the kit's own checks judge as well, beside lm-eval's number."""
-    second_checks: Checks | None = None
-    """What a right answer passes there, every one; null means math."""
+    second_checks: Checks = Field(default_factory=lambda: checks_of("math"))
+    """What a right answer passes there, every one."""
     second_reference: str = r"####\s*(.+)"
     """Regular expression whose group is the right answer inside of lm-eval's target, where it matches; else the target is it."""
     check_timeout_s: Annotated[float, Field(gt=0)] = 10.0
@@ -58,11 +58,6 @@ class Benchmarks(Section):
     def all_tasks(self) -> list[str]:
         """Those of both lists, each once."""
         return list(dict.fromkeys([*self.tasks, *self.forgetting]))
-
-    @property
-    def checks_beside(self) -> list[Check]:
-        """Those of `second_checks`, or the one of mathematics."""
-        return self.second_checks if self.second_checks is not None else checks_of("math")
 
     @field_validator("models")
     @classmethod
@@ -84,10 +79,10 @@ class Benchmarks(Section):
 
     @field_validator("second_checks")
     @classmethod
-    def _judge_an_answer(cls, value: list[Check] | None) -> list[Check] | None:
-        if value is not None and not value:
+    def _judge_an_answer(cls, value: list[Check]) -> list[Check]:
+        if not value:
             raise ValueError("names no check, so every answer would be right. Leave it out to have math")
-        if any(check.agreement is not None or check.settings.columns for check in value or ()):
+        if any(check.agreement is not None or check.settings.columns for check in value):
             raise ValueError("lm-eval's answers have no other samples and no further columns to look at. Take another check")
         return value
 

@@ -49,7 +49,7 @@ def plan(recipe: Recipe) -> StagePlan:
         specs["teacher"] = recipe.teacher.identity_here()
     inputs = [student_folder(recipe)] if "student" in section.models else []
     growth = Growth(free=frozenset({"teacher", "seed", "python_sha256", *(f"benchmarks.{key}" for key in _FREE)}), other_inputs=True)
-    own, python = own_digest(section), digest_of(section.checks_beside)
+    own, python = own_digest(section), digest_of(section.second_checks)
     asked = section.identity() | ({"tasks_sha256": own} if own else {})
     settings = {**specs, "benchmarks": asked, "seed": recipe.seed, **({"python_sha256": python} if python else {})}
     return plan_of(recipe, Step("benchmark"), settings, inputs, growth)
