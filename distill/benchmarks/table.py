@@ -20,12 +20,14 @@ def table_of(recipe: Recipe, place: Path, version: str) -> list[Row]:
     """
     section = recipe.benchmarks
     assert section is not None
-    folders = {(role, asked): place / role / folder_name(asked) for role in section.models for asked in section.all_tasks}
+    folders: dict[tuple[str, str], Path] = {
+        (role, asked): place / role / folder_name(asked) for role in section.models for asked in section.all_tasks
+    }
     found: dict[str, dict[Metric, Found]] = {role: {} for role in section.models}
-    for (role, asked), folder in folders.items():
-        found[role].update(rows_of(role, asked, folder, version))
-    for role, metric, each in second_rows({(str(role), asked): folder for (role, asked), folder in folders.items()}, section):
-        found[role][metric] = each
+    for (name, asked), folder in folders.items():
+        found[name].update(rows_of(name, asked, folder, version))
+    for who, metric, each in second_rows(folders, section):
+        found[who][metric] = each
     rows = [each.row for of_model in found.values() for each in of_model.values()]
     if {"base", "student"} <= found.keys():
         rows += differences(found["base"], found["student"], recipe.seed, section.confidence)
