@@ -76,7 +76,8 @@ class Evaluate(Sampling):
         """
         plain = super().identity()
         plain = {name: value for name, value in plain.items() if name not in ("checks", "sets", "preferences")}
-        return plain | ({} if self.preferences is None else {"preferences": self.preferences.identity()})
+        # In a list, so that another judge is one change, which may come as a whole.
+        return plain | ({} if self.preferences is None else {"preferences": [self.preferences.identity()]})
 
 
 class Report(Section):
