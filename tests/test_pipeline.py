@@ -19,7 +19,7 @@ from distill.run.manifest import MANIFEST, Manifest, read_manifest
 from distill.run.tables import read_rows
 from distill.stages import FOLDERS
 
-STAGES = [name for name in FOLDERS if name not in ("score", "rollouts")]
+STAGES = [name for name in FOLDERS if name not in ("score", "rollouts", "benchmark")]
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -88,7 +88,8 @@ class Evaluate(Sampling):
         plain = super().identity()
         apart = ("checks", "sets", "likeness", "preferences")
         plain = {name: value for name, value in plain.items() if name not in apart and (name != "calibration" or value)}
-        return plain | ({} if self.preferences is None else {"preferences": self.preferences.identity()})
+        # In a list, so that another judge is one change, which may come as a whole.
+        return plain | ({} if self.preferences is None else {"preferences": [self.preferences.identity()]})
 
 
 class Report(Section):
