@@ -60,7 +60,8 @@ _YES_OR_NO = re.compile(
     re.IGNORECASE,
 )
 _DATE = re.compile(
-    r"(?:([^\W\d_]{1,20}\.? )(?:the )?)?(\d{1,2}(?:st|nd|rd|th|\.)?,? (?:(?:de|of) )?(?:[^\W\d_]{1,20}\.?,? )?(?:de )?\d{4})(?!\d)",
+    r"(?:([^\W\d_]{1,20}\.? )(?:the )?)?"
+    r"((?<![-\d])\d{1,2}(?:st|nd|rd|th|\.)?,? (?:(?:de|of) )?(?:[^\W\d_]{1,20}\.?,? )?(?:de )?\d{4})(?!\d)",
     re.IGNORECASE,
 )
 _UNSAID = re.compile(

@@ -32,7 +32,7 @@ def months() -> dict[str, int]:
 @lru_cache(maxsize=1)
 def date_words() -> frozenset[str]:
     """What may stand in a date beside the month: days of the week, and words such as `de` in Spanish."""
-    words = {name for data in _all() for _, name in _named(data, "days")}
+    words = {name for data in _all() for _, name in _named(data, "days") if len(name) > 2 or not name.isascii()}
     for data in _all():
         for form in ("long", "full"):
             words.update(re.findall(r"'([^']+)'", data["date_formats"][form].pattern))
