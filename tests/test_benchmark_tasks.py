@@ -101,7 +101,7 @@ def test_a_server_is_asked_each_question_as_a_conversation_and_only_once(tmp_pat
 
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     with Answering(tokens=64) as server:
-        recipe = asking(tmp_path, ["own_written"], {"kind": "openai", "url": server.url}, apply_chat_template=True, max_gen_toks=64)
+        recipe = asking(tmp_path, ["own_written"], {"kind": "openai", "url": f"{server.url}/v1"}, apply_chat_template=True, max_gen_toks=64)
         assert recipe.benchmarks is not None
         for attempt in ("first", "again"):
             kept = Kept(Journal(tmp_path / "kept.jsonl"))
