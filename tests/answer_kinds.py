@@ -11,6 +11,16 @@ WORDS = "refund delivery cancel Paris London banana winter table orange guitar B
 UNITS = "m km kg m/s km/h cm^2 m^3 mW MW s hours J kJ Hz marbles people apples mL N Pa eV".split()  # noqa: SIM905
 _COMMAND = re.compile(r"\\[A-Za-z]+(?:\{[a-z]*matrix\})?")
 
+SAME_ELSEWHERE = [
+    {"March", "Marca"},  # in Polish
+    {"Mai", "Maj"},  # in Swedish
+    {"de", "di"},  # in Italian, between the parts of a date
+    {"minutes", "minuten"},  # in German
+    {"euros", "euroa"},  # in Finnish
+    {"米", "م"},  # metre, in Arabic
+]
+"""Words one letter apart that say the same in two languages, so that one is right for the other."""
+
 
 def _kinds(draw: random.Random) -> dict[str, Callable[[], str]]:
     def whole(most: int = 5) -> str:
@@ -109,6 +119,12 @@ def references(kind: str, count: int, seed: int) -> Iterator[str]:
     make = _kinds(draw)[kind]
     for _ in range(count):
         yield make()
+
+
+def says_the_same(one: str, other: str) -> bool:
+    """Whether two texts differ in one word only, which is another language's word for the same."""
+    pairs = list(zip(*(re.findall(r"[^\W\d_]+|\d+|\S", text) for text in (one, other)), strict=False))
+    return [{left, right} for left, right in pairs if left != right] in [[each] for each in SAME_ELSEWHERE]
 
 
 def changes(reference: str, seed: int) -> Iterator[str]:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from distill.checks.answers import compare
-from tests.answer_kinds import KINDS, changes, references
+from tests.answer_kinds import KINDS, changes, references, says_the_same
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -31,7 +31,7 @@ def compare_all(kind: str, count: int, seed: int) -> None:
             verdicts = [compare(f"\\boxed{{{change}}}", reference)[0], compare(f"\\boxed{{{reference}}}", change)[0]]
             assert verdicts[0] == verdicts[1], (reference, change)  # symmetric
             tried += 1
-            if verdicts[0] is not False:
+            if verdicts[0] is not False and not says_the_same(reference, change):
                 kept.append((reference, change))
     assert tried and len(kept) <= tried // 1000, kept
 
