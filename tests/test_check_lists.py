@@ -98,7 +98,7 @@ def test_what_is_wrong_with_a_check_is_said_with_its_line(tmp_path: Path, check:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_check_has_its_place(kind: str) -> None:
-    """Whatever a recipe may name, something judges; `agreement` is found of all samples together, `code` in a sandbox, `judge` by a model."""
+    """Whatever a recipe may name, something judges: `agreement` all samples together, `code` in a sandbox, `judge` by a model."""
     from distill.checks.judging import _APART, _HERE
 
     assert (kind in _HERE) + (kind in _APART) + (kind in ("math", "agreement", "code", "judge")) == 1
