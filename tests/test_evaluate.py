@@ -88,11 +88,11 @@ def scored(answers: list[dict[str, object]], models: list[str]) -> dict[tuple[st
 
 
 def test_a_model_that_is_unjudged_where_it_is_wrong_gains_nothing() -> None:
-    """Half right, the other half null: the accuracy is a half, not one; of a prompt that nobody's answer tells, nothing is said."""
+    """Two of five right, the others null: the accuracy is two fifths, not one, also with a prompt of which nobody's answer was judged."""
     found = scored(
         marked("base", [True, True, None, None, None]) + marked("student", [True, False, False, True, None]), ["base", "student"]
     )
-    assert found["base", "accuracy"] == found["student", "accuracy"] == found["student", "accuracy_if_unjudged_right"] == 0.5
+    assert found["base", "accuracy"] == found["student", "accuracy"] == 0.4 and found["student", "accuracy_if_unjudged_right"] == 0.6
     assert found["base", "accuracy_if_unjudged_right"] == 1.0 and found["base", "unjudged_rate"] == 0.6
 
 

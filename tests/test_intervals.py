@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 
-from distill.measure.intervals import RESAMPLES, gap_recovered, mean_interval, resampled_means
+from distill.measure.intervals import RESAMPLES, gap_recovered, mean_interval, resampled_means, sign_flip_p
 
 
 def every_resample(values: np.ndarray) -> np.ndarray:
@@ -74,3 +75,21 @@ def test_no_gap_no_share() -> None:
     teacher = base.copy()
     teacher[0] = 1.0
     assert gap(base, base, teacher) == (None, None, None)
+
+
+def test_a_difference_that_signs_alone_may_give_has_a_large_p_value() -> None:
+    """Against the definition: all ways in which the signs could have fallen."""
+    assert sign_flip_p(np.ones(3), 0) == 2 / 2**3
+    assert sign_flip_p(np.array([1, 1, 1, 1, 1, 1, 0, 0.0]), 0) == 2 / 2**6
+    assert sign_flip_p(np.zeros(5), 0) == 1.0 and sign_flip_p(np.empty(0), 0) == 1.0
+    moved = np.array([0.5, -0.25, 0.75, 0.25, 1.0])
+    sums = [abs(float(np.dot(signs, np.abs(moved)))) for signs in itertools.product((1, -1), repeat=5)]
+    assert sign_flip_p(moved, 0) == pytest.approx(np.mean([each >= abs(moved.sum()) - 1e-9 for each in sums]))
+    many = np.random.default_rng(0).normal(0.3, 1.0, 400)
+    assert sign_flip_p(many, 1) < 0.001 < 0.2 < sign_flip_p(many - many.mean() + 0.01, 1)
+
+
+def test_the_p_value_of_drawn_signs_is_that_of_all() -> None:
+    drawn = sign_flip_p(np.array([1.0] * 12 + [-1.0] * 4), 0)  # of 16, of which 12 or more fall one way
+    exact = 2 * sum(math.comb(16, count) for count in range(12, 17)) / 2**16
+    assert drawn == pytest.approx(exact, abs=0.01)

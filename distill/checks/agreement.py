@@ -21,12 +21,19 @@ _LOOKED_AT = 20_000
 """Characters at the end of an answer, among which its final part is."""
 
 
-def answer_number(completion: str) -> int:
-    """64 bits that are equal where the final answers say the same (1/2 and 0.5), as far as that needs no sympy; 0 where there is none."""
+def final_key(completion: str) -> str | None:
+    """One text for all final answers that say the same (1/2 and 0.5), as far as that needs no sympy; null where there is none."""
     answer = answer_of(completion)
     if answer is None or is_blank(answer):
+        return None
+    return key_of(plain(final_answer(answer[-_LOOKED_AT:]).texts[0]))
+
+
+def answer_number(completion: str) -> int:
+    """64 bits that are equal where the final answers say the same; 0 where there is none."""
+    final = final_key(completion)
+    if final is None:
         return NO_ANSWER
-    final = key_of(plain(final_answer(answer[-_LOOKED_AT:]).texts[0]))
     return int.from_bytes(hashlib.blake2b(final.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") or 1
 
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 
 from distill.checks import Found, Given
+from distill.checks.agreement import final_key
 from distill.checks.final import bare, final_answer
 from distill.checks.form import answer_of
 from distill.checks.forms.final import is_final
@@ -35,18 +36,25 @@ def final_of(given: Given, checks: Sequence[Check]) -> str | None:
 
     Args:
         given: The answer.
-        checks: Those that say what is right; the first that looks for a final answer decides.
+        checks: Those that say what is right; the one of labels decides, else the first that looks for a final answer.
     """
+    labels = labels_of(checks)
+    if labels is not None:
+        return named_label(given, labels)
     check = next((check for check in checks if check.kind in _VOTED and check.settings.asks_reference), None)
     if check is None:
         return None
     if check.label is not None:
         return named_label(given, check.label)
-    answer = answer_of(given.completion)
-    text = bare(final_answer(answer)) if answer is not None else ""
+    text = _final_text(given.completion) if check.text is not None else final_key(given.completion) or ""
     if len(text) > _LONGEST:
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     return text or None
+
+
+def _final_text(completion: str) -> str:
+    answer = answer_of(completion)
+    return "" if answer is None else bare(final_answer(answer))
 
 
 def in_form(given: Given, found: Mapping[str, Found], checks: Sequence[Check]) -> bool | None:

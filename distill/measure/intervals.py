@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 RESAMPLES = 10_000
 _AT_ONCE = 500  # resamples that are in memory
+_FEW = 12  # pairs of which all signs are tried
 
 
 class Estimate(NamedTuple):
@@ -66,6 +67,32 @@ def interval_of(value: float, draws: np.ndarray, confidence: float) -> Estimate:
     """A value with the central interval of what it came to in resamples."""
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Estimate(value, float(low), float(high))
+
+
+def sign_flip_p(differences_P: np.ndarray, seed: int) -> float:
+    """Two-sided p-value of the mean of differences of pairs, if which of the two came first were chance.
+
+    The bootstrap knows nothing that was not drawn: of three prompts of which three are won, every resample says the same. What the signs
+    could have been by chance still says that this is nothing (Efron and Tibshirani, chapter 15). All of them are looked at where they are
+    few, else `RESAMPLES` drawn ones, which can't fall under 1/(RESAMPLES + 1).
+
+    Args:
+        differences_P: A prompt each.
+        seed: Of the drawing.
+    """
+    moved = np.abs(differences_P[differences_P != 0.0])
+    if not len(moved):
+        return 1.0
+    seen, least = abs(float(differences_P.sum())), 1e-9  # sums in another order differ by that much
+    if len(moved) <= _FEW:
+        signs = 1 - 2 * ((np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved))) & 1)
+        return float(np.mean(np.abs(signs @ moved) >= seen - least))
+    rng = np.random.default_rng(seed)
+    as_far = sum(
+        int((np.abs((1 - 2 * rng.integers(0, 2, (_AT_ONCE, len(moved)), np.int8)) @ moved) >= seen - least).sum())
+        for _ in range(RESAMPLES // _AT_ONCE)
+    )
+    return (as_far + 1) / (RESAMPLES + 1)
 
 
 def gap_recovered(means: tuple[float, float, float], draws_RB: np.ndarray, confidence: float) -> Estimate:

@@ -13,9 +13,29 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+OF_THE_PROMPT = frozenset(
+    {
+        "no_choices",
+        "no_context",
+        "no_reference",
+        "no_schema",
+        "no_tests",
+        "prompt_unsure",
+        "reference_is_no_call",
+        "reference_is_no_choice",
+        "reference_is_no_json",
+        "reference_is_no_number",
+        "schema_is_wrong",
+        "schema_not_resolved",
+        "tests_unreadable",
+        "tools_not_readable",
+    }
+)
+"""Reasons of checks by which a prompt can't be judged, whatever is answered. Any other leaves open what one answer is."""
+
 
 class Marks(NamedTuple):
-    """Right and unjudged answers of models to prompts, counted, int64 `(R, P)`; only prompts of which some answer was judged."""
+    """Right and unjudged answers of models to prompts, counted, int64 `(R, P)`: of prompts that can be judged, if any answer was."""
 
     prompts: list[str]
     right_RP: NDArray[np.int64]
@@ -43,10 +63,14 @@ def marks_of(answers: Iterable[dict[str, Any]], roles: Sequence[str]) -> Marks:
     """
     places = {role: place for place, role in enumerate(roles)}
     counts: dict[str, NDArray[np.int64]] = defaultdict(lambda: np.zeros((3, len(roles)), np.int64))
+    open_prompts: set[str] = set()
     for answer in answers:
         here = counts[answer["prompt_id"]][:, places[answer["model_role"]]]
         here += (answer["correct"] is True, answer["correct"] is None, True)
-    judged = {prompt: found for prompt, found in counts.items() if found[1].sum() < found[2].sum()}
+        if answer["correct"] is not None or answer["reason"].rpartition(":")[2] not in OF_THE_PROMPT:
+            open_prompts.add(answer["prompt_id"])
+    is_any_judged = any(found[1].sum() < found[2].sum() for found in counts.values())
+    judged = {prompt: found for prompt, found in counts.items() if is_any_judged and prompt in open_prompts}
     stacked = np.array(list(judged.values()), np.int64).reshape(len(judged), 3, len(roles)).transpose(1, 2, 0)
     return Marks(list(judged), *stacked)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distill.measure.intervals import Estimate, gap_recovered, interval_of, mean_interval, resampled_means
+from distill.measure.intervals import Estimate, gap_recovered, interval_of, mean_interval, resampled_means, sign_flip_p
 from distill.measure.labels import macro_f1
 from distill.measure.marks import Marks, marks_of
 from distill.measure.repeated import pass_at, useful_k, votes_of
@@ -20,6 +20,8 @@ Row = dict[str, Any]
 PAIRS = (("student", "base"), ("teacher", "student"), ("teacher", "base"))
 """Of which the difference is told, the first less the second."""
 DIFFERENCE = "accuracy_difference"
+P_VALUE = "accuracy_difference_p"
+"""Of a difference: how often chance alone gives one as large, where both were alike."""
 MOST_TAGS = 100
 """Tags that have scores of their own: the commonest."""
 
@@ -69,13 +71,18 @@ def _with_intervals(answers: Sequence[Row], marks: Marks, asked: Measured) -> It
             yield _row(role, metric, mean_interval(values_P, draws_B, asked.confidence), num_prompts)
     means, draws_RB = dict(zip(asked.models, marks.least_RP.mean(axis=1).tolist(), strict=True)), draws_MRB[0]
     place = {role: number for number, role in enumerate(asked.models)}
+    by_chance: dict[tuple[str, str], float] = {}
     for one, other in PAIRS:
         if one in place and other in place:
             draws_B = draws_RB[place[one]] - draws_RB[place[other]]
             yield _row(f"{one}-{other}", DIFFERENCE, interval_of(means[one] - means[other], draws_B, asked.confidence), num_prompts)
+            by_chance[one, other] = sign_flip_p(marks.least_RP[place[one]] - marks.least_RP[place[other]], asked.seed)
+            yield _row(f"{one}-{other}", P_VALUE, Estimate(by_chance[one, other], None, None), num_prompts)
     if len(place) == 3:
         in_order = draws_RB[[place[role] for role in ("base", "student", "teacher")]]
         gap = gap_recovered((means["base"], means["student"], means["teacher"]), in_order, asked.confidence)
+        if by_chance["teacher", "base"] > 1 - asked.confidence:
+            gap = Estimate(None, None, None)
         yield _row("gap", "gap_recovered", gap, num_prompts)
 
 

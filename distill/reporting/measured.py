@@ -13,7 +13,7 @@ from typing import Any
 from distill.data.licences import UNKNOWN
 from distill.measure.intervals import Estimate
 from distill.measure.marks import in_doubt
-from distill.measure.scores import DIFFERENCE, PAIRS
+from distill.measure.scores import DIFFERENCE, P_VALUE, PAIRS
 from distill.recipe.sets import MAIN
 from distill.run.manifest import Manifest
 from distill.run.tables import read_rows
@@ -66,6 +66,8 @@ class SetResults:
     gap: Estimate | None
     differences: Mapping[tuple[str, str], Estimate]
     """Of the accuracies of two models, the first less the second; none where an earlier kit measured."""
+    by_chance: Mapping[tuple[str, str], float]
+    """How often chance alone gives such a difference; none where an earlier kit measured."""
     num_prompts: int
     samples_per_prompt: int
     confidence: float
@@ -115,7 +117,12 @@ class SetResults:
         """The same, a clause a pair of models."""
         told = [(pair, self.differences[pair]) for pair in PAIRS if pair in self.differences]
         asked = told[:2] if len(told) == len(PAIRS) else told  # of three models the third follows, and is in the gap
-        return [_difference_text(*pair, found) for pair, found in asked]
+        return [_difference_text(*pair, found, self._chance_of(pair)) for pair, found in asked]
+
+    def _chance_of(self, pair: tuple[str, str]) -> float | None:
+        """How likely a difference is by chance alone, where that is too likely to call one better."""
+        chance = self.by_chance.get(pair, 0.0)
+        return chance if chance > 1 - self.confidence else None
 
     @property
     def gap_text(self) -> str:
@@ -126,7 +133,7 @@ class SetResults:
         if self.gap.value is None and (lead is None or (lead.value or 0) <= 0):
             return "gap recovered: not defined, the teacher is no better than the base"
         if self.gap.value is None or self.gap.low is None:  # an earlier kit gave a share of what may be nothing, without an interval
-            span = f", {_points(lead)}," if lead is not None else ""
+            span = f", {_points(lead, self._chance_of(('teacher', 'base')))}," if lead is not None else ""
             return f"gap recovered: not told, the lead of the teacher over the base{span} is within the noise"
         basis = f"{self.confidence_text} interval, paired bootstrap over {self.num_prompts:,} prompts"
         return f"gap recovered: {self.gap.value:.2f} [{self.gap.low:.2f}, {self.gap.high:.2f}] ({basis})"
@@ -155,11 +162,13 @@ def _of_set(name: str, scores: Sequence[Row], confusion: list[Row], manifest: Ma
     whole = {(score["model_role"], score["metric"]): score for score in scores if score.get("tag") is None}
     gap, models = whole.get(("gap", "gap_recovered")), manifest.facts["models"]
     differences = {(one, other): whole.get((f"{one}-{other}", DIFFERENCE)) for one, other in PAIRS}
+    by_chance = {(one, other): whole[f"{one}-{other}", P_VALUE]["value"] for one, other in PAIRS if (f"{one}-{other}", P_VALUE) in whole}
     return SetResults(
         name=name,
         results=[_of_model(role, record, whole) for role, record in models.items()],
         gap=_estimate(gap) if gap else None,
         differences={pair: _estimate(score) for pair, score in differences.items() if score is not None},
+        by_chance=by_chance,
         num_prompts=max(score["num_prompts"] for (_, metric), score in whole.items() if metric == "accuracy"),
         samples_per_prompt=scores[0]["samples_per_prompt"],
         confidence=manifest.facts["confidence"],
@@ -198,19 +207,20 @@ def _of_tags(scores: Sequence[Row]) -> list[TagResult]:
     return list(found.values())
 
 
-def _difference_text(one: str, other: str, found: Estimate) -> str:
-    if not found.is_beyond_noise:
-        return f"no difference between {one} and {other} beyond the noise ({_points(found)})"
+def _difference_text(one: str, other: str, found: Estimate, chance: float | None) -> str:
+    if not found.is_beyond_noise or chance is not None:
+        return f"no difference between {one} and {other} beyond the noise ({_points(found, chance)})"
     if (found.value or 0) < 0:
         one, other = other, one
         found = Estimate(*(None if value is None else -value for value in (found.value, found.high, found.low)))
     return f"{one} better than {other} by {_points(found)}"
 
 
-def _points(found: Estimate) -> str:
-    """A difference of shares in points, with its interval."""
+def _points(found: Estimate, chance: float | None = None) -> str:
+    """A difference of shares in points, with its interval; and its p-value, where that is what speaks against it."""
     value, low, high = (100 * (number or 0.0) for number in found)
-    return f"{value:.1f} points [{low:.1f}, {high:.1f}]"
+    doubt = f", p = {chance:.2f}" if chance is not None and found.is_beyond_noise else ""
+    return f"{value:.1f} points [{low:.1f}, {high:.1f}]{doubt}"
 
 
 def _estimate(score: Row) -> Estimate:
