@@ -20,7 +20,7 @@ SAME = {"set": "heldout", "samples_per_prompt": 1}
 BINS = {"base": [[0.2, 0.4, 10], [0.9, 0.5, 10]], "student": [[0.5, 0.5, 10], [0.9, 0.9, 10]]}
 
 
-def found(folder: Path, *, compared: int = 40, told: bool = True) -> Alike:
+def found(folder: Path, *, compared: int = 40, told: bool = True, exact: bool = False) -> Alike:
     """An evaluation of three prompts with answers of 40 tokens."""
     rows = [
         {"model_role": role, "prompt_id": str(prompt), "reason": None, "num_tokens": 40, "num_bytes": 120, "log_prob": -kl, "chrf": chrf}
@@ -28,12 +28,12 @@ def found(folder: Path, *, compared: int = 40, told: bool = True) -> Alike:
         for role, kl, chrf in (("base", 40.0, 20.0), ("student", 4.0, 60.0))
         for prompt in range(3)
     ]
-    scores: list[dict[str, Any]] = [SAME | row for row in likeness_scores(rows, ["base", "student"], 0.95, 0, exact=False)]
+    scores: list[dict[str, Any]] = [SAME | row for row in likeness_scores(rows, ["base", "student"], 0.95, 0, exact=exact)]
     error = {"metric": "calibration_error", "value": 0.3, "low": 0.2, "high": 0.4, "num_prompts": 3}
     scores += [SAME | {"model_role": role} | error for role in BINS]
     scores.append(SAME | {"set": "other", "model_role": "base", "metric": "perplexity", "value": 77.0, "low": 70.0, "high": 80.0})
     record = {"model": "x/y", "revision": None, "parameters": 1}
-    likeness = {"answers": 3, "read_by": "process" if told else None, "top_k": 64, "exact": False}
+    likeness = {"answers": 3, "read_by": "process" if told else None, "top_k": 64, "exact": exact}
     with StageFolder(folder / "eval", "evaluate", {}) as out:
         out.write_table("scores", scores, SCORE)
         more = {"likeness": likeness, "calibration": {"of_label": True, "bins": BINS}}
@@ -51,7 +51,11 @@ def test_the_table_has_a_row_a_model_and_says_what_it_rests_on(tmp_path: Path) -
     ]
     notes = " ".join(alike.notes)
     assert "lower bound: over the teacher's 64 most probable tokens, which hold 99.00 %" in notes and "that is gone: 0.90" in notes
-    assert alike.sentence == "On the teacher's answers the student is 0.100 nats a token from it; before training it was 1.000."
+    assert (
+        alike.sentence
+        == "On the teacher's answers the student is at least 0.100 nats a token from it; before training it was at least 1.000."
+    )
+    assert "at least" not in found(tmp_path / "exact", exact=True).sentence
     assert alike.calibration[0] == ["base", "0.300 [0.200, 0.400]", "90.0 %", "50.0 %", "20.0 %", "40.0 %"]
     shown = "\n".join(alike_texts(alike))
     assert "likeness to the teacher" in shown and "sure and right" in shown
@@ -64,7 +68,8 @@ def test_other_tokenizers_are_told_in_bits_a_byte(tmp_path: Path) -> None:
 
 def test_a_teacher_that_tells_nothing_has_no_divergence(tmp_path: Path) -> None:
     alike = found(tmp_path, told=False)
-    assert alike.rows[0][1:3] == ["", "75.0 % [75.0, 75.0]"] and not alike.sentence
+    assert alike.rows[0][1:3] == ["", "75.0 % [75.0, 75.0]"]
+    assert alike.sentence.endswith("is the written one 75.0 % of the time; before training it was 75.0 %.")
     assert any("tells nothing of what it thinks" in note for note in alike.notes)
 
 

@@ -286,7 +286,7 @@ def test_without_evaluation_the_card_says_not_measured_and_the_student_draws_as_
     student = {"model": str(tmp_path / "base"), "adapter": LORA, "public_name": "somebody/small"}
     export.run(recipe_of(tmp_path / "run", tmp_path / "base", student=student, evaluate=None, generate={"temperature": 0.7, "min_p": 0.05}))
     card = (tmp_path / "run" / "export" / "README.md").read_text()
-    assert "Not measured." in card and "measured nowhere" in card and "Measured on" not in card
+    assert "Not measured: this recipe" in card and "measured nowhere" in card and "Measured on" not in card
     assert front_matter(card)["base_model"] == "somebody/small" and "\nsomebody/small after distillation" in card
     config = GenerationConfig.from_pretrained(tmp_path / "run" / "export" / "model")
     assert (config.do_sample, config.temperature, config.top_p, config.top_k, config.min_p) == (True, 0.9, None, 7, None)

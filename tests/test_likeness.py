@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from fabricated import recipe_for
 
+from distill.before.findings import Findings
+from distill.before.likeness import check_likeness
 from distill.errors import DataError
 from distill.measure.calibration import calibration, calibration_scores
 from distill.measure.likeness import lengths, likeness_scores
@@ -110,6 +112,28 @@ def test_a_recipe_without_references_measures_likeness(tmp_path: Path) -> None:
     assert recipe_for(tmp_path, evaluate={"likeness": {"top_k": 8}}).likeness is not None
     judged = recipe_for(tmp_path, prompts=NO_REFERENCE, evaluate={"checks": [{"text": {"reference": "ignore", "pattern": "^ok"}}]})
     assert judged.judges_answers and judged.likeness is None
+
+
+@pytest.mark.parametrize("asked", ["preferences", "sets"])
+def test_without_references_a_judge_or_a_further_set_is_enough(tmp_path: Path, asked: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "more.jsonl").write_text('{"q": "1 + 1?", "r": "2"}\n')
+    sections: dict[str, Any] = {
+        "preferences": {"model": {"model": "judge"}},
+        "sets": {"more": {"source": str(tmp_path / "more.jsonl"), "columns": {"prompt": "q", "reference": "r"}}},
+    }
+    recipe = recipe_for(tmp_path, prompts=NO_REFERENCE, evaluate={"models": ["base", "student"], asked: sections[asked]})
+    assert not recipe.judges_answers and recipe.likeness is None
+    assert evaluate.plan(recipe).settings["evaluate"]
+    found = Findings()
+    check_likeness(recipe, found)
+    assert not found.failed and "can be judged right or wrong" in capsys.readouterr().out
+
+
+def test_a_judge_that_is_to_see_a_reference_where_there_is_none_measures_nothing(tmp_path: Path) -> None:
+    preferences = {"model": {"model": "judge"}, "rubric": "Which is nearer to {reference}?"}
+    recipe = recipe_for(tmp_path, prompts=NO_REFERENCE, evaluate={"models": ["base", "student"], "preferences": preferences})
+    with pytest.raises(DataError, match="no answer could be judged"):
+        evaluate.plan(recipe)
 
 
 def test_without_teacher_and_reference_there_is_nothing_to_measure(tmp_path: Path) -> None:

@@ -11,9 +11,15 @@ _OF_A_TOKEN = 8  # bytes of a candidate: its id and its log-probability
 
 
 def check_likeness(recipe: Recipe, found: Findings) -> None:
-    """A claim on what is compared with the teacher; none where nothing is asked."""
+    """A claim on what is compared with the teacher; none where nothing is asked, and a warning where only other things are measured."""
     evaluate = recipe.evaluate
-    if evaluate is not None and (recipe.likeness is not None or not recipe.judges_answers):
+    if evaluate is not None and recipe.measures and recipe.likeness is None and not recipe.judges_answers:
+        found.warn(
+            "what is measured",
+            "no answer to the run's own held-out prompts can be judged right or wrong (prompts.columns.reference is null), and nothing is "
+            "compared with the teacher's: only what evaluate.preferences and evaluate.sets ask is measured",
+        )
+    elif evaluate is not None and (recipe.likeness is not None or not recipe.judges_answers):
         found.prove("likeness to the teacher", lambda: _claim(recipe))
         if recipe.likeness is not None and recipe.teacher_tells is None:
             assert recipe.teacher is not None and recipe.teacher.server is not None

@@ -117,6 +117,15 @@ class Recipe(Section):
         return self.prompts.columns.reference is not None or not any(check.settings.asks_reference for check in self.checks_of_answers)
 
     @property
+    def measures(self) -> bool:
+        """Whether evaluate has something to measure: what is right, likeness, which answer is better, or a further set, which is judged."""
+        if self.evaluate is None:
+            return False
+        preferences = self.evaluate.preferences
+        compares = preferences is not None and not (preferences.asks_reference and self.prompts.columns.reference is None)
+        return self.judges_answers or self.likeness is not None or compares or bool(self.evaluate.sets)
+
+    @property
     def likeness(self) -> Likeness | None:
         """What is looked at of the teacher's held-out answers: what evaluate says, else the defaults where no answer can be judged."""
         if self.evaluate is None or self.evaluate.likeness is not None or self.judges_answers:

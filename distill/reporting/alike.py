@@ -32,7 +32,7 @@ class Alike:
     notes: list[str]
     """What must be known to read it, a sentence each."""
     sentence: str
-    """The outcome in words; empty where the divergence was not measured."""
+    """The outcome in words; empty where the student read nothing."""
     calibration: list[list[str]]
     """A row a model, under `CALIBRATION_COLUMNS`; empty where it was not asked for."""
     sureness: str
@@ -79,13 +79,14 @@ def alike_texts(alike: Alike | None) -> list[str]:
     """The tables as plain text for a terminal, each with what must be known to read it; none where there are none."""
     if alike is None:
         return []
-    texts = ["\n".join([_table("likeness to the teacher", ALIKE_COLUMNS, alike.rows), *alike.notes])] if alike.rows else []
+    texts = ["\n".join([table_text("likeness to the teacher", ALIKE_COLUMNS, alike.rows), *alike.notes])] if alike.rows else []
     if alike.calibration:
-        texts.append("\n".join([_table("sure and right", CALIBRATION_COLUMNS, alike.calibration), f"sure: {alike.sureness}"]))
+        texts.append("\n".join([table_text("sure and right", CALIBRATION_COLUMNS, alike.calibration), f"sure: {alike.sureness}"]))
     return texts
 
 
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> str:
+def table_text(title: str, columns: list[str], rows: list[list[str]]) -> str:
+    """A table with its title as plain text for a terminal."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index == 0 else "right")
@@ -150,11 +151,23 @@ def _notes(likeness: Row, scores: Scores, confidence: float) -> list[str]:
 
 
 def _sentence(scores: Scores) -> str:
-    found = {role: _first(scores, role, DIVERGENCE, LEAST_DIVERGENCE) for role in ("student", "base")}
-    if found["student"] is None:
-        return ""
-    text = f"On the teacher's answers the student is {found['student']['value']:.3f} nats a token from it"
-    return f"{text}; before training it was {found['base']['value']:.3f}." if found["base"] is not None else f"{text}."
+    """What is known best: the divergence, a lower bound of it, or, of a teacher that told nothing, what a model makes of its words."""
+    forms = {
+        DIVERGENCE: ("On the teacher's answers the student is {} nats a token from it", "{:.3f}", 1),
+        LEAST_DIVERGENCE: ("On the teacher's answers the student is {} nats a token from it", "at least {:.3f}", 1),
+        "top1_of_written": (
+            "On the teacher's answers the student's most probable token is the written one {} of the time",
+            "{:.1f} %",
+            100,
+        ),
+        "chrf": ("The student's answers come to a chrF of {} against those of the teacher", "{:.1f}", 1),
+    }
+    for metric, (text, form, times) in forms.items():
+        if ("student", metric) in scores:
+            student, base = (scores.get((role, metric)) for role in ("student", "base"))
+            values = [form.format(times * row["value"]) for row in (student, base) if row is not None]
+            return text.format(values[0]) + (f"; before training it was {values[1]}." if base is not None else ".")
+    return ""
 
 
 def _sureness(calibration: Row) -> str:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,6 @@ class SetResults:
     tags: list[TagResult] = field(default_factory=list)
     confusion: list[Row] = field(default_factory=list)
     """Rows of that table; none where no labels are answered."""
-    wins: list[Row] = field(default_factory=list)
-    """Rows of that table: how often a judge prefers the answers of one model to those of another; none where nobody was asked."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Reason and number of its prompts that were not asked."""
 
@@ -150,12 +148,21 @@ def read_results(evaluated: Path, manifest: Manifest) -> list[SetResults]:
     for score in read_rows(evaluated, "scores"):
         by_set.setdefault(score.get("set") or MAIN, []).append(score)
     confusion = read_rows(evaluated, "confusion") if "confusion" in manifest.tables else []
-    found = [
+    return [
         _of_set(name, scores, [row for row in confusion if row["set"] == name], manifest)
         for name, scores in by_set.items()
         if any(row["metric"] == "accuracy" for row in scores)
     ]
-    return [replace(found[0], wins=list(read_rows(evaluated, "wins"))), *found[1:]] if found and "wins" in manifest.tables else found
+
+
+def read_wins(evaluated: Path, manifest: Manifest) -> list[Row]:
+    """How often a judge prefers the answers of one model to those of another, on the run's own held-out prompts; none where none was asked.
+
+    Args:
+        evaluated: Folder of the stage.
+        manifest: Of it.
+    """
+    return list(read_rows(evaluated, "wins")) if "wins" in manifest.tables else []
 
 
 def _of_set(name: str, scores: Sequence[Row], confusion: list[Row], manifest: Manifest) -> SetResults:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from distill.measure.intervals import Estimate
 from distill.measure.labels import of_labels
-from distill.reporting.alike import alike_texts
+from distill.reporting.alike import alike_texts, table_text
 from distill.reporting.measured import NOT_MEASURED, ModelResult, SetResults, percent_text
 from distill.reporting.summary import RunSummary, parameters_text
 
@@ -69,9 +69,9 @@ def _result(result: ModelResult, further: Sequence[str], has_form: bool, is_main
 
 def results_text(summary: RunSummary) -> str:
     """The tables, the differences and the gaps as plain text for a terminal."""
-    if not summary.sets and summary.alike is None:
+    if not summary.sets and summary.alike is None and not summary.wins:
         return f"{NOT_MEASURED}: this recipe leaves the evaluation out\n"
-    return "\n\n".join([*map(_set_text, results_tables(summary)), *alike_texts(summary.alike)]) + "\n"
+    return "\n\n".join([*map(_set_text, results_tables(summary)), *map(_win_text, win_tables(summary)), *alike_texts(summary.alike)]) + "\n"
 
 
 def _set_text(results: Results) -> str:
@@ -86,6 +86,10 @@ def _set_text(results: Results) -> str:
     found, title = results.found, [results.title, ""] if results.title else []
     said = [*found.difference_texts, found.gap_text, found.doubt_text, found.left_out_text]
     return "\n".join([*title, table_text, "", *filter(None, said)])
+
+
+def _win_text(table: TagTable) -> str:
+    return table_text(table.title, table.columns, table.rows).rstrip("\n")
 
 
 def _accuracy_text(result: ModelResult) -> str:
@@ -110,11 +114,8 @@ def tag_tables(summary: RunSummary) -> list[TagTable]:
 def win_tables(summary: RunSummary) -> list[TagTable]:
     """How often a judge prefers the answers of one model to those of another, where one was asked."""
     columns = ["answers of", "against", "preferred", "prompts", "ties", "unjudged"]
-    return [
-        TagTable("By a judge, in both orders; a tie counts as half", columns, [_win(row) for row in found.wins])
-        for found in summary.sets
-        if found.wins
-    ]
+    title = "By a judge, in both orders; a tie counts as half"
+    return [TagTable(title, columns, [_win(row) for row in summary.wins])] if summary.wins else []
 
 
 def _win(row: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from distill.data.licences import UNKNOWN, licence_of
 from distill.measure.intervals import Estimate
 from distill.recipe.experiment import Recipe
 from distill.reporting.alike import Alike, alike_of
-from distill.reporting.measured import ModelResult, SetResults, percent_text, read_results
+from distill.reporting.measured import ModelResult, SetResults, percent_text, read_results, read_wins
 from distill.reporting.public import file_or_name, hide_secrets
 from distill.run.log import duration_text
 from distill.run.manifest import MANIFEST, Manifest, checked_file, read_manifest
@@ -35,6 +35,8 @@ class RunSummary:
     """Public names of models, by those they were loaded by."""
     alike: Alike | None = None
     """What the models thought of answers; null where they read none."""
+    wins: list[Row] = field(default_factory=list)
+    """How often a judge prefers the answers of one model to those of another, on the run's own held-out prompts."""
 
     @property
     def main(self) -> SetResults | None:
@@ -58,18 +60,23 @@ class RunSummary:
     @property
     def sentence(self) -> str:
         """The outcome in words."""
-        by_role = {result.role: result for result in self.results}
-        if self.main is None and self.alike is not None and self.alike.sentence:
-            return self.alike.sentence
-        if self.main is None or "student" not in by_role:
-            return "The student has not been measured on held-out prompts."
-        student = by_role["student"].accuracy
-        text = f"The student answers {percent_text(student.value)} of {self.main.num_prompts:,} held-out prompts correctly"
-        if "base" in by_role:
-            text += f"; before training it was {percent_text(by_role['base'].accuracy.value)}"
-        if "teacher" in by_role:
-            text += f", and its teacher answers {percent_text(by_role['teacher'].accuracy.value)}"
-        return text + "."
+        further = [_set_sentence(each) for each in self.sets if not each.is_main]
+        told = [
+            _set_sentence(self.main) if self.main else "",
+            self.alike.sentence if self.alike else "",
+            _win_sentence(self.wins),
+            *further,
+        ]
+        return next(filter(None, told), "The student has not been measured on held-out prompts.")
+
+    @property
+    def unjudged_text(self) -> str:
+        """Why there is no accuracy on the run's own held-out prompts; empty where there is one."""
+        if self.main is not None:
+            return ""
+        if "evaluate" not in self.manifests:
+            return "Not measured: this recipe leaves the evaluation out."
+        return "No answer to the run's own held-out prompts was judged right or wrong: there are no references."
 
     @property
     def course(self) -> str:
@@ -139,11 +146,32 @@ def summarise(folders: dict[str, Path], rounds: Sequence[dict[str, Path]], names
     of_rounds = [stages for stages in map(_finished, rounds) if stages]
     sets = read_results(folders["evaluate"], manifests["evaluate"]) if "evaluate" in manifests else []
     alike = alike_of(folders["evaluate"], manifests["evaluate"]) if "evaluate" in manifests else None
-    return RunSummary(manifests, of_rounds, sets, names, alike)
+    wins = read_wins(folders["evaluate"], manifests["evaluate"]) if "evaluate" in manifests else []
+    return RunSummary(manifests, of_rounds, sets, names, alike, wins)
 
 
 def _finished(folders: dict[str, Path]) -> dict[str, Manifest]:
     return {stage: read_manifest(folder) for stage, folder in folders.items() if (folder / MANIFEST).exists()}
+
+
+def _set_sentence(found: SetResults) -> str:
+    """How many answers to a set are right; empty where the student was not measured."""
+    right = {result.role: percent_text(result.accuracy.value) for result in found.results}
+    if "student" not in right:
+        return ""
+    prompts = f"{found.num_prompts:,} held-out prompts" if found.is_main else f"{found.num_prompts:,} prompts of the set {found.name}"
+    text = f"The student answers {right['student']} of {prompts} correctly"
+    text += f"; before training it was {right['base']}" if "base" in right else ""
+    return text + (f", and its teacher answers {right['teacher']}." if "teacher" in right else ".")
+
+
+def _win_sentence(wins: Sequence[Row]) -> str:
+    """How often a judge prefers the student's answers; empty where none compared them."""
+    row = next((row for row in wins if row["model_role"] == "student"), None)
+    if row is None:
+        return ""
+    share, prompts = percent_text(row["value"]), f"{row['num_prompts']:,} held-out prompts"
+    return f"A judge prefers the student's answer to that of the {row['against']} on {share} of {prompts}, a tie counted as half."
 
 
 def _steps_text(trained: Sequence[Manifest]) -> str:

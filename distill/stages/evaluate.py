@@ -77,10 +77,10 @@ def plan(recipe: Recipe) -> StagePlan:
     """What the stage is asked to make.
 
     Raises:
-        DataError: the recipe leaves it out, or names no reference, without which no answer can be judged.
+        DataError: the recipe leaves it out, or leaves nothing that could be measured.
     """
     evaluate = _evaluate_of(recipe)
-    if not recipe.judges_answers and recipe.likeness is None:
+    if not recipe.measures:
         raise DataError(f"evaluate: prompts.columns.reference is null, so no answer could be judged. {_NO_REFERENCE} {_NO_TEACHER}")
     specs = {"student": recipe.student.identity()}
     if recipe.teacher is not None and "teacher" in evaluate.models:

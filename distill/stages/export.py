@@ -25,7 +25,7 @@ from distill.recipe.reading import recipe_text
 from distill.recipe.results import Evaluate, Export
 from distill.reporting.pages import render
 from distill.reporting.public import file_or_name, public_name, public_names, published, published_recipe
-from distill.reporting.results import results_tables
+from distill.reporting.results import results_tables, win_tables
 from distill.reporting.summary import lineage, summarise
 from distill.run.clock import Clock
 from distill.run.files import copy_file, write_text
@@ -321,6 +321,7 @@ def _card(recipe: Recipe, export: Export, facts: dict[str, Any]) -> str:
         quantised=student.quantization != "none",
         summary=summary,
         results=results_tables(summary),
+        wins=win_tables(summary),
         lineage=lineage(recipe, summary),
         parity=facts["parity"],
         notes=facts["notes"],
