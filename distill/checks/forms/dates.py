@@ -49,7 +49,7 @@ class Clock:
     minute: int
     second: int
     either: bool
-    """Whether it may be before or after noon: an hour up to twelve that says neither, nor begins with 0."""
+    """Whether it may be before or after noon: an hour of 1 to 11 that says neither, nor begins with 0; a bare 12 is noon."""
     half: bool
     """Whether it is said in halves of a day."""
 
@@ -99,7 +99,7 @@ def _clock(hour: str, minute: str | None, second: str | None, half: str) -> Cloc
     said = int(hour)
     if said > 23 or (half and not 1 <= said <= 12):
         return None
-    either = not half and 1 <= said <= 12 and not hour.startswith("0")
+    either = not half and 1 <= said < 12 and not hour.startswith("0")
     in_day = said % 12 + (12 if half == "p" else 0) if half else said
     return Clock(in_day, int(minute or 0), int(second or 0), either, bool(half))
 

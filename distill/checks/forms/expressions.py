@@ -24,8 +24,8 @@ _MORE = (
 )
 _COMMANDS = _FUNCTIONS | frozenset(_MORE.split())
 _OTHER = re.compile(
-    rf"\w'|\d\.\d+\.|\\\\|[A-Za-z]\d|\d (?!(?:{_NAMES.replace(' ', '|')}) )[A-Za-z]+ \d|\d \d"
-)  # primes, addresses, rows, codes, sentences
+    rf"\w'|\.\.|\d\.\d+\.|\\\\|[A-Za-z]\d|\d (?!(?:{_NAMES.replace(' ', '|')}) )[A-Za-z]+ \d|\d \d"
+)  # primes, what goes on, addresses, rows, codes, sentences
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _RUN = re.compile(r"[A-Za-z]+")
 _ALLOWED = re.compile(r"[A-Za-z0-9°\s+\-*/^_{}()\[\]|!.,'=<>\\]*")

@@ -43,7 +43,7 @@ _RUNNING = (
 """Of scripts that leave no space between words."""
 PHRASE = re.compile(rf"(?<![^\W_])(?:{'|'.join(_PHRASES)})|{'|'.join(_RUNNING)}", re.IGNORECASE)
 _LEAD = re.compile(r"(?:(?:so|thus|hence|therefore|and|the|my|our|la|die|der)[\s,]*)*", re.IGNORECASE)
-_CLAUSE_END = re.compile(r"[.!?](?=\s+[^\W\d_]|\s*$)|,?\s+(?:because|since|which|as in|so that)\b|\n")
+_CLAUSE_END = re.compile(r"(?<!\.\.)[.!?](?=\s+[^\W\d_]|\s*$)|,?\s+(?:because|since|which|as in|so that)\b|\n")
 _DISPLAY = re.compile(r"\s*(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$|\\\((.*?)\\\)|(?<!\\)\$([^$\n]+)\$)", re.DOTALL)
 _BOLD = re.compile(r"\*\*(?!\s)([^*\n]+?)(?<!\s)\*\*|(?<![\w`])`([^`\n]+)`(?![\w`])|<b>(.*?)</b>")
 _BOLD_END = re.compile(rf"(?:{_BOLD.pattern})[.!:]?\s*\Z")
@@ -164,7 +164,7 @@ def loose_numbers(text: str) -> list[str]:
     if is_formula:
         return [*said, next(part for part in found.groups() if part is not None)]
     named = _NAMED.search(before[-_NEAR:])
-    number = found.group().strip()
+    number = found.group().strip() + ("..." if text.startswith("...", found.end()) else "")
     money = _MONEY.fullmatch(number)
     return [*said, (f"{named[1]} = " if named else "") + (money[1] if money else number)]
 
@@ -255,7 +255,7 @@ def _after_phrase(rest: str) -> list[str]:
     if of_what := _PART.match(clause):
         return [of_what[1], clause]
     found = _NUMBER.match(clause)
-    if found is not None and re.match(r"[\s.]", clause[found.end() :]) and not re.search(r"\bor\b|\band\b|[,;=]", clause):
+    if found is not None and re.match(r"\s|\.(?!\.\.)", clause[found.end() :]) and not re.search(r"\bor\b|\band\b|[,;=]", clause):
         return [clause, found.group().strip(), line]
     return list(dict.fromkeys([clause, line, _COPULA.sub("", clause)]))
 

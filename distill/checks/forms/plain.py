@@ -46,6 +46,7 @@ _SAME = {
     r"(?<=[\w)}\]])\s*\\(?:approx|simeq)(?![a-zA-Z])\s*(?=\S)": " = ",
     r"\\equiv(?=.*\\pmod)": "=",
     r"\\mathrm\s*\{\s*([ied])\s*\}": r" \1",
+    r"\\(?:[lc]|text)?dots[bcm]?(?![a-zA-Z])": "...",
     r"\\checkmark(?![a-zA-Z])|\\\\\s*$": "",
     r"\\(?:begin|end)\s*\{(?:aligned|align\*?|gathered|gather\*?|split|equation\*?)\}": "",
     r"^\s*\\begin\s*\{cases\}([^&]*)\\end\s*\{cases\}\s*$": lambda found: found[1].replace("\\\\", ", "),
@@ -82,7 +83,8 @@ _DRESS = re.compile(
     r"\\(?:textbf|mathbf|textit|mathit|emph|underline|uline|boldsymbol|bm|pmb|boxed|fbox|ce|mathcal|ensuremath|mathds|textsc)\s*(?=\{)"
 )
 _WORDS = re.compile(r"\\(?:text|textrm|textsf|texttt|textnormal|mathrm|mathsf|mathtt|mbox|hbox|operatorname\*?)\s*(?=\{)")
-_EDGES = re.compile(r"^(?:=|\\approx(?![a-z])|\\simeq|\\sim(?![a-z]))\s*|\s*(?:[.,;]|\\text\s*\{\s*[.,;]?\s*\})+$")
+_EDGES = re.compile(r"^(?:=|\\approx(?![a-z])|\\simeq|\\sim(?![a-z]))\s*|\s*(?:[,;]|(?<!\.)\.{1,2}|(?<=\.{3})\.|\\text\s*\{\s*[.,;]?\s*\})$")
+"""What stands before and behind an answer; three full stops say that it goes on, and stay."""
 _ABOUT = r"(?:approximately|approx\.?|about|around|roughly|circa|ca\.)"
 _HEDGE = r"(?:approx(?:imately|\.)?|rounded[^(){}]*|exact(?:ly)?|estimated)"
 _HEDGED = re.compile(
@@ -144,7 +146,7 @@ def plain(text: str) -> str:
 
 
 def trimmed(text: str) -> str:
-    """The text without what stands around an answer: spaces, a full stop, quotes, bold, braces, a sign of equality before it."""
+    """The text without what stands around an answer: spaces, one full stop, quotes, bold, braces, a sign of equality before it."""
     while True:
         before = text
         text = _EDGES.sub("", text.strip())
@@ -177,7 +179,8 @@ def exact_key(text: str) -> str:
 def text_key(text: str) -> str:
     """What two texts in words have in common that differ only in case, spaces and punctuation at the ends."""
     key = unicodedata.normalize("NFC", exact_key(text).casefold())
-    return key.strip(" .,;:!?*") or key
+    goes_on = "..." if key.endswith("...") else ""
+    return key.strip(" .,;:!?*") + goes_on or key
 
 
 def closing_brace(text: str, opening: int) -> int:

@@ -36,6 +36,8 @@ _LABELLED = re.compile(
     r"(?:\s*(?![-+*/^_=,;&]|and\b|or\b|\\(?:cdot|times)\b|\\text\{\s*(?:and|or)\b)|\s+(?=-\d))(\S.*)"
 )
 _OPTION = re.compile(rf"(?:answer\s+|选|{_CALLED})\(?([A-Za-z])\)?|([A-Za-z])(?:\)|\s*选项)", re.IGNORECASE)
+_GOES_ON = re.compile(r"(,.*[^\s.,;(\[{])\s*\.\.\.$")
+"""A list that goes on, without a comma before what says so."""
 _DECADE = re.compile(r"(?:the )?(\d{3}0s)", re.IGNORECASE)
 _INFINITE = re.compile(r"(-|minus |negative )?(?:\+|positive )?(?:\\infty|infinity|inf)", re.IGNORECASE)
 _EMPTY = re.compile(
@@ -285,7 +287,7 @@ def _group(text: str, depth: int) -> Iterator[Form]:
 
 def _list(text: str, depth: int) -> Iterator[Form]:
     text = _ELSEWHERE.sub(lambda found: ", " if found[1] in locales.joining() and found[1] != "of" else found.group(), text)
-    parts = [part for part in split(text, _LIST) if part]
+    parts = [part for part in split(_GOES_ON.sub(r"\1, ...", text), _LIST) if part]
     if 1 < len(parts) <= _MOST and not _is_prose(parts):
         found = tuple(read(trimmed(part), depth + 1) for part in parts)
         is_choice = re.search(r"\bor\b", text) is not None and any(isinstance(form, Text) for forms in found for form in forms)
