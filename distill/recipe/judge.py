@@ -11,7 +11,7 @@ from distill.recipe.base import PositiveInt, Sampling, Section
 from distill.recipe.models import ModelSpec
 
 _NAMED = re.compile(r"\{([A-Za-z_][\w.]*)\}")
-# Not the argument of a LaTeX command, as in \boxed{answer}, nor what looks like Jinja's; letters of scripts without blanks may stand before.
+# Not the argument of a LaTeX command, as in \boxed{answer}, nor what looks like Jinja's. Letters of other scripts may stand before it.
 _PLACES = re.compile(rf"(?<![A-Za-z0-9_\\^{{}}])(?:{_NAMED.pattern})+")
 _SHARED = ("prompt", "reference")
 OF_ONE = (*_SHARED, "answer", "reasoning")
