@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ from fabricated import recipe_for
 
 from distill.before.findings import Findings
 from distill.before.packages import check_packages
-from distill.errors import DataError, RecipeError
+from distill.engines.written import Completion, Failure, Request
+from distill.errors import DataError, RecipeError, ServerError
 from distill.recipe.experiment import Recipe
+from distill.servers.opening import Writer
+from distill.stages import benchmark, open_stage
 
 pytest.importorskip("lm_eval", reason="needs the extra benchmarks: pip install 'distill-kit[benchmarks]'")
 
+from lm_eval.api.instance import Instance
 from test_benchmarks import DOCUMENTS, write_tasks
 
 from distill.benchmarks.tasks import find_tasks
@@ -116,3 +121,56 @@ def test_a_server_is_asked_each_question_as_a_conversation_and_only_once(tmp_pat
         assert len(server.asked) == DOCUMENTS
     assert server.asked[0]["messages"][-1]["content"].startswith("What is ") and server.asked[0]["temperature"] == 0
     assert json.loads((tmp_path / "kept.jsonl").read_text().split(" ", 1)[1].splitlines()[0])
+
+
+class Failing:
+    """A model that fails on some of what it is asked."""
+
+    def __init__(self, *fails: str) -> None:
+        self.fails, self.asked = fails, 0
+
+    def write(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Completion | Failure]]]:
+        """An answer, or a failure, to each."""
+        for place, request in enumerate(requests):
+            self.asked += 1
+            fails = request.messages[0]["content"] in self.fails
+            yield [(place, Failure("timed_out", "") if fails else Completion(f"to {request.prompt_id}", None, None, "stop"))]
+
+
+def test_a_failed_request_is_asked_again_and_no_restart_gets_past_max_failed(tmp_path: Path) -> None:
+    from distill.benchmarks.kept import Kept
+    from distill.benchmarks.models import Served
+    from distill.run.journal import Journal
+
+    section = asking(tmp_path, ["own_written"], apply_chat_template=True).benchmarks
+    assert section is not None
+    asked = [Instance("generate_until", {}, (json.dumps([{"role": "user", "content": text}]), {"until": []}), 0) for text in "abcd"]
+
+    def answers(engine: Failing, max_failed: float) -> list[str]:
+        writer = Writer(engine, {}, "server", None, max_failed)
+        return Served(writer, section, Kept(Journal(tmp_path / "kept.jsonl")), 0).generate_until(asked)
+
+    for number in (4, 2, 2):  # what was answered is not asked again, what failed is
+        engine = Failing("b", "d")
+        with pytest.raises(ServerError, match="2 of 4 requests failed for good"):
+            answers(engine, 0.3)
+        assert engine.asked == number
+    assert [bool(answer) for answer in answers(Failing("b"), 0.3)] == [True, False, True, True]
+    assert all(answers(Failing(), 0.0))
+
+
+def test_what_was_measured_with_another_lm_eval_or_other_documents_is_measured_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = asking(tmp_path, ["own_written"])
+    with open_stage(recipe, benchmark.plan(recipe)) as out:
+        stage = benchmark._Stage(recipe, out)
+        unit = {"model": "teacher", "task": "own_written", "record": {}, "files": {}}
+        stage._keep(unit | {"identity": stage._identity("teacher", "own_written")})
+        stage._keep(unit | {"task": "of_before", "identity": {}})
+        assert set(benchmark._Stage(recipe, out)._units) == {("teacher", "own_written")}
+        with monkeypatch.context() as patched:
+            patched.setattr("distill.benchmarks.tasks.version", lambda: "0.0.0")
+            assert not benchmark._Stage(recipe, out)._units
+        write_tasks(tmp_path / "tasks", shift=1)
+        assert not benchmark._Stage(recipe, out)._units

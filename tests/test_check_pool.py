@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+from distill.checks import Found
 from distill.checks.answers import compare
 from distill.checks.pool import Call, Pool
 
@@ -21,3 +22,27 @@ def test_what_grows_without_end_is_stopped_by_the_limit_of_memory_not_by_the_mac
     with Pool(timeout_s=60, workers=1, memory_bytes=2**27) as pool:
         found = dict(pool.stream(iter([(0, Call(list, (itertools.repeat(0),)))])))  # type: ignore[arg-type]
     assert found == {0: (None, "checker_out_of_memory")}
+
+
+_kept: list[bytearray] = []
+
+
+def fills() -> Found:
+    """Leaves all memory taken."""
+    while True:
+        _kept.append(bytearray(2**22))
+
+
+def takes_some() -> Found:
+    """What any check needs, and leaves behind as a cache would."""
+    _kept.append(bytearray(2**26))
+    return True, "right"
+
+
+def test_what_one_check_leaves_behind_is_not_the_next_ones_fault() -> None:
+    """Neither of one that fills the memory, nor of many that leave a little."""
+    calls = [takes_some, fills, *[takes_some] * 4]
+    with Pool(timeout_s=60, workers=1, memory_bytes=2**28) as pool:
+        found = dict(pool.stream((number, Call(function, ())) for number, function in enumerate(calls)))
+    short = {number for number, (passed, reason) in found.items() if (passed, reason) == (None, "checker_out_of_memory")}
+    assert len(found) == len(calls) and short == {1}

@@ -187,7 +187,18 @@ HOW_IT_ENDED = {
     "length": "length",
     "max_tokens": "length",
     None: None,
+    "nan": None,
+    "null": None,
+    "None": None,
+    "tool_calls": "stop",
+    "function_call": "stop",
+    "tool_use": "stop",
+    "FinishReason.STOP": "stop",
+    "FinishReason.MAX_TOKENS": "length",
+    "<|im_end|>": "stop",
+    "<|eot_id|>": "stop",
     "abort": "error",
+    "content_filter": "error",
 }
 
 
@@ -208,6 +219,9 @@ def test_how_a_trace_ended_is_told_by_its_column(value: str | None, reason: str 
         (None, None),
         ("", None),
         ("n/a", None),
+        ("nan", None),
+        ("NULL", None),
+        ("None", None),
     ],
 )
 def test_whether_a_trace_is_right_is_told_by_its_column(value: Any, verdict: bool | None) -> None:

@@ -41,12 +41,12 @@ class Kept:
                 self._new.append({"asked": key, "answer": answer})
         if time.monotonic() - self._written_at_s >= _KEEP_EVERY_S:
             self.write()
+        self.advance()
+
+    def advance(self) -> None:
+        """Shows that one more request is done, of which nothing may be kept."""
         if self._bar is not None:
-            try:
-                self._bar.update()
-            except BaseException:  # a signal has asked for the end
-                self.write()
-                raise
+            self._bar.update()
 
     def write(self) -> None:
         """Returns when all that came is on disk."""
@@ -65,10 +65,12 @@ class Kept:
         """
         keys = [None if _is_drawn(kind, request.args) else hash_args(kind, request.args) for request in requests]
         todo = [place for place, key in enumerate(keys) if key is None or key not in self._found]
-        with progress(len(requests), "requests", self.label, len(requests) - len(todo)) as self._bar:
-            given = dict(zip(todo, ask([requests[place] for place in todo]) if todo else [], strict=True))
-        self._bar = None
-        self.write()
+        try:
+            with progress(len(requests), "requests", self.label, len(requests) - len(todo)) as self._bar:
+                given = dict(zip(todo, ask([requests[place] for place in todo]) if todo else [], strict=True))
+        finally:  # too many have failed, or a signal has asked for the end
+            self._bar = None
+            self.write()
         return [given[place] if place in given else _as_given(kind, self._found[str(key)]) for place, key in enumerate(keys)]
 
 

@@ -131,9 +131,10 @@ class Served(LM):  # type: ignore[misc]  # lm-eval has no types
 
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
         """What the model writes to each."""
-        return self.kept.answer("generate_until", requests, self._write)
+        return self.kept.answer("generate_until", requests, lambda missing: self._write(missing, len(requests)))
 
-    def _write(self, requests: list[Any]) -> list[str]:
+    def _write(self, requests: list[Any], of: int) -> list[str]:
+        """What comes back for what is missing of so many; a failure is an empty answer, of which nothing is kept, so it is asked again."""
         asked = []
         for request in requests:
             messages = json.loads(request.args[0])
@@ -145,12 +146,13 @@ class Served(LM):  # type: ignore[misc]  # lm-eval has no types
             for place, found in group:
                 if isinstance(found, Completion):
                     texts[place] = self._answer_in(found.text, requests[place].args[1])
+                    self.kept.add_partial("generate_until", requests[place].args, texts[place])
                 else:
                     failed.append(found.reason)
-                self.kept.add_partial("generate_until", requests[place].args, texts[place])
-        if len(failed) > self._writer.max_failed * len(requests):
+                    self.kept.advance()
+        if len(failed) > self._writer.max_failed * of:
             raise ServerError(
-                f"server.max_failed: {len(failed):,} of {len(requests):,} requests failed for good ({', '.join(sorted(set(failed)))}). "
+                f"server.max_failed: {len(failed):,} of {of:,} requests failed for good ({', '.join(sorted(set(failed)))}). "
                 "Look into the server's log, or raise max_failed: they count as wrong answers."
             )
         return texts

@@ -44,6 +44,8 @@ Say first, in a few sentences, what speaks for each. Then end with one line of J
 {{"reason": "<one short sentence>", "verdict": "<A, B, tie, or unclear where this can't be said>"}}"""
 
 _LINE = re.compile(r"\W*verdict\W+(\w+)\W*", re.IGNORECASE)
+_FENCE_AT_THE_END = re.compile(r"\n[ \t]*(?:`{3,}|~{3,})\Z")
+_ESCAPE = re.compile(r'\\(["\\/nrt]|[bf](?![A-Za-z])|u[0-9a-fA-F]{4})|\\')  # else a backslash of LaTeX: \frac, \(
 
 
 class Case(NamedTuple):
@@ -101,7 +103,10 @@ def question_id(grader: dict[str, Any], messages: Sequence[Message], *asked: Cas
 
 
 def vote_of(text: str | None, finish_reason: str | None, words: Sequence[str]) -> Vote:
-    """What a reply says: by its last JSON with a verdict, else by a last line `verdict: pass`.
+    """What a reply says at its very end: by JSON with a verdict, else by a line `verdict: pass`.
+
+    What stands before is not looked at, since a judge quotes what it judges. Of a reply that was cut, only JSON on lines of its own
+    counts: a line may have been meant to go on, and JSON inside a sentence to be spoken of.
 
     Args:
         text: The reply, reasoning included.
@@ -113,14 +118,15 @@ def vote_of(text: str | None, finish_reason: str | None, words: Sequence[str]) -
     answer = answer_of(text)
     if answer is None or is_blank(answer):
         return Vote(None, "cut" if finish_reason == "length" else "no_reply")
-    known = {word.casefold(): word for word in words}
-    said = _json_in(answer)
+    known, is_cut = {word.casefold(): word for word in words}, finish_reason == "length"
+    answer = _FENCE_AT_THE_END.sub("", answer.strip()).strip()
+    said = _json_at_the_end(answer, alone=is_cut)
     if said is not None:
-        word = known.get(str(said["verdict"]).strip().casefold())
+        word = known.get(str(said.get("verdict")).strip().casefold())
         return Vote(word, str(said.get("reason", "")).strip() if word else "unreadable")
-    line = _LINE.fullmatch(answer.strip().splitlines()[-1])
+    line = None if is_cut else _LINE.fullmatch(answer.rpartition("\n")[2])
     word = known.get(line[1].casefold()) if line else None
-    return Vote(word, "" if word else "cut" if finish_reason == "length" else "unreadable")
+    return Vote(word, "" if word else "cut" if is_cut else "unreadable")
 
 
 def majority(votes: Sequence[Vote]) -> Vote:
@@ -177,16 +183,25 @@ def _conversation(messages: Sequence[Message]) -> str:
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in messages)
 
 
-def _json_in(text: str) -> dict[str, Any] | None:
-    """The last JSON object in a text that has a verdict; null where there is none."""
-    decoder = json.JSONDecoder()
-    for place in range(len(text) - 1, -1, -1):
-        if text[place] != "{":
-            continue
+def _json_at_the_end(text: str, *, alone: bool) -> dict[str, Any] | None:
+    """The JSON object with which a text ends; null where it ends otherwise.
+
+    Line breaks in its texts may be raw, and backslashes alone, as in LaTeX.
+
+    Args:
+        text: Without white space behind it.
+        alone: Whether it must begin a line.
+    """
+    text = _ESCAPE.sub(lambda found: found[0] if found[1] else "\\\\", text)
+    decoder = json.JSONDecoder(strict=False)
+    place = text.rfind("{") if text.endswith("}") else -1
+    while place >= 0:
         try:
-            found, _ = decoder.raw_decode(text, place)
+            found, end = decoder.raw_decode(text, place)
         except (ValueError, RecursionError):
-            continue
-        if isinstance(found, dict) and "verdict" in found:
-            return found
+            found, end = None, 0
+        if end == len(text):
+            begins_line = not text[:place].rpartition("\n")[2].strip()
+            return found if isinstance(found, dict) and (begins_line or not alone) else None
+        place = text.rfind("{", 0, place)
     return None

@@ -2,7 +2,9 @@
 
 A pattern of the user's, a function, or math-verify on an adversarial expression can run without end; limits by signals need the main
 thread, and nothing inside a process can interrupt sympy or a regular expression. A process can be killed. Its workers import no torch.
-What one of them may hold in memory has a hard limit too, which the system keeps: a check that asks for more is not judged.
+What one of them may hold in memory has a hard limit too, which the system keeps: a check that asks for more is not judged. Its worker
+ends with it, since what has filled the memory may still be there; and a call that was not a worker's first is asked once more in one that
+is new, since what came before it may have filled the memory.
 """
 
 from __future__ import annotations
@@ -64,6 +66,7 @@ class Pool:
         self.num_workers = workers or _cores()
         """Processes."""
         self._workers: list[_Worker[Any]] = []
+        self._alone: deque[tuple[Any, Call]] = deque()  # to be asked of a new worker; for each there is one
 
     def __enter__(self) -> Pool:
         return self
@@ -86,10 +89,11 @@ class Pool:
                     yield key, question
                 while len(waiting) >= _TOGETHER * self.num_workers and not self._hand_out(waiting):
                     yield from self._answers(waiting)
-            while waiting or any(worker.owed for worker in self._workers):
+            while waiting or self._alone or any(worker.owed for worker in self._workers):
                 if not self._hand_out(waiting):
                     yield from self._answers(waiting)
         finally:
+            self._alone.clear()
             if any(worker.owed for worker in self._workers):  # nobody listens any more
                 self._stop()
 
@@ -97,7 +101,12 @@ class Pool:
         """Gives calls to a worker that has none, and says whether there was one."""
         if not self._workers:
             self._workers = [self._new_worker() for _ in range(self.num_workers)]
-        idle = next((worker for worker in self._workers if worker.ready and not worker.owed), None)
+        idle_ones = [worker for worker in self._workers if worker.ready and not worker.owed]
+        new = next((worker for worker in idle_ones if not worker.num_answered), None)
+        if new is not None and self._alone:
+            new.ask([self._alone.popleft()])
+            return True
+        idle = next(iter(idle_ones), None)
         if idle is None or not waiting:
             return False
         share = min(_TOGETHER, -(-len(waiting) // self.num_workers))
@@ -112,6 +121,13 @@ class Pool:
         for place, worker in enumerate(self._workers):
             try:
                 yield from worker.answers()
+                if worker.is_full:
+                    worker.stop()
+                    self._workers[place] = self._new_worker()
+                    if worker.asks_again:
+                        self._alone.append(worker.owed.popleft())
+                    waiting.extendleft(reversed(worker.owed))
+                    continue
                 if not worker.owed or time.monotonic() < worker.since + self._timeout_s:
                     continue
                 reason = TIMED_OUT
@@ -155,6 +171,11 @@ class _Worker(Generic[Key]):
         self.ready = False
         self.since = 0.0
         """When it began with the first call that it owes."""
+        self.num_answered = 0
+        self.is_full = False
+        """Whether a call has asked for more memory than there is."""
+        self.asks_again = False
+        """Whether that call is still owed: it was not the first, so that others may be to blame."""
 
     def ask(self, calls: list[tuple[Key, Call]]) -> None:
         """Sends calls to a worker that owes nothing: it reads, so this cannot hang, whatever their length."""
@@ -164,19 +185,23 @@ class _Worker(Generic[Key]):
             self.pipe.send([tuple(call) for _, call in calls])
 
     def answers(self) -> Iterator[tuple[Key, Found]]:
-        """What has come.
+        """What has come, up to a call for which memory was short.
 
         Raises:
             EOFError, OSError: the process is gone.
         """
-        while self.pipe.poll():
+        while not self.is_full and self.pipe.poll():
             found: Found | None = self.pipe.recv()
             self.since = time.monotonic()
             if found is None:
                 self.ready = True
                 continue
-            key, _ = self.owed.popleft()
-            yield key, found
+            self.is_full = found == (None, OUT_OF_MEMORY)
+            self.asks_again = self.is_full and self.num_answered > 0
+            if not self.asks_again:
+                self.num_answered += 1
+                key, _ = self.owed.popleft()
+                yield key, found
 
     def stop(self) -> int | None:
         """Ends the process, whatever it does, and returns its exit code."""

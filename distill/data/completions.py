@@ -14,7 +14,13 @@ from distill.errors import DataError, visible
 from distill.recipe.traces import Traces
 from distill.run.schema import THINK_CLOSE, THINK_OPEN
 
-_ENDED = frozenset({"stop", "eos", "eos_token", "end_turn", "end", "stop_sequence", "complete", "completed", "finished"})
+_NOT_KNOWN = frozenset({"null", "none", "nan"})
+_ENDED = frozenset(
+    (
+        *("stop", "eos", "eos_token", "end_turn", "end", "stop_sequence", "complete", "completed", "finished"),
+        *("tool_calls", "function_call", "tool_use"),  # the turn is over, with calls
+    )
+)
 _CUT_OFF = frozenset(
     {"length", "max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "model_length", "truncated", "incomplete"}
 )
@@ -22,7 +28,7 @@ _CUT_OFF = frozenset(
 _VERDICTS = {
     **dict.fromkeys(("true", "1", "yes", "right", "correct", "pass", "passed", "accept", "accepted", "ok", "valid", "verified"), True),
     **dict.fromkeys(("false", "0", "no", "wrong", "incorrect", "fail", "failed", "reject", "rejected", "invalid", "error"), False),
-    **dict.fromkeys(("none", "null", "unknown", "n/a"), None),
+    **dict.fromkeys((*_NOT_KNOWN, "unknown", "n/a"), None),
 }
 
 
@@ -91,8 +97,10 @@ def _finish_reason(traces: Traces, row: Row, where: str) -> str | None:
         return None
     if len(value) > 40:
         raise DataError(f"{where}: {traces.finish_reason} should say in a word how the trace ended, got {visible(value, 60)!r}.")
-    word = value.strip().lower()
-    return "stop" if word in _ENDED else "length" if word in _CUT_OFF else "error"
+    word = value.strip().lower().removeprefix("finishreason.")  # as Python writes a member of an enumeration
+    if word in _NOT_KNOWN:
+        return None
+    return "stop" if word in _ENDED or not without_end(word) else "length" if word in _CUT_OFF else "error"
 
 
 def _verdict(traces: Traces, row: Row, where: str) -> bool | None:

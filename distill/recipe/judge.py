@@ -10,9 +10,12 @@ from pydantic import Field, field_validator, model_validator
 from distill.recipe.base import PositiveInt, Sampling, Section
 from distill.recipe.models import ModelSpec
 
-# Not the argument of a LaTeX command, as in \boxed{answer}, nor what looks like Jinja's.
-_PLACE = re.compile(r"(?<![\w\\}\]^{])\{([A-Za-z_][\w.]*)\}")
+_NAMED = re.compile(r"\{([A-Za-z_][\w.]*)\}")
+# Not the argument of a LaTeX command, as in \boxed{answer}, nor what looks like Jinja's. Letters of other scripts may stand before it.
+_PLACES = re.compile(rf"(?<![A-Za-z0-9_\\^{{}}])(?:{_NAMED.pattern})+")
 _SHARED = ("prompt", "reference")
+OF_ONE = (*_SHARED, "answer", "reasoning")
+"""What a rubric for single answers may name besides columns."""
 
 
 class Grader(Section):
@@ -57,17 +60,26 @@ class Grader(Section):
 
 def places_in(rubric: str, known: tuple[str, ...]) -> list[str]:
     """Columns of `prompts.fields` that a rubric names: what stands in braces and is none of the known words."""
-    return [name for name in dict.fromkeys(_PLACE.findall(rubric)) if name not in known]
+    found = (name for places in _PLACES.finditer(rubric) for name in _NAMED.findall(places[0]))
+    return [name for name in dict.fromkeys(found) if name not in known]
 
 
 def filled(rubric: str, values: dict[str, str]) -> str:
     """A rubric with values in the places of their names, all at once: what stands in a value is no place."""
-    return _PLACE.sub(lambda found: values.get(found[1], found[0]), rubric)
+    return _PLACES.sub(lambda places: _NAMED.sub(lambda found: values.get(found[1], found[0]), places[0]), rubric)
 
 
-def _not_empty(value: str) -> str:
+def _with_places(value: str, known: tuple[str, ...]) -> str:
+    """A rubric that says something, and in which each known name that stands in braces stands for its text."""
     if not value.strip():
         raise ValueError("is empty, so there is nothing to grade by. Say what a good answer is")
+    filled_in = places_in(value, ())
+    left = next((name for name in _NAMED.findall(value) if name in known and name not in filled_in), None)
+    if left is not None:
+        raise ValueError(
+            f"{{{left}}} stands behind a letter, a digit, a backslash or a brace, where it is no place for the {left}: the judge would see "
+            f"the braces. Write a blank before it, or another word in it"
+        )
     return value
 
 
@@ -78,7 +90,10 @@ class Rubric(Grader):
     """What a good answer is, in plain words. `{prompt}`, `{answer}`, `{reasoning}`, `{reference}` and columns of `prompts.fields` in braces
     stand for these of each row; prompt and answer are put below it where it does not name them."""
 
-    _says_something = field_validator("rubric")(_not_empty)
+    @field_validator("rubric")
+    @classmethod
+    def _says_something(cls, value: str) -> str:
+        return _with_places(value, OF_ONE)
 
 
 class Preferences(Grader):
@@ -88,7 +103,10 @@ class Preferences(Grader):
     """What makes an answer the better one, in plain words. `{prompt}`, `{reference}` and columns of `prompts.fields` in braces stand for
     these of each row; the prompt is put below it where it does not name it, and the two answers always."""
 
-    _says_something = field_validator("rubric")(_not_empty)
+    @field_validator("rubric")
+    @classmethod
+    def _says_something(cls, value: str) -> str:
+        return _with_places(value, _SHARED)
 
     @property
     def columns(self) -> list[str]:

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from distill.recipe.base import PathOrName, PositiveInt, Section, Share
 from distill.recipe.code import CodeSettings
-from distill.recipe.judge import Rubric, places_in
+from distill.recipe.judge import OF_ONE, Rubric, places_in
 
 Column = str
 """A name in `prompts.fields`."""
@@ -273,7 +273,7 @@ class Judge(Rubric, CheckSection):
     @property
     def columns(self) -> list[Column]:
         """Those that the rubric names."""
-        return places_in(self.rubric, ("prompt", "answer", "reasoning", "reference"))
+        return places_in(self.rubric, OF_ONE)
 
 
 class Python(CheckSection):

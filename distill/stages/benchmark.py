@@ -17,7 +17,7 @@ from distill.recipe.benchmarks import Benchmarks
 from distill.recipe.experiment import Recipe
 from distill.reporting.public import public_name
 from distill.run.clock import Clock
-from distill.run.files import copy_file, digest_file
+from distill.run.files import copy_file, digest_file, digest_json
 from distill.run.folder import StageFolder
 from distill.run.log import say
 from distill.run.manifest import Manifest, check_files, read_manifest
@@ -82,7 +82,7 @@ class _Stage:
         self._clock, self._version = Clock(out.path), version()
         self._tasks: Tasks = find_tasks(recipe)
         self._journal = out.journal()
-        self._units: dict[tuple[str, str], Unit] = {(row["model"], row["task"]): row for row in self._journal.rows()}
+        self._units: dict[tuple[str, str], Unit] = {(row["model"], row["task"]): row for row in self._journal.rows() if self._holds(row)}
         self._models: dict[str, dict[str, Any]] = {row["model"]: row["record"] for row in self._units.values()}
         self._devices: list[str] = []
         self._spent: list[dict[str, Any] | None] = []
@@ -99,6 +99,10 @@ class _Stage:
 
     def _identity(self, role: str, task: str) -> dict[str, Any]:
         """What decides a number beside the settings that are fixed for the whole folder."""
+        return {**self._who(role), "tasks": {leaf.name: leaf.digest for leaf in self._tasks.leaves[task]}}
+
+    def _who(self, role: str) -> dict[str, Any]:
+        """The same for an answer, whatever the task."""
         spec = self._recipe.teacher if role == "teacher" else self._recipe.student
         assert spec is not None
         return {
@@ -106,8 +110,13 @@ class _Stage:
             "student": read_manifest(student_folder(self._recipe)).digest if role == "student" else None,
             "server": spec.server.kind if spec.server is not None else None,
             "lm_eval": self._version,
-            "tasks": {leaf.name: leaf.digest for leaf in self._tasks.leaves[task]},
         }
+
+    def _holds(self, unit: Unit) -> bool:
+        """Whether what a unit says is asked for, and was measured with what is here now: this lm-eval, these documents, this student."""
+        role, task = unit["model"], unit["task"]
+        is_asked = role in self._section.models and task in self._section.all_tasks
+        return is_asked and bool(unit["identity"] == self._identity(role, task))
 
     def _take_over(self) -> list[Unit]:
         """Copies what the finished stage that this one grows from holds of what is asked; returns all that it holds."""
@@ -117,9 +126,7 @@ class _Stage:
         check_files(earlier)
         units: list[Unit] = read_manifest(earlier).facts["units"]
         for unit in units:
-            key = unit["model"], unit["task"]
-            is_asked = unit["model"] in self._section.models and unit["task"] in self._section.all_tasks
-            if key in self._units or not is_asked or unit["identity"] != self._identity(*key):
+            if (unit["model"], unit["task"]) in self._units or not self._holds(unit):
                 continue
             for name in unit["files"]:
                 copy_file(earlier / name, self._out.path / name)
@@ -142,7 +149,7 @@ class _Stage:
             check_files(trained)
         scratch = self._out.path / SCRATCH["benchmark"]
         scratch.mkdir(exist_ok=True)
-        kept = Kept(self._out.journal(f"{scratch.name}/{role}.jsonl"))
+        kept = Kept(self._out.journal(f"{scratch.name}/{role}-{digest_json(self._who(role))[:8]}.jsonl"))
         with open_model(self._recipe, role, self._out.path, run_dir(self._recipe), trained, kept) as ready:
             self._devices.append(ready.device)
             for task in tasks:

@@ -175,8 +175,27 @@ def _run_blocks(blocks: list[str], module: types.ModuleType) -> str | None:
         try:
             exec(compile(block, "<answer>", "exec", dont_inherit=True), vars(module))
         except BaseException as error:
-            failed = failed or _builtin_error(type(error)) or "Exception"
+            kind = _builtin_error(type(error)) or "Exception"
+            failed = failed or (kind if kind != "ModuleNotFoundError" or _is_missing(error, block) else "ImportError")
     return failed
+
+
+def _is_missing(error: BaseException, block: str) -> bool:
+    """Whether a module is not to be had here that an import statement of a block asks for; what the code raises itself says nothing."""
+    import ast  # seldom needed, as the next
+    import importlib.util
+
+    name = getattr(error, "name", None)
+    if type(error) is not ModuleNotFoundError or not isinstance(name, str):
+        return False
+    package = name.partition(".")[0]
+    asked: set[str] = set()
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.Import):
+            asked |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            asked.add(node.module.partition(".")[0])
+    return package in asked and package not in sys.modules and importlib.util.find_spec(package) is None
 
 
 def _own_job(job_fd: int) -> dict[str, Any]:
