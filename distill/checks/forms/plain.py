@@ -83,7 +83,9 @@ _DRESS = re.compile(
     r"\\(?:textbf|mathbf|textit|mathit|emph|underline|uline|boldsymbol|bm|pmb|boxed|fbox|ce|mathcal|ensuremath|mathds|textsc)\s*(?=\{)"
 )
 _WORDS = re.compile(r"\\(?:text|textrm|textsf|texttt|textnormal|mathrm|mathsf|mathtt|mbox|hbox|operatorname\*?)\s*(?=\{)")
-_EDGES = re.compile(r"^(?:=|\\approx(?![a-z])|\\simeq|\\sim(?![a-z]))\s*|\s*(?:[,;]|(?<!\.)\.{1,2}|(?<=\.{3})\.|\\text\s*\{\s*[.,;]?\s*\})$")
+_EDGES = re.compile(
+    r"^(?:=|\\approx(?![a-z])|\\simeq|\\sim(?![a-z]))\s*|\s*(?:[,;]|(?<!\.)\.{1,2}|(?<=\.{3})\.|\\text\s*\{\s*[.,;]?\s*\})$"
+)
 """What stands before and behind an answer; three full stops say that it goes on, and stay."""
 _ABOUT = r"(?:approximately|approx\.?|about|around|roughly|circa|ca\.)"
 _HEDGE = r"(?:approx(?:imately|\.)?|rounded[^(){}]*|exact(?:ly)?|estimated)"
