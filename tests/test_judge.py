@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,16 @@ from grading import GOOD, Judging, shown
 from test_checked_runs import Rows, ok, recipe_file, thought, verdicts
 
 from distill.checks.judge import CHOICES, GRADES, Case, Vote, grade_of, question_id, question_of, question_of_two, vote_of, winner_of
+from distill.engines.windows import Window
 from distill.recipe.checks import Check
 from distill.recipe.judge import Preferences
 from distill.recipe.kinds import Judge
 from distill.recipe.reading import load_recipe
+from distill.run.folder import StageFolder
 from distill.run.manifest import read_manifest
 from distill.run.tables import read_rows
-from distill.stages import curate, import_traces, prompts, run_dir
+from distill.servers.judging import grade
+from distill.stages import WRITES, curate, import_traces, prompts, run_dir
 
 MODEL = {"model": "embedded:teacher"}
 
@@ -219,6 +225,58 @@ def test_a_judge_that_was_ended_half_way_is_asked_nothing_twice(tmp_path: Path, 
         assert len(server.questions) == 5
         assert curate.run(recipe).rows_kept == 3 and len(server.questions) == 5
     assert not [file.name for file in (run_dir(recipe) / "curated").iterdir() if "journal" in file.name]
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize("written", [2, 4, None])
+@pytest.mark.parametrize(("before", "after"), [(range(1, 6), range(6)), (range(6), range(1, 6)), ([0, 2, 3, 4], [5, 4, 1, 2])])
+def test_replies_belong_to_their_questions_when_others_are_asked_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: Sequence[int], after: Sequence[int], written: int | None, repeats: int
+) -> None:
+    """Another check may find something else at the next start: no verdict goes to another answer, and no reply is paid for twice.
+
+    So many replies are `written` when the first making is killed; null: all, so that they stand in the table, not in the journal.
+    """
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    texts = [GOOD, "No.", f"{GOOD}!", "Hm.", f"Yes, {GOOD}.", "Go away."]
+    with Judging() as server:
+        more: dict[str, Any] = {"repeats": repeats, "temperature": 1.0} if repeats > 1 else {}
+        recipe = load_recipe(judged_recipe(tmp_path, server, **more))
+        check = recipe.curate.checks[-1]
+        assert check.judge is not None
+        judge_asked = check.judge
+
+        def shown_of(number: int) -> Case:
+            return case(texts[number], prompt_id=str(number), reference="well")
+
+        def graded(numbers: Sequence[int]) -> dict[int, bool | None]:
+            def cases() -> Iterator[tuple[int, Case]]:
+                return ((number, shown_of(number)) for number in numbers)
+
+            with StageFolder(tmp_path / "stage", "curate", {}, writes=WRITES["curate"]) as out:
+                return {number: passed for number, (passed, _) in grade(recipe, check, out, tmp_path, cases)[0]}
+
+        kept: Counter[str] = Counter()
+        with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError) if written else nullcontext():
+            patched.setattr(Window, "_keep", counting(kept, written))
+            graded(before)
+        server.questions.clear()
+        assert graded(after) == {number: GOOD in texts[number] for number in after}
+        asked = Counter({question_of(judge_asked, shown_of(number))[0]["content"]: repeats for number in after})
+        assert Counter(server.questions) == asked - kept
+
+
+def counting(kept: Counter[str], most: int | None) -> Callable[[Window, list[dict[str, Any]]], None]:
+    """What a window does with replies that are in the journal, which are counted; it ends at so many."""
+    keep = Window._keep
+
+    def keeping(window: Window, rows: list[dict[str, Any]]) -> None:
+        keep(window, rows)
+        kept.update(row["messages"][0]["content"] for row in rows)
+        if most is not None and kept.total() >= most:
+            raise ZeroDivisionError
+
+    return keeping
 
 
 def test_refusals_and_rubbish_are_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,8 @@ class TraceTable:
         earlier: Traces that need not be written again, where the stage grows or was written in parts.
         dropped: Of requests that failed for good, opened to resume; null makes each a trace that ended by `error`.
         alternatives: What else might have been written, a row a trace, opened to resume; null keeps none.
+        behind: Whether all that is asked for is missing and stands behind the rows there, which are of one author; else these are of the
+            first requests.
     """
 
     def __init__(
@@ -49,10 +51,12 @@ class TraceTable:
         *,
         dropped: TableWriter | None = None,
         alternatives: TableWriter | None = None,
+        behind: bool = False,
     ) -> None:
         self._table, self._journal, self._sampling, self._seed, self._earlier = table, journal, sampling, seed, earlier
         self._dropped, self._alternatives = dropped, alternatives
-        self._asked = 0  # rows that belong into the tables so far
+        self._others = self._num_done if behind else 0  # rows of requests that are not asked for here
+        self._asked = self._others  # rows that belong into the tables so far
         self.tokens = 0
         self.num_unknown = 0
         """Traces of which the tokens are not known."""
@@ -102,7 +106,7 @@ class TraceTable:
         """
         sampling = sampling or self._sampling
         samples, at_once = sampling.samples_per_prompt, _prompts_at_once(sampling)
-        total, source, begins = num_prompts * samples, iter(prompts), self._asked  # behind other authors' rows
+        total, source, begins = num_prompts * samples, iter(prompts), self._asked - self._others  # behind other authors' rows
         if self._earlier is not None and self.knows(author) and not silent:
             say(f"{description}: {self._earlier.count(author):,} traces were written before, and are not written again")
         done = min(max(self._num_done - self._asked, 0) + _journalled(self._journal, author), total)

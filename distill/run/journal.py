@@ -47,6 +47,16 @@ class Journal:
         """Forgets all batches: what they hold is kept elsewhere now."""
         self.path.unlink(missing_ok=True)
 
+    def replace(self, rows: list[dict[str, Any]]) -> None:
+        """Keeps these rows alone; after a kill either they are there or all that was."""
+        if not rows:
+            self.clear()
+            return
+        other = Journal(self.path.with_name(f"{self.path.name}.tmp"), self._belongs_to)
+        other.clear()
+        other.append(rows)
+        other.path.replace(self.path)
+
     def rows(self) -> Iterator[dict[str, Any]]:
         """All rows of all batches, in the order of writing."""
         return check_journal(self.path, self._belongs_to)

@@ -1,12 +1,13 @@
 """A model that grades, here or behind a server: questions in, replies out; what was answered is never paid for twice.
 
 Questions go the way of every prompt: the same engine and servers, journal and shards. Replies stay in the stage's folder, as a table of
-traces whose author is the judge.
+traces whose author is the judge. A reply belongs to the question of its name, wherever it stands: which questions there are depends on what
+other checks find, and after a restart one of them may find something else.
 """
 
 from __future__ import annotations
 
-from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +22,16 @@ from distill.recipe.experiment import Recipe
 from distill.recipe.judge import Grader
 from distill.recipe.sets import MAIN
 from distill.run.folder import StageFolder
+from distill.run.journal import Journal
 from distill.run.manifest import read_manifest
 from distill.run.parts import summed
 from distill.run.schema import TRACE, Message
 from distill.run.tables import TableWriter
-from distill.servers.needs import ServerNeeds
+from distill.servers.needs import ROOM_FOR_A_PROMPT, ServerNeeds
 from distill.servers.opening import open_writer
 
+_NAMES = ("prompt_id", "sample_index")  # of a reply: its question, and which of the replies to it
+_UNSAID = Vote(None, "no_reply")
 _PER_TOKEN = 2  # texts that are shown may have so many times the tokens that the author's own tokenizer counts
 
 
@@ -48,6 +52,8 @@ class Asked(NamedTuple):
     """Of its replies."""
     doing: str
     """For the progress bar."""
+    answers: int = 1
+    """That a question shows."""
 
     @classmethod
     def of_check(cls, name: str, of_set: str = MAIN) -> Asked:
@@ -63,17 +69,17 @@ class Replies(NamedTuple):
     table: TableWriter
     repeats: int
     facts: dict[str, Any]
-    """Of the judge, for the manifest: which model, its terms, what it used."""
+    """Of the judge, for the manifest: which model, its terms, what it used, and the table of its replies."""
 
-    def votes(self, words: tuple[str, ...]) -> Iterator[list[Vote]]:
-        """Of each question, in their order, what its replies say."""
-        votes: list[Vote] = []
-        for piece in self.table.pieces(["completion", "finish_reason"]):
+    def votes(self, words: tuple[str, ...]) -> dict[str, list[Vote]]:
+        """By the name of a question what its replies say, without the words for it; those of questions asked no more are there, too."""
+        found: dict[str, list[Vote]] = {}
+        for piece in self.table.pieces([*_NAMES, "completion", "finish_reason"]):
             for row in piece.to_pylist():
-                votes.append(vote_of(row["completion"], row["finish_reason"], words))
-                if len(votes) == self.repeats:
-                    yield votes
-                    votes = []
+                vote = vote_of(row["completion"], row["finish_reason"], words)
+                of_question = found.setdefault(row["prompt_id"], [_UNSAID] * self.repeats)
+                of_question[row["sample_index"]] = vote if vote.word is None else Vote(vote.word, "")
+        return found
 
 
 def ask(
@@ -85,7 +91,7 @@ def ask(
     questions: Callable[[], Iterable[Question]],
     number: int,
 ) -> Replies:
-    """Puts questions to a judge, as far as they have not been answered; goes on after a kill.
+    """Puts questions to a judge, as far as they have not been answered; goes on after a kill, be they others by then.
 
     Args:
         recipe: The recipe.
@@ -93,7 +99,7 @@ def ask(
         asked: Who the judge is, and where its replies stand.
         out: The stage's folder.
         run: The run's folder.
-        questions: All of them, in the same order after a restart.
+        questions: All of them.
         number: How many.
 
     Raises:
@@ -101,22 +107,49 @@ def ask(
     """
     role = asked.role
     table = out.table(asked.table, TRACE, resume=True)
-    sampling = grader.sampling
+    sampling, journal = grader.sampling, out.journal(f"journal-{role}.jsonl")
+    answered, begun = _settle(table, journal, grader.repeats)
     if not number:
         return Replies(table, grader.repeats, {})
-    needs = ServerNeeds(_PER_TOKEN * _longest(recipe) + sampling.max_new_tokens)
+
+    def missing() -> Iterator[Question]:
+        # What is begun comes first, into the window that the journal is read for.
+        yield from (one for one in questions() if one.name in begun) if begun else ()
+        yield from (one for one in questions() if one.name not in answered and one.name not in begun)
+
+    left = number - sum(one.name in answered for one in questions()) if answered else number
+    needs = ServerNeeds(_PER_TOKEN * _shown(recipe, asked.answers) + sampling.max_new_tokens)
     how: dict[str, Any] = {"section": role, "spec": grader.model, "needs": needs}
     with open_writer(recipe, role, sampling, out.path, run, **how) as writer:
         known = _known(out, asked, writer.record)
-        traces = TraceTable(table, out.journal(f"journal-{role}.jsonl"), sampling, recipe.seed, known)
-        rows = ({"prompt_id": one.name, "messages": one.messages, "reference": None} for one in questions())
-        traces.write(writer.engine, rows, number, role, asked.doing, writer.max_failed)
+        traces = TraceTable(table, journal, sampling, recipe.seed, known, behind=True)
+        rows = ({"prompt_id": one.name, "messages": one.messages, "reference": None} for one in missing())
+        if left:
+            traces.write(writer.engine, rows, left, role, asked.doing, writer.max_failed)
     from distill.data.licences import licence_of
 
     licence = licence_of(grader.model.model, grader.model.licence)
-    return Replies(
-        table, grader.repeats, {"author": writer.record, "licence": licence, "device": writer.device, **writer.rendering, **writer.spent()}
-    )
+    facts = {"author": writer.record, "table": asked.table, "licence": licence, "device": writer.device}
+    return Replies(table, grader.repeats, {**facts, **writer.rendering, **writer.spent()})
+
+
+def _settle(table: TableWriter, journal: Journal, repeats: int) -> tuple[set[str], set[str]]:
+    """Puts whole what a killed run left in the journal into the table; returns the questions answered, and those with a reply too few.
+
+    The journal is read for the window of requests under way, which is another one where the questions are.
+    """
+    there = {tuple(row.values()) for piece in table.pieces(_NAMES) for row in piece.to_pylist()}
+    waiting = {key for row in journal.rows() if (key := (row["prompt_id"], row["sample_index"])) not in there}
+    counts = Counter(name for name, _ in (*there, *waiting))
+    answered = {name for name, count in counts.items() if count == repeats}
+    begun: list[dict[str, Any]] = []
+    for row in journal.rows():
+        if (key := (row["prompt_id"], row["sample_index"])) in waiting:
+            waiting.remove(key)
+            (table if row["prompt_id"] in answered else begun).append(row)
+    table.end_shard()
+    journal.replace(begun)
+    return answered, counts.keys() - answered
 
 
 Cases = Callable[[], Iterable[tuple[int, Case]]]
@@ -145,26 +178,26 @@ def grade(
     """
     judge = check.judge
     assert judge is not None  # whoever asks looks
-    known, asked = dict[int, Found](), array("q")
+    known, number_asked, identity = dict[int, Found](), 0, judge.identity()
     for number, case in cases():
-        found = unasked(judge, case)
-        if found is None:
-            asked.append(number)
+        if (verdict := unasked(judge, case)) is not None:
+            known[number] = verdict
         else:
-            known[number] = found
-    identity = judge.identity()
+            number_asked += 1
 
-    def questions() -> Iterator[Question]:
+    def asked() -> Iterator[tuple[int, Question]]:
         for number, case in cases():
             if number not in known:
                 messages = question_of(judge, case)
-                yield Question(question_id(identity, messages, case), messages)
+                yield number, Question(question_id(identity, messages, case), messages)
 
-    replies = ask(recipe, judge, Asked.of_check(check.called, of_set), out, run, questions, len(asked))
+    who = Asked.of_check(check.called, of_set)
+    replies = ask(recipe, judge, who, out, run, lambda: (question for _, question in asked()), number_asked)
 
     def all_found() -> Iterator[tuple[int, Found]]:
         yield from known.items()
-        yield from zip(asked, map(grade_of, replies.votes(GRADES)), strict=True)
+        votes = replies.votes(GRADES)
+        yield from ((number, grade_of(votes[question.name])) for number, question in asked())
 
     return all_found(), replies.facts
 
@@ -223,10 +256,11 @@ def with_judges(facts: dict[str, Any], judges: dict[str, dict[str, Any]]) -> dic
     return facts | {"judges": judges} | ({"server": spent} if spent else {})
 
 
-def _longest(recipe: Recipe) -> int:
-    """Tokens of the longest answer that is shown."""
-    lengths = [recipe.evaluate.max_new_tokens if recipe.evaluate is not None else 0, recipe.train.max_length]
-    return max([*lengths, recipe.generate.max_new_tokens if recipe.generate is not None else 0])
+def _shown(recipe: Recipe, answers: int) -> int:
+    """Tokens of the longest prompt with so many answers, the longest that are shown."""
+    written = [each.sampling.max_new_tokens for each in recipe.asked_sets().values()]
+    longest = max([*written, recipe.generate.max_new_tokens if recipe.generate is not None else 0])
+    return max(recipe.train.max_length, ROOM_FOR_A_PROMPT + longest) + (answers - 1) * longest
 
 
 def _known(out: StageFolder, asked: Asked, record: dict[str, Any]) -> EarlierTraces | None:

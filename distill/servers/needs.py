@@ -9,7 +9,8 @@ from distill.recipe.experiment import Recipe
 from distill.recipe.models import ModelSpec
 from distill.run.log import say
 
-_ROOM_FOR_A_PROMPT = 1024
+ROOM_FOR_A_PROMPT = 1024
+"""Tokens."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def needs_of(recipe: Recipe, role: str) -> ServerNeeds:
         logprobs.append(getattr(recipe.score.target, "k", 1))
     if role == "teacher" and recipe.likeness is not None and recipe.teacher_tells == "server":
         logprobs.append(recipe.likeness.top_k)
-    return ServerNeeds(max([recipe.train.max_length, *(tokens + _ROOM_FOR_A_PROMPT for tokens in written)]), max(logprobs))
+    return ServerNeeds(max([recipe.train.max_length, *(tokens + ROOM_FOR_A_PROMPT for tokens in written)]), max(logprobs))
 
 
 def within_model(needs: ServerNeeds, spec: ModelSpec) -> ServerNeeds:

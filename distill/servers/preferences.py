@@ -51,17 +51,21 @@ def compare(recipe: Recipe, out: StageFolder, run: Path, table: TableWriter, pro
     pairs = [pair for pair in PAIRS if {*pair} <= {*evaluate.models}]
     fields, identity = {row["prompt_id"]: as_fields(row.get("fields")) for row in prompts}, preferences.identity()
 
-    def both_orders() -> Iterator[Question]:
-        for roles in pairs:
-            for pair in _pairs(table, roles, fields, preferences):
-                for order in (pair[:2], pair[1::-1]) if pair.known is None else ():
-                    messages = question_of_two(preferences, *order)
-                    yield Question(question_id(identity, messages, *order), messages)
+    def all_pairs() -> Iterator[_Pair]:
+        return (pair for roles in pairs for pair in _pairs(table, roles, fields, preferences))
 
-    number = 2 * sum(pair.known is None for roles in pairs for pair in _pairs(table, roles, fields, preferences))
-    replies = ask(recipe, preferences, Asked(ROLE, "compared", "compare answers"), out, run, both_orders, number)
+    def both_orders(pair: _Pair) -> Iterator[Question]:
+        for order in (pair[:2], pair[1::-1]) if pair.known is None else ():
+            messages = question_of_two(preferences, *order)
+            yield Question(question_id(identity, messages, *order), messages)
+
+    def questions() -> Iterator[Question]:
+        return (question for pair in all_pairs() for question in both_orders(pair))
+
+    number = 2 * sum(pair.known is None for pair in all_pairs())
+    replies = ask(recipe, preferences, Asked(ROLE, "compared", "compare answers", answers=2), out, run, questions, number)
     votes = replies.votes(CHOICES)
-    rows = [_row(pair, votes) for roles in pairs for pair in _pairs(table, roles, fields, preferences)]
+    rows = [_row(pair, [votes[question.name] for question in both_orders(pair)]) for pair in all_pairs()]
     out.write_table("preferences", rows, PREFERENCE)
     wins = []
     for role, against in pairs:
@@ -100,8 +104,8 @@ def _known(first: tuple[Case, bool], second: tuple[Case, bool], preferences: Pre
     return (None, "no_reference") if preferences.asks_reference and first[0].reference is None else None
 
 
-def _row(pair: _Pair, votes: Iterator[list[Vote]]) -> dict[str, Any]:
-    winner, reason = pair.known if pair.known is not None else winner_of(next(votes), next(votes))
+def _row(pair: _Pair, votes: Sequence[Sequence[Vote]]) -> dict[str, Any]:
+    winner, reason = pair.known if pair.known is not None else winner_of(*votes)
     role, against = pair.first.author, pair.second.author
     return {
         "model_role": role,
