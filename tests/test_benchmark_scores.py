@@ -102,6 +102,10 @@ def test_a_group_is_compared_over_the_documents_of_all_its_tasks(tmp_path: Path)
     assert [(each["task"], each["finding"]) for each in forgetting(rows, ["all"])] == [("all", FORGOT)]  # of its parts nothing is said
 
 
+def second(*checks: Any) -> dict[str, Any]:
+    return {"tasks": ["a"], "models": ["base"], "second_checks": list(checks)}
+
+
 @pytest.mark.parametrize(
     ("benchmarks", "words"),
     [
@@ -111,6 +115,12 @@ def test_a_group_is_compared_over_the_documents_of_all_its_tasks(tmp_path: Path)
         ({"tasks": ["a"], "models": ["base"], "think_end": "</t>"}, "would be ignored without apply_chat_template"),
         ({"tasks": ["a"], "models": ["base"], "second_reference": "a"}, "exactly one group"),
         ({"tasks": ["a"], "models": ["base"], "second_checks": []}, "names no check"),
+        (second({"judge": {"rubric": "Right?", "model": {"model": "embedded:teacher"}}}), "judge can't judge here.* no model that grades"),
+        (second("math", {"length": {"max_tokens": 5}}), "length can't judge here.* no tokens"),
+        (second("agreement"), "agreement can't judge here.* no other samples"),
+        (second("code"), "code can't judge here.* no further columns"),
+        (second({"label": {"column": "choices"}}), "label can't judge here.* no further columns"),
+        (second("language"), "language can't judge here.* no prompt"),
         ({"tasks": ["../a"], "models": ["base"]}, "tasks"),
     ],
 )

@@ -10,10 +10,14 @@ from typing import Any
 
 import commands
 import pytest
+from fabricated import recipe_for
 from grading import GOOD, Judging, shown
 from test_checked_runs import Rows, ok, recipe_file, thought, verdicts
 
+from distill.before import pair
+from distill.checks import Given
 from distill.checks.judge import CHOICES, GRADES, Case, Vote, grade_of, question_id, question_of, question_of_two, vote_of, winner_of
+from distill.checks.judging import Judges
 from distill.engines.windows import Window
 from distill.recipe.checks import Check
 from distill.recipe.judge import Preferences
@@ -316,3 +320,32 @@ def test_check_asks_a_judge_one_question(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(says in line and "max_new_tokens" in line for line in found.refuted)
     check_judges(recipe, survey(recipe.prompts, 0, 10), found, here=True)  # nobody listens any more
     assert len(found.refuted) == bool(says) + 1
+
+
+def test_check_looks_at_each_judge_once_by_where_it_stands(tmp_path: Path) -> None:
+    from distill.before.judges import judges_of
+
+    def asks(model: str, **more: Any) -> dict[str, Any]:
+        return {"judge": {"rubric": "Right?", "model": {"model": model}}, **more}
+
+    def found(**evaluate: Any) -> dict[str, str]:
+        recipe = recipe_for(tmp_path, curate={"checks": ["finish", asks("some/a")]}, evaluate=evaluate or None)
+        return {where: judge.model.model for where, judge in judges_of(recipe).items()}
+
+    sets = {"hard": {"source": "h.jsonl"}, "odd": {"source": "o.jsonl", "checks": [asks("some/c", name="mine"), asks("some/b", name="b")]}}
+    assert found() == found(max_prompts=3) == {"curate.checks.judge": "some/a"}
+    assert found(checks=[asks("some/b")], sets=sets, preferences={"model": {"model": "some/a"}}) == {
+        "curate.checks.judge": "some/a",
+        "evaluate.checks.judge": "some/b",
+        "evaluate.sets.odd.checks.mine": "some/c",
+        "evaluate.preferences": "some/a",
+    }
+
+
+def test_where_no_judge_is_asked_no_answer_is_called_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checks = ["finish", {"judge": {"rubric": "Right?", "model": MODEL}}]
+    recipe = recipe_for(tmp_path, curate={"checks": checks}, evaluate={"checks": checks[1:]})
+    for asked in (recipe.curate.checks, recipe.curate.checks[1:]):
+        with Judges(asked, 10.0) as judges, pytest.raises(ValueError, match="judge is a model that is not asked here"):
+            list(judges.answers([(0, Given("5", "5"))]))
+    assert pair._judged(recipe, [], [{"completion": "5"}] * 2) == [None, None] and "left open" in capsys.readouterr().out

@@ -26,17 +26,20 @@ _NOTHING = "I do not know."
 
 
 def judges_of(recipe: Recipe) -> dict[str, Judge | Preferences]:
-    """The models of a recipe that judge, by their names among its models."""
-    from distill.servers.judging import Asked
-    from distill.servers.preferences import ROLE
-
+    """The models of a recipe that judge, each once, by where they stand in it."""
     told = recipe.traces is not None and recipe.traces.verdict is not None
-    checks = list(recipe.curate.checks) if recipe.learns_from_traces and not told else []
-    if recipe.evaluate is not None:
-        checks += [check for each in recipe.asked_sets().values() for check in each.checks]
-    found: dict[str, Judge | Preferences] = {Asked.of_check(check.called).role: check.judge for check in checks if check.judge is not None}
-    preferences = recipe.evaluate.preferences if recipe.evaluate is not None else None
-    return found | ({} if preferences is None else {ROLE: preferences})
+    places = {"curate.checks": recipe.curate.checks} if recipe.learns_from_traces and not told else {}
+    evaluate = recipe.evaluate
+    if evaluate is not None:
+        places |= {"curate.checks" if evaluate.checks is None else "evaluate.checks": recipe.checks_of_answers}
+        places |= {f"evaluate.sets.{name}.checks": each.checks for name, each in evaluate.sets.items() if each.checks is not None}
+    found: dict[str, Judge | Preferences] = {}
+    for place, checks in places.items():
+        for check in checks:
+            if check.judge is not None and check.judge not in found.values():
+                found[f"{place}.{check.called}"] = check.judge
+    preferences = evaluate.preferences if evaluate is not None else None
+    return found | ({} if preferences is None else {"evaluate.preferences": preferences})
 
 
 def check_judges(recipe: Recipe, survey: Survey, found: Findings, *, here: bool) -> None:

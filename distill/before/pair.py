@@ -173,7 +173,14 @@ def _read(reads: Read, rows: list[AlignedRow]) -> tuple[list[tuple[Targets, Targ
 
 
 def _judged(recipe: Recipe, prompts: list[Row], traces: list[Row]) -> list[bool | None]:
-    """Whether each answer is right, by the checks of the recipe; null where it could not be judged."""
+    """Whether each answer is right, by the checks of the recipe; null where it could not be judged.
+
+    Nor is any where a model is among the checks: it is not asked here, and the others don't say that an answer is right.
+    """
+    asked = next((check.called for check in recipe.checks_of_answers if check.judge is not None), None)
+    if asked is not None:
+        say(f"pair      whether answers are right is left open: the check {asked} is a model, which is not asked here")
+        return [None] * len(traces)
     fields = {row["prompt_id"]: as_fields(row.get("fields")) for row in prompts}
     given = (given_of(trace | {"num_tokens": len(trace["completion_ids"])}, fields[trace["prompt_id"]]) for trace in traces)
     right: dict[int, bool | None] = {}

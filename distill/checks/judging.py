@@ -71,7 +71,6 @@ class Judges:
 
     def __init__(self, checks: Sequence[Check], timeout_s: float, workers: int | None = None) -> None:
         self._checks = [check for check in checks if check.agreement is None]
-        self._here = [check for check in self._checks if check.judge is None]
         self._asks_final = asks_final(checks)
         prepared = list(dict.fromkeys(_PREPARED[check.kind] for check in self._checks if check.kind in _PREPARED))
         self._runs: Runs | None = None  # of code
@@ -105,16 +104,20 @@ class Judges:
                 yield number, Verdict(name, *found)
 
     def answers(self, traces: Iterable[tuple[int, Given]]) -> Generator[tuple[int, Found], None, None]:
-        """Each trace's number with what all checks together come to, as soon as the last of them has judged it."""
-        if not self._here:
-            yield from ((number, (True, "right")) for number, _ in traces)
-            return
+        """Each trace's number with what all checks together come to, as soon as the last of them has judged it.
+
+        Raises:
+            ValueError: one of them is a model, which is asked elsewhere: without it nobody knows whether an answer is right.
+        """
+        asked = next((check.called for check in self._checks if check.judge is not None), None)
+        if asked is not None or not self._checks:
+            raise ValueError(f"checks: {asked} is a model that is not asked here. Leave it out." if asked else "checks: there are none.")
         waiting: dict[int, dict[str, Found]] = defaultdict(dict)
         with closing(self.stream(traces)) as verdicts:
             for number, verdict in verdicts:
                 waiting[number][verdict.check] = verdict[1:]
-                if len(waiting[number]) == len(self._here):
-                    yield number, combined(self._here, waiting.pop(number))
+                if len(waiting[number]) == len(self._checks):
+                    yield number, combined(self._checks, waiting.pop(number))
 
     def _questions(
         self, traces: Iterable[tuple[int, Given]], is_known: Callable[[int, str], bool]

@@ -82,8 +82,12 @@ class Benchmarks(Section):
     def _judge_an_answer(cls, value: list[Check]) -> list[Check]:
         if not value:
             raise ValueError("names no check, so every answer would be right. Leave it out to have math")
-        if any(check.agreement is not None or check.settings.columns for check in value):
-            raise ValueError("lm-eval's answers have no other samples and no further columns to look at. Take another check")
+        for check in value:
+            asks_prompt = check.language is not None and check.language.language == "prompt"
+            missing = "further columns" if check.settings.columns or check.kind == "code" else "prompt" if asks_prompt else None
+            missing = {"judge": "model that grades them", "agreement": "other samples", "length": "tokens"}.get(check.kind, missing)
+            if missing is not None:
+                raise ValueError(f"{check.called} can't judge here: lm-eval's answers come with no {missing}. Take another check")
         return value
 
     @model_validator(mode="after")
