@@ -20,6 +20,7 @@ from distill.checks.judge import CHOICES, GRADES, Case, Vote, grade_of, question
 from distill.checks.judging import Judges
 from distill.engines.windows import Window
 from distill.recipe.checks import Check
+from distill.recipe.experiment import Recipe
 from distill.recipe.judge import Preferences
 from distill.recipe.kinds import Judge
 from distill.recipe.reading import load_recipe
@@ -27,6 +28,7 @@ from distill.run.folder import StageFolder
 from distill.run.manifest import read_manifest
 from distill.run.tables import read_rows
 from distill.servers.judging import grade
+from distill.servers.needs import ServerNeeds
 from distill.stages import WRITES, curate, import_traces, prompts, run_dir
 
 MODEL = {"model": "embedded:teacher"}
@@ -283,7 +285,33 @@ def counting(kept: Counter[str], most: int | None) -> Callable[[Window, list[dic
     return keeping
 
 
-def test_refusals_and_rubbish_are_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_of_a_judge_takes_the_longest_answers_of_all_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each token that is shown two, because the judge may cut words otherwise; and its reply."""
+    import distill.servers.judging as asking
+
+    asked: list[int | None] = []
+
+    def opened(*_: Any, needs: ServerNeeds, **more: Any) -> None:
+        asked.append(needs.context)
+        raise ZeroDivisionError
+
+    source = recipe_file(
+        tmp_path, [{"q": "1?", "a": "2", "trace": "2"}], ["finish"], train={"max_length": 1024}, prompts={"heldout_size": 1}
+    )
+    long = {"source": str(tmp_path / "rows.jsonl"), "max_new_tokens": 16384}
+    sections = load_recipe(source).model_dump(mode="json") | {
+        "evaluate": {"models": ["base"], "max_new_tokens": 512, "sets": {"long": long}}
+    }
+    recipe = Recipe.model_validate(sections)
+    grader = Preferences.model_validate({"model": MODEL, "max_new_tokens": 100})
+    monkeypatch.setattr(asking, "open_writer", opened)
+    for answers in (1, 2):
+        with StageFolder(tmp_path / "stage", "evaluate", {}, writes=WRITES["evaluate"]) as out, pytest.raises(ZeroDivisionError):
+            asking.ask(recipe, grader, asking.Asked("judge", "judged_judge", "ask", answers), out, tmp_path, list, 1)
+    assert asked == [2 * (1024 + 16384) + 100, 2 * (1024 + 2 * 16384) + 100]
+
+
+def test_refusals_and_rubbish_are_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Of three replies to each question one is rubbish; to the answers without the word all are."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
 
@@ -294,6 +322,7 @@ def test_refusals_and_rubbish_are_not_judged(tmp_path: Path, monkeypatch: pytest
     with Judging(verdict=unsure) as server:
         manifest = curate.run(made(judged_recipe(tmp_path, server, repeats=3, temperature=1.0)))
         assert len(server.questions) == 15
+    assert "judged_judge: of 15 replies of the judge 9 unreadable" in capsys.readouterr().out
     assert manifest.rows_kept == 3 and manifest.drops == {"judge:unreadable": 2, "think:no_reasoning": 1}
 
 

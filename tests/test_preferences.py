@@ -59,6 +59,26 @@ def test_a_judge_compares_in_both_orders_and_is_asked_nothing_twice(tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_what_a_judge_said_is_kept_while_it_is_asked_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken away, something else changed, and asked for again: no question is put twice."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with Judging(verdict=shorter) as server:
+        checks = ["math", {"judge": {"model": server.model_section(), "rubric": "Short?"}}]
+        recipe = recipe_for(tmp_path, server, checks=checks)
+        prompts.run(recipe)
+        evaluate.run(recipe)
+        place, before = folder(recipe, "evaluate"), len(server.questions)
+        said = {name: sorted(row["prompt_id"] for row in read_rows(place, name)) for name in ("judged_judge", "compared")}
+        assert said["compared"] and before == sum(len(names) for names in said.values())
+        for confidence in (0.95, 0.9):
+            found = evaluate.run(recipe_for(tmp_path, server, preferences=None, confidence=confidence))
+            assert "judges" not in found.facts and "preferences" not in found.tables and not (place / "earlier").exists()
+        evaluate.run(recipe_for(tmp_path, server, checks=checks))
+        assert len(server.questions) == before
+    assert {name: sorted(row["prompt_id"] for row in read_rows(place, name)) for name in said} == said
+
+
+@pytest.mark.slow
 def test_a_judge_that_likes_what_stands_first_prefers_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     with Judging(verdict=first_is_better) as server:

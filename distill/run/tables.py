@@ -57,6 +57,11 @@ class TableWriter:
         self._job: Future[None] | None = None
 
     @property
+    def name(self) -> str:
+        """Of the table."""
+        return self._name
+
+    @property
     def num_rows(self) -> int:
         """Rows given so far, those of the shards before among them."""
         return self._num_before + self._num_rows + self._num_waiting + len(self._rows)

@@ -23,15 +23,18 @@ from distill.recipe.judge import Grader
 from distill.recipe.sets import MAIN
 from distill.run.folder import StageFolder
 from distill.run.journal import Journal
-from distill.run.manifest import read_manifest
+from distill.run.log import say
+from distill.run.manifest import Manifest, read_manifest
 from distill.run.parts import summed
 from distill.run.schema import TRACE, Message
-from distill.run.tables import TableWriter
+from distill.run.tables import TableWriter, iter_pieces
 from distill.servers.needs import ROOM_FOR_A_PROMPT, ServerNeeds
 from distill.servers.opening import open_writer
 
 _NAMES = ("prompt_id", "sample_index")  # of a reply: its question, and which of the replies to it
+_ASKED_NO_MORE = "judges_asked_no_more"  # among a manifest's facts
 _UNSAID = Vote(None, "no_reply")
+_MANY_SILENT = 0.1  # share of the replies
 _PER_TOKEN = 2  # texts that are shown may have so many times the tokens that the author's own tokenizer counts
 
 
@@ -79,7 +82,19 @@ class Replies(NamedTuple):
                 vote = vote_of(row["completion"], row["finish_reason"], words)
                 of_question = found.setdefault(row["prompt_id"], [_UNSAID] * self.repeats)
                 of_question[row["sample_index"]] = vote if vote.word is None else Vote(vote.word, "")
+        _tell_of_silence([vote for votes in found.values() for vote in votes], self.table.name)
         return found
+
+
+def _tell_of_silence(votes: Sequence[Vote], table: str) -> None:
+    """Says so where many replies say nothing, because then they are few that decide."""
+    silent = Counter(vote.reason for vote in votes if vote.word is None)
+    if silent.total() > _MANY_SILENT * len(votes):
+        named = ", ".join(f"{count:,} {reason}" for reason, count in silent.most_common())
+        say(
+            f"note      {table}: of {len(votes):,} replies of the judge {named}, so what they are about is not judged. Raise its "
+            "max_new_tokens where they are cut; read the table."
+        )
 
 
 def ask(
@@ -256,6 +271,35 @@ def with_judges(facts: dict[str, Any], judges: dict[str, dict[str, Any]]) -> dic
     return facts | {"judges": judges} | ({"server": spent} if spent else {})
 
 
+def carry_over(out: StageFolder, judges: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Keeps the replies of judges that are asked no more where a stage grows: they are paid for. Returns whose, for the manifest.
+
+    Args:
+        out: The stage's folder.
+        judges: What is known of those that are asked, by their roles.
+    """
+    if out.earlier is None:
+        return {}
+    before = read_manifest(out.earlier)
+    gone = {role: facts for role, facts in _judges_of(before).items() if role not in judges and facts.get("table") in before.tables}
+    for facts in gone.values():
+        table = out.table(facts["table"], TRACE)
+        for piece in iter_pieces(out.earlier, facts["table"], TRACE.names):
+            table.add(piece)
+    return {_ASKED_NO_MORE: {role: {name: facts[name] for name in ("author", "table")} for role, facts in gone.items()}} if gone else {}
+
+
+def is_another(out: StageFolder, judges: Mapping[str, dict[str, Any]]) -> bool:
+    """Whether a stage grows from one in which a judge of the same role was another model, or was asked something and is not now."""
+    before = _judges_of(read_manifest(out.earlier)) if out.earlier is not None else {}
+    return any(role in judges and "author" in facts and judges[role].get("author") != facts["author"] for role, facts in before.items())
+
+
+def _judges_of(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Whose replies a stage holds, by the judge's role."""
+    return {**(manifest.facts.get(_ASKED_NO_MORE) or {}), **(manifest.facts.get("judges") or {})}
+
+
 def _shown(recipe: Recipe, answers: int) -> int:
     """Tokens of the longest prompt with so many answers, the longest that are shown."""
     written = [each.sampling.max_new_tokens for each in recipe.asked_sets().values()]
@@ -267,6 +311,5 @@ def _known(out: StageFolder, asked: Asked, record: dict[str, Any]) -> EarlierTra
     """What this judge has said before, where the stage grows; of another one nothing."""
     if out.earlier is None:
         return None
-    before = read_manifest(out.earlier)
-    same = (before.facts.get("judges") or {}).get(asked.role, {}).get("author") == record
+    same = _judges_of(read_manifest(out.earlier)).get(asked.role, {}).get("author") == record
     return EarlierTraces(out.earlier, {asked.role}, table=asked.table) if same else None

@@ -43,7 +43,7 @@ from distill.run.parts import Part, begun, gathered_facts, missing, part_facts, 
 from distill.run.plan import NO_LIMIT, Growth, StagePlan, name_in_run
 from distill.run.schema import ANSWER, CONFUSION, SCORE, TRACE
 from distill.run.tables import TableWriter, iter_pieces, rows_at
-from distill.servers.judging import grade_answers, with_judges
+from distill.servers.judging import carry_over, grade_answers, is_another, with_judges
 from distill.servers.preferences import compare
 from distill.stages import Step, folder, open_stage, plan_of, run_dir, student_folder
 
@@ -176,15 +176,17 @@ def _evaluate(recipe: Recipe, out: StageFolder, *, in_parts: bool = False) -> Ma
         facts = clock.facts(**_answer(recipe, out, out.path, traces, sets))
     answers = _judge(table, recipe, sets, out)
     dropped = {name for name in before.settings.get("evaluate", {}).get("sets", {}) if name not in evaluate.sets} if before else set()
+    carried = carry_over(out, answers["judges"])
+    fewer = before is not None and (bool(dropped) or not set(before.facts["models"]) <= set(facts["models"]))
     return out.finish(
         rows_in=sum(len(each.rows) * each.asked.sampling.samples_per_prompt for each in sets) * len(evaluate.models),
         rows_kept=answers["rows"],
-        # A model or a set that is asked for no more has been paid for.
-        keep_earlier=before is not None and (bool(dropped) or not set(before.facts["models"]) <= set(facts["models"])),
+        keep_earlier=fewer or is_another(out, answers["judges"]),  # what is asked for no more has been paid for
         facts=with_judges(facts, answers["judges"])
         | {"confidence": evaluate.confidence, "tokens": answers["tokens"]}
         | _facts_of_sets(sets)
-        | answers["read"],
+        | answers["read"]
+        | carried,
     )
 
 
