@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from distill.checks.form import answer_of
+from distill.data.texts import is_blank
 from distill.engines.comparing import Opinion, Row
 from distill.errors import ModelError
 from distill.models.chat import IGNORE, ChatFormat
@@ -41,8 +43,8 @@ def whole(chat: ChatFormat, trace: dict[str, Any], thoughts: Targets | None) -> 
 
 
 def final(chat: ChatFormat, trace: dict[str, Any]) -> Row | None:
-    """An answer of which the tokens behind the reasoning are looked at, without the end of the turn."""
-    row = whole(chat, trace, None)
+    """An answer of which the tokens behind the reasoning are looked at, without the end of the turn; null where nothing is behind it."""
+    row = None if is_blank(answer_of(trace["completion"]) or "") else whole(chat, trace, None)
     if row is None:
         return None
     labels = row.labels.copy()
@@ -77,6 +79,8 @@ def sums(row: Row, opinion: Opinion) -> dict[str, Any]:
         return found | {"compared": 0}
     known = ~np.isnan(opinion.kl_nats)
     agreed = opinion.best[known] == row.teacher.ids[known, 0] if known.any() else np.empty(0, bool)
+    if row.teacher.first_lost is not None:  # the first candidate is then not the teacher's most probable token
+        agreed &= ~row.teacher.first_lost[known]
     return found | {
         "compared": int(known.sum()),
         "kl_nats": max(0.0, float(opinion.kl_nats[known].sum())),  # rounding goes below 0
