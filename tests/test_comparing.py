@@ -17,6 +17,7 @@ from distill.models.chat import IGNORE
 from distill.models.loading import load_chat_format, load_model
 from distill.models.vocabulary import align, vocabulary_map
 from distill.recipe.models import ModelSpec
+from distill.servers import likeness
 from distill.targets.codec import Targets
 from distill.targets.spec import TopK
 
@@ -105,7 +106,7 @@ def test_what_is_looked_at_of_an_own_answer_stands_behind_its_reasoning() -> Non
 def test_an_answer_that_is_not_there_is_not_looked_at(completion: str) -> None:
     """Else reasoning that was cut would count as the answer."""
     chat = load_chat_format(ModelSpec(model="embedded:student"))
-    assert final(chat, traces()[0] | {"completion": completion, "finish_reason": "length"}) is None
+    assert likeness._final(chat, traces()[0] | {"completion": completion, "finish_reason": "length"}) is None
 
 
 def test_who_picks_the_teachers_second_best_does_not_agree_with_it() -> None:

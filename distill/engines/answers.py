@@ -9,8 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distill.checks.form import answer_of
-from distill.data.texts import is_blank
 from distill.engines.comparing import Opinion, Row
 from distill.errors import ModelError
 from distill.models.chat import IGNORE, ChatFormat
@@ -43,8 +41,8 @@ def whole(chat: ChatFormat, trace: dict[str, Any], thoughts: Targets | None) -> 
 
 
 def final(chat: ChatFormat, trace: dict[str, Any]) -> Row | None:
-    """An answer of which the tokens behind the reasoning are looked at, without the end of the turn; null where nothing is behind it."""
-    row = None if is_blank(answer_of(trace["completion"]) or "") else whole(chat, trace, None)
+    """An answer of which the tokens behind the reasoning are looked at, without the end of the turn."""
+    row = whole(chat, trace, None)
     if row is None:
         return None
     labels = row.labels.copy()
