@@ -56,7 +56,7 @@ def test_the_table_has_a_row_a_model_and_says_what_it_rests_on(tmp_path: Path) -
         == "On the teacher's answers the student is at least 0.100 nats a token from it; before training it was at least 1.000."
     )
     assert "at least" not in found(tmp_path / "exact", exact=True).sentence
-    assert alike.calibration[0] == ["base", "0.300 [0.200, 0.400]", "90.0 %", "50.0 %", "20.0 %", "40.0 %"]
+    assert alike.calibration[0] == ["base", "0.300 [0.200, 0.400]", "90.0 %", "50.0 %", "10", "20.0 %", "40.0 %", "10"]
     shown = "\n".join(alike_texts(alike))
     assert "likeness to the teacher" in shown and "sure and right" in shown
 

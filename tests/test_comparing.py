@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from distill.engines.answers import final
-from distill.engines.comparing import Comparer, Row
+from distill.engines.answers import final, sums
+from distill.engines.comparing import Comparer, Opinion, Row
 from distill.engines.remembered import packed, unpacked
+from distill.engines.scored import spread, without
 from distill.engines.scoring import score_rows
 from distill.models.chat import IGNORE
 from distill.models.loading import load_chat_format, load_model
 from distill.models.vocabulary import align, vocabulary_map
 from distill.recipe.models import ModelSpec
+from distill.servers import likeness
+from distill.targets.codec import Targets
 from distill.targets.spec import TopK
 
 CPU = torch.device("cpu")
@@ -97,3 +100,22 @@ def test_what_is_looked_at_of_an_own_answer_stands_behind_its_reasoning() -> Non
         row = final(chat, trace)
         assert row is not None
         assert chat.text_of(row.labels[row.labels != IGNORE].tolist()).strip() == text
+
+
+@pytest.mark.parametrize("completion", ["<think>\nTwo and two", "<think>\nTwo and two.\n</think>\n\n", " "])
+def test_an_answer_that_is_not_there_is_not_looked_at(completion: str) -> None:
+    """Else reasoning that was cut would count as the answer."""
+    chat = load_chat_format(ModelSpec(model="embedded:student"))
+    assert likeness._final(chat, traces()[0] | {"completion": completion, "finish_reason": "length"}) is None
+
+
+def test_who_picks_the_teachers_second_best_does_not_agree_with_it() -> None:
+    """Of two positions, the student lacks the teacher's most probable token at the first."""
+    ids, probs = np.array([[-1, 7, 8], [7, 8, -1]], np.int32), np.array([[0.45, 0.3, 0.2], [0.45, 0.3, 0.2]], np.float32)
+    told = without(Targets(ids, np.log(probs), np.log(np.full(2, 0.05, np.float32))), ids < 0)
+    assert told.ids.tolist() == [[7, 8, -1], [7, 8, -1]]
+    kept = unpacked(packed([traces()[0]], [spread(told, np.array([0, 2]), 3, TopK(k=3))]))[0]
+    assert kept is not None
+    row = Row(np.array([1, 7, 7, 7], np.int32), np.array([IGNORE, 7, 7, 7], np.int32), kept)
+    found = sums(row, Opinion(np.full(3, -0.1), np.full(3, 7, np.int32), np.array([0.2, np.nan, 0.2])))
+    assert found["compared"] == 2 and found["agreed"] == 1

@@ -12,6 +12,7 @@ from fabricated import recipe_for
 from distill.before.findings import Findings
 from distill.before.likeness import check_likeness
 from distill.errors import DataError
+from distill.measure import intervals
 from distill.measure.calibration import calibration, calibration_scores
 from distill.measure.likeness import lengths, likeness_scores
 from distill.measure.texts import chrf
@@ -93,6 +94,21 @@ def test_answers_that_are_equally_sure_share_a_bin() -> None:
     """Else chance alone would put right ones here and wrong ones there."""
     found = calibration(np.full(100, 0.5), np.arange(100) % 2 * 1.0, list(map(str, range(100))), 0.95, 0)
     assert len(found.bins) == 1 and found.error.value == 0.0
+
+
+@pytest.mark.parametrize(("lead", "holds_zero"), [(0.0, 18), (0.3, 0)])
+def test_the_interval_holds_its_own_error_and_zero_where_there_is_none(
+    lead: float, holds_zero: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 20 sets of 100 answers, of a model that is right as often as it is sure, and of one that is too sure by 0.3."""
+    monkeypatch.setattr(intervals, "RESAMPLES", 500)
+    rng, zero = np.random.default_rng(0), 0
+    for _ in range(20):
+        sure = rng.uniform(0.3, 1, 100)
+        value, low, high = calibration(sure, (rng.random(100) < sure - lead) * 1.0, list(map(str, range(100))), 0.95, 0).error
+        assert value is not None and low is not None and high is not None and low <= value <= high
+        zero += low == 0
+    assert zero >= holds_zero and (not lead or zero == 0)
 
 
 @pytest.mark.parametrize(("of_label", "sure"), [(True, 0.25), (False, 0.5)])

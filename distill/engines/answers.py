@@ -77,6 +77,8 @@ def sums(row: Row, opinion: Opinion) -> dict[str, Any]:
         return found | {"compared": 0}
     known = ~np.isnan(opinion.kl_nats)
     agreed = opinion.best[known] == row.teacher.ids[known, 0] if known.any() else np.empty(0, bool)
+    if row.teacher.first_lost is not None:  # the first candidate is then not the teacher's most probable token
+        agreed &= ~row.teacher.first_lost[known]
     return found | {
         "compared": int(known.sum()),
         "kl_nats": max(0.0, float(opinion.kl_nats[known].sum())),  # rounding goes below 0

@@ -25,6 +25,7 @@ def packed(rows: Sequence[Row], thoughts: Sequence[Targets | None]) -> pa.Record
         "ids": [None if own is None else own.ids.ravel() for own in thoughts],
         "log_probs": [None if own is None else own.log_probs.ravel() for own in thoughts],
         "log_rest": [None if own is None else own.log_rest for own in thoughts],
+        "first_lost": [None if own is None else own.first_lost for own in thoughts],
     }
     columns = {
         "prompt_id": [row["prompt_id"] for row in rows],
@@ -46,5 +47,7 @@ def unpacked(piece: pa.RecordBatch) -> list[Targets | None]:
         ids, log_probs, log_rest = (piece[name][place].values.to_numpy(zero_copy_only=False) for name in ("ids", "log_probs", "log_rest"))
         width = len(ids) // max(tokens, 1)
         shaped = ids.reshape(tokens, width), log_probs.reshape(tokens, width)
-        found.append(Targets(shaped[0].astype(np.int32), shaped[1].astype(np.float32), log_rest.astype(np.float32)))
+        lost = piece["first_lost"][place].as_py()
+        first_lost = None if lost is None else np.array(lost, np.bool_)
+        found.append(Targets(shaped[0].astype(np.int32), shaped[1].astype(np.float32), log_rest.astype(np.float32), first_lost))
     return found

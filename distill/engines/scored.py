@@ -214,7 +214,11 @@ def spread(targets: Targets, places: NDArray[np.int64], n: int, target: TargetSp
     log_probs = np.full((n, targets.log_probs.shape[1]), -np.inf, np.float32)
     log_rest = np.full(n, -np.inf if isinstance(target, Sampled) else 0.0, np.float32)
     ids[places], log_probs[places], log_rest[places] = targets.ids, targets.log_probs, targets.log_rest
-    return Targets(ids, log_probs, log_rest)
+    first_lost = None
+    if targets.first_lost is not None:
+        first_lost = np.zeros(n, np.bool_)
+        first_lost[places] = targets.first_lost
+    return Targets(ids, log_probs, log_rest, first_lost)
 
 
 def _mapped(targets: Targets, student_ids: Ids) -> Targets:
@@ -240,4 +244,4 @@ def without(targets: Targets, lost: NDArray[np.bool_]) -> Targets:
         log_rest = np.where(lost.any(1), np.minimum(np.log(masses), 0), targets.log_rest).astype(np.float32)
     order = np.argsort(ids == NONE, axis=1, kind="stable")
     log_probs = np.where(ids == NONE, -np.inf, targets.log_probs).astype(np.float32)
-    return Targets(np.take_along_axis(ids, order, 1), np.take_along_axis(log_probs, order, 1), log_rest)
+    return Targets(np.take_along_axis(ids, order, 1), np.take_along_axis(log_probs, order, 1), log_rest, lost[:, :1].any(1))

@@ -2,6 +2,10 @@
 
 After Guo et al., On Calibration of Modern Neural Networks (arXiv 1706.04599), with bins of equal mass in place of equal width, which
 would leave most of them empty. The error of few answers is too large, because it adds up what chance does in each bin.
+
+Resamples add chance to chance, so their own errors are too large twice over, and their quantiles often leave the error itself out. The
+interval is the basic one (Davison and Hinkley, Bootstrap Methods and their Application, section 5.2), which turns that bias round, widened
+to hold the error; it begins at 0 where chance alone may have made an error so large of a model that is right as often as it is sure.
 """
 
 from __future__ import annotations
@@ -54,12 +58,27 @@ def calibration(sure_N: Numbers, right_N: Numbers, prompts: Sequence[str], confi
     number, num_prompts = int(place_N.max()) + 1, int(prompt_N.max()) + 1
     apart_QP, answers_P = np.zeros((number, num_prompts)), np.bincount(prompt_N, minlength=num_prompts).astype(np.float64)
     np.add.at(apart_QP, (place_N, prompt_N), right_N - sure_N)
-    draws = np.abs(resampled_means(apart_QP, seed)).sum(0) / resampled_means(answers_P[None], seed)[0]
-    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    value = float(np.abs(apart_QP.sum(1)).sum() / len(sure_N))
+    apart_Q = apart_QP.sum(1) / len(sure_N)
+    draws_QB = resampled_means(apart_QP, seed) / resampled_means(answers_P[None], seed)[0]
+    error = _interval(apart_Q, draws_QB, confidence)
     members = [place_N == place for place in range(number)]
     bins = [Bin(float(sure_N[own].mean()), float(right_N[own].mean()), int(own.sum())) for own in members]
-    return Calibration(Estimate(value, float(low), float(high)), bins)
+    return Calibration(error, bins)
+
+
+def _interval(apart_Q: Numbers, draws_QB: Numbers, confidence: float) -> Estimate:
+    """The error and its interval.
+
+    Args:
+        apart_Q: By bin how far its answers are apart in sum, over the number of all answers.
+        draws_QB: What that came to in resamples.
+        confidence: Coverage.
+    """
+    value = float(np.abs(apart_Q).sum())
+    least, most = np.quantile(np.abs(draws_QB).sum(0), [(1 - confidence) / 2, (1 + confidence) / 2])
+    by_chance = np.quantile(np.abs(draws_QB - apart_Q[:, None]).sum(0), (1 + confidence) / 2)
+    low = 0.0 if value <= by_chance else min(value, max(0.0, 2 * value - float(most)))
+    return Estimate(value, low, max(value, 2 * value - float(least)))
 
 
 def _bins(sure_N: Numbers) -> NDArray[np.int64]:

@@ -20,7 +20,7 @@ from distill.run.tables import read_rows
 Row = dict[str, Any]
 Scores = Mapping[tuple[str, str], Row]
 ALIKE_COLUMNS = ["model", "KL from the teacher, nats a token", "same most probable token", "perplexity", "chrF"]
-CALIBRATION_COLUMNS = ["model", "calibration error", "surest tenth: sure", "right", "least sure tenth: sure", "right"]
+CALIBRATION_COLUMNS = ["model", "calibration error", "surest bin: sure", "right", "answers", "least sure bin: sure", "right", "answers"]
 
 
 @dataclass(frozen=True)
@@ -178,5 +178,5 @@ def _sureness(calibration: Row) -> str:
 
 def _calibrated(role: str, scores: Scores, bins: list[list[float]]) -> list[str]:
     least, most = bins[0], bins[-1]
-    shares = [f"{100 * value:.1f} %" for value in (most[0], most[1], least[0], least[1])]
-    return [role, _number(scores.get((role, "calibration_error")), "{:.3f}"), *shares]
+    shown = [text for sure, right, count in (most, least) for text in (f"{100 * sure:.1f} %", f"{100 * right:.1f} %", f"{count:,.0f}")]
+    return [role, _number(scores.get((role, "calibration_error")), "{:.3f}"), *shown]

@@ -114,6 +114,7 @@ THOUGHT = pa.schema(
         ("ids", pa.list_(pa.int32())),  # -1 where a token has fewer candidates than others
         ("log_probs", pa.list_(pa.float32())),
         ("log_rest", pa.list_(pa.float32())),  # of all other tokens, an entry a token
+        ("first_lost", pa.list_(pa.bool_())),  # whether the teacher's most probable token is none of the student's; null: of none
     ]
 )
 

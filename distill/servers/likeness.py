@@ -268,7 +268,7 @@ class _Reading:
     def _certainty(self, role: str, chat: ChatFormat, comparer: Callable[[], Comparer], traces: list[Row]) -> list[Row]:
         """Rows of the table `certainty`."""
         found = [{"model_role": role, "prompt_id": row["prompt_id"], "sample_index": row["sample_index"]} for row in traces]
-        asked = {place: row for place, trace in enumerate(traces) if (row := final(chat, trace)) is not None}
+        asked = {place: row for place, trace in enumerate(traces) if (row := _final(chat, trace)) is not None}
         read = comparer().read(list(asked.values())) if asked else []
         for place, opinion in zip(asked, read, strict=True):
             found[place] |= {"num_tokens": len(opinion.log_probs), "log_prob": float(opinion.log_probs.sum())}
@@ -318,6 +318,11 @@ def _alike(theirs: Row, texts: dict[Key, str]) -> float | None:
 
 def _text(trace: Row) -> str:
     return (answer_of(trace["completion"]) or "").strip()
+
+
+def _final(chat: ChatFormat, trace: Row) -> Asked | None:
+    """The tokens behind the reasoning; null where no answer stands there: reasoning that was cut is none."""
+    return final(chat, trace) if _text(trace) else None
 
 
 def _key(row: Row) -> Key:

@@ -48,13 +48,18 @@ class Targets:
     with a tempered proposal): exp of it is an unbiased estimate of p, and with a tempered proposal may exceed 1."""
     log_rest: Floats
     """(n,) logarithm of the mass of all other tokens. -inf for `sampled`, whose weights stand for the whole."""
+    first_lost: Mask | None = None
+    """(n,) whether the teacher's most probable token is none of the student's, so that the first candidate is a later one of the teacher's;
+    null where none is. Training has no use for it: it is not stored with targets."""
 
     def __len__(self) -> int:
         return len(self.log_rest)
 
     def __getitem__(self, part: slice) -> Targets:
         """Some of the positions."""
-        return Targets(self.ids[part], self.log_probs[part], self.log_rest[part])
+        return Targets(
+            self.ids[part], self.log_probs[part], self.log_rest[part], None if self.first_lost is None else self.first_lost[part]
+        )
 
 
 def concatenate(parts: Sequence[Targets]) -> Targets:
