@@ -14,8 +14,9 @@ from functools import lru_cache
 from typing import Any
 
 from distill.checks.forms.numbers import TOLERANCE, close
+from distill.checks.forms.scales import GREEK
 
-_NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt gcd lcm max min abs pi theta alpha beta gamma"
+_NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt gcd lcm max min abs " + " ".join(sorted(GREEK))
 _FUNCTIONS = frozenset(_NAMES.split())
 _MORE = (
     "frac cdot times pm mp infty binom delta epsilon zeta eta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega "
@@ -35,7 +36,7 @@ _STEPS = [
     for old, new in {
         r"\*\*": "^",
         r"(?<![\\A-Za-z])(sqrt)\s*\(([^()]*)\)": r"\\sqrt{\2}",
-        r"(?<![\\A-Za-z])(pi|theta|alpha|beta|gamma|infty)(?![A-Za-z])": r"\\\1 ",
+        rf"(?<![\\A-Za-z])({'|'.join(sorted(GREEK))}|infty)(?![A-Za-z])": r"\\\1 ",
         r"(?<![\\A-Za-z])(a?rc?(?:sin|cos|tan)|sin|cos|tan|cot|sec|csc|log|ln|exp|max|min|gcd|lcm)(?![A-Za-z])": r"\\\1",
         r"\^\s*(-?\d+)": r"^{\1}",
         r"\^\s*\(([^()]*)\)": r"^{\1}",

@@ -78,6 +78,24 @@ def money() -> dict[str, str]:
 
 
 @lru_cache(maxsize=1)
+def scales() -> dict[str, int]:
+    """What a word for thousands, millions and so on multiplies the number before it by: full names before short ones."""
+
+    def named(kind: str) -> Callable[[Any], Iterator[tuple[str, int]]]:
+        def of(data: Any) -> Iterator[tuple[str, int]]:
+            for forms in data["compact_decimal_formats"][kind].values():
+                for power, pattern in forms.items():
+                    text = "".join(letter for letter in pattern.pattern.replace("'", "") if unicodedata.category(letter) != "Cf")
+                    name = folded(text.replace("0", ""))
+                    if len(name) > 2 or (name and not name.isascii()):
+                        yield name, int(power) // 10 ** (text.count("0") - 1 if "0" in text else 0)
+
+        return of
+
+    return _certain(named("short")) | _certain(named("long"))
+
+
+@lru_cache(maxsize=1)
 def joining() -> frozenset[str]:
     """The words between the last two parts of a list: `and` and `or`."""
     ends = [data["list_patterns"][kind]["end"] for data in _all() for kind in ("standard", "or")]

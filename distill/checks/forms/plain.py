@@ -98,6 +98,8 @@ _HEDGED = re.compile(
 _VALUE = re.compile(rf"\\?[-+$€£¥]*\s*(?:[\d.(]|\\(?:frac|sqrt|pi|text\s*\{{\s*{_ABOUT}))|{_ABOUT}\s", re.IGNORECASE)
 _GOES_ON = re.compile(r"(?<![\d.])(\d*\.\d{0,3}?)(\d{1,12}?)(\2+)(?:\.\.\.|\s*\\[lc]?dots(?![a-zA-Z]))")
 _PAIRS = [("**", "**"), ("__", "__"), ("`", "`"), ('"', '"'), ("'", "'"), ("\u00ab", "\u00bb"), ("\u300c", "\u300d"), ("\u300a", "\u300b")]
+_FOLDED = re.compile(r"(\\[A-Za-z]+)|([^\\]+|\\)")
+"""A command of LaTeX, whose case counts (`\\Gamma` is not `\\gamma`), and what stands between two."""
 _TEXT = re.compile(r"\\text\s*(?=\{)")
 
 
@@ -180,7 +182,7 @@ def exact_key(text: str) -> str:
 
 def text_key(text: str) -> str:
     """What two texts in words have in common that differ only in case, spaces and punctuation at the ends."""
-    key = unicodedata.normalize("NFC", exact_key(text).casefold())
+    key = unicodedata.normalize("NFC", _FOLDED.sub(lambda found: found[1] or found[2].casefold(), exact_key(text)))
     goes_on = "..." if key.endswith("...") else ""
     return key.strip(" .,;:!?*") + goes_on or key
 

@@ -16,9 +16,10 @@ from distill.checks.forms.expressions import has_words, is_expression, is_letter
 from distill.checks.forms.intervals import intervals
 from distill.checks.forms.numbers import Number, exactly, leading, number, with_decimal_comma
 from distill.checks.forms.plain import as_words, exact_key, text_key, trimmed
+from distill.checks.forms.scales import POWERS, divisor_in, scaled
 from distill.checks.forms.shapes import Data, Equation, Expression, Form, Formula, Group, Labelled, Quantity, Ratio, Readings, Table, Text
 from distill.checks.forms.splitting import bracketed, split
-from distill.checks.forms.units import MONEY_SIGN, SCALES, converted, is_measure, unit_in
+from distill.checks.forms.units import MONEY_SIGN, converted, is_measure, unit_in
 from distill.checks.forms.words import spelled
 
 _DEPTH = 5
@@ -38,6 +39,7 @@ _LABELLED = re.compile(
 _OPTION = re.compile(rf"(?:answer\s+|选|{_CALLED})\(?([A-Za-z])\)?|([A-Za-z])(?:\)|\s*选项)", re.IGNORECASE)
 _GOES_ON = re.compile(r"(,.*[^\s.,;(\[{])\s*\.\.\.$")
 """A list that goes on, without a comma before what says so."""
+_BELOW = re.compile(r"(?:(.*) )?below zero", re.IGNORECASE)
 _DECADE = re.compile(r"(?:the )?(\d{3}0s)", re.IGNORECASE)
 _INFINITE = re.compile(r"(-|minus |negative )?(?:\+|positive )?(?:\\infty|infinity|inf)", re.IGNORECASE)
 _EMPTY = re.compile(
@@ -178,15 +180,8 @@ def _ratio(text: str, depth: int) -> Iterator[Form]:
 
 def _quantity(text: str, depth: int) -> Iterator[Form]:
     """A number with a unit: money before it, or a unit behind it; else an expression with upright text behind it."""
-    negative = text.startswith("-")
-    body = text.removeprefix("-").lstrip()
-    if (sign := MONEY_SIGN.match(body)) and (found := _leading(body[sign.end() :])):
-        value, rest = found
-        value, rest = _scaled(value.scaled(-1) if negative else value, rest)
-        if rest.strip().lower() in _MANY:
-            value, rest = value.scaled(_MANY[rest.strip().lower()]), ""
-        if not rest.strip() or unit_in(rest) is not None:
-            yield Quantity(value, sign.group().strip() + rest)
+    if (amount := _money(text)) is not None:
+        yield from amount
         return
     for candidate in dict.fromkeys([text, as_words(text)]):
         if found := _leading(candidate):
@@ -198,6 +193,9 @@ def _quantity(text: str, depth: int) -> Iterator[Form]:
             if rest != found[1] and not rest.strip():
                 yield value
                 return
+            if power := POWERS.get(rest.strip().lower()):
+                yield Expression(f"({candidate[: -len(rest)].strip()}){power}")
+                return
     if (total := _compound(as_words(text))) is not None:
         yield total
         return
@@ -205,6 +203,20 @@ def _quantity(text: str, depth: int) -> Iterator[Form]:
         yield Quantity(exactly(said[0]), unit)
         return
     yield from _expression_with_unit(text)
+
+
+def _money(text: str) -> tuple[Quantity, ...] | None:
+    """The amount of money that a text is, its sign before it, or none where something else follows; null for other text."""
+    negative = text.startswith("-")
+    body = text.removeprefix("-").lstrip()
+    sign = MONEY_SIGN.match(body)
+    found = _leading(body[sign.end() :]) if sign else None
+    if sign is None or found is None:
+        return None
+    value, rest = _scaled(found[0].scaled(-1) if negative else found[0], found[1])
+    if rest.strip().lower() in _MANY:
+        value, rest = value.scaled(_MANY[rest.strip().lower()]), ""
+    return (Quantity(value, sign.group().strip() + rest),) if not rest.strip() or unit_in(rest) is not None else ()
 
 
 def _leading(text: str) -> tuple[Number, str] | None:
@@ -246,14 +258,16 @@ def _compound(text: str) -> Quantity | None:
 
 
 def _scaled(value: Number, rest: str) -> tuple[Number, str]:
-    """The number times the word behind it that says thousands or millions, and what follows."""
-    words = as_words(rest)
-    for word, factor in SCALES.items():
-        if words.lower().startswith(word) and not words[len(word) :][:1].isalpha():
-            return value.scaled(factor), words[len(word) :]
-        if not word.isascii() and words.startswith(word):
-            return value.scaled(factor), words[len(word) :]
-    return value, rest
+    """The number times the words behind it that say thousands, millions or quarters, below zero or not, and what follows."""
+    factor, rest_of_it = scaled(rest)
+    first, _, behind = as_words(rest_of_it).partition(" ")
+    if (divisor := divisor_in(first, is_one=value.value == 1)) is not None:
+        factor, rest_of_it = factor / divisor, (" " + behind if behind else "")
+    if found := _BELOW.fullmatch(as_words(rest_of_it)):
+        factor, rest_of_it = -factor, found[1] or ""
+    if factor == 1:
+        return value, rest
+    return value.scaled(factor), " " + rest_of_it if rest_of_it and rest_of_it[0].isalpha() else rest_of_it
 
 
 def _labelled(text: str, depth: int) -> Iterator[Form]:

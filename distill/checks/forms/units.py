@@ -13,14 +13,9 @@ from typing import Any
 
 from distill.checks.forms import locales
 from distill.checks.forms.plain import as_words
+from distill.checks.forms.scales import is_value_word
 
 PERCENT = "%"
-SCALES = {
-    **{"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12},
-    **{"万": 10**4, "亿": 10**8, "億": 10**8, "萬": 10**4, "lakh": 10**5, "crore": 10**7},
-}
-"""Words that multiply the number before them."""
-
 _MONEY = {
     **{"$": "USD", "us$": "USD", "usd": "USD", "dollar": "USD", "dollars": "USD", "us dollars": "USD", "bucks": "USD", "美元": "USD"},
     **{"€": "EUR", "eur": "EUR", "euro": "EUR", "euros": "EUR", "欧元": "EUR", "£": "GBP", "gbp": "GBP"},
@@ -50,7 +45,7 @@ _GLUED = frozenset(_SHORT.split())
 """What may stand at a number without a space between, or be a single letter: else `2x` were two x."""
 _OTHER = (
     "or and if when to is are was were mod pi sin cos tan cot sec csc log ln exp sqrt frac not plus minus times over remainder r than of "
-    "by for inf infinity therefore because where with"
+    "by for inf infinity therefore because where with below above under choose zero"
 )
 _NO_UNIT = frozenset(_OTHER.split())
 _REST = r"[^\d<>=+!?,;:|&@#\[\]]*"
@@ -86,7 +81,12 @@ def unit_in(rest: str, *, alone: bool = False) -> str | None:
     set_apart = alone or rest[:1] == " " or rest.lstrip().startswith("\\text")
     unit = as_words(rest).replace("\\Omega", "Ω")
     unit = re.sub(r"\\mu\s*", "μ", unit)
-    if not unit or len(unit) > 60 or _SHAPE.fullmatch(re.sub(r"\\(?:cdot|times|frac)|[{}]", " ", unit).strip()) is None:
+    if (
+        unit in ("", "μ")
+        or len(unit) > 60
+        or is_value_word(unit)
+        or _SHAPE.fullmatch(re.sub(r"\\(?:cdot|times|frac)|[{}]", " ", unit).strip()) is None
+    ):
         return None
     words = _WORD.findall(unit.replace("\\cdot", " ").replace("\\frac", " ").replace("\\times", " "))
     if any(word.lower() in _NO_UNIT for word in words) and _known(unit) is None:
@@ -136,6 +136,7 @@ def prepare() -> None:
     """Loads what takes half a second the first time."""
     _registry()
     locales.units()
+    locales.scales()
     locales.months()
     locales.halves_of_day()
 

@@ -14,10 +14,10 @@ _VALUES = {name: number for number, name in enumerate(_ONES.split())} | {
     name: ten * 10
     for ten, name in enumerate("thirty forty fifty sixty seventy eighty ninety".split(), start=3)  # noqa: SIM905
 }
-_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10}
-_PARTS |= {"hundredth": 100, "thousandth": 1000}
-_PART_OF = {name + "s": number for name, number in _PARTS.items()} | {"halves": 2} | _PARTS
+_PARTS |= {"twelfth": 12, "sixteenth": 16, "twentieth": 20, "hundredth": 100, "thousandth": 1000, "millionth": 10**6, "billionth": 10**9}
+PARTS = {name + "s": number for name, number in _PARTS.items()} | {"halves": 2} | _PARTS
 _MINUS = frozenset(("minus", "negative"))
 _WORD = re.compile(r"([a-z]+)(?:[\s-]+|$)", re.IGNORECASE)
 _HAN = frozenset("〇零一二三四五六七八九十百千万萬亿億两兩")
@@ -43,15 +43,15 @@ def spelled(text: str) -> tuple[Fraction, str] | None:
 
 
 def _is_known(word: str) -> bool:
-    return word in _VALUES or word in _SCALES or word in _PART_OF or word in _MINUS or word in ("a", "and")
+    return word in _VALUES or word in SCALES or word in PARTS or word in _MINUS or word in ("a", "and")
 
 
 def _value(words: list[str]) -> Fraction | None:
     """The number that all the words are, or null."""
     if words == ["half"]:
         return Fraction(1, 2)
-    if len(words) > 1 and words[-1] in _PART_OF:
-        above, denominator = words[:-1], _PART_OF[words[-1]]
+    if len(words) > 1 and words[-1] in PARTS:
+        above, denominator = words[:-1], PARTS[words[-1]]
         if "and" in above:
             cut = len(above) - 1 - above[::-1].index("and")
             whole, part = _whole(above[:cut]), _value([*above[cut + 1 :], words[-1]])
@@ -68,7 +68,7 @@ def _whole(words: list[str]) -> int | None:
     total, group, last, smallest = 0, 0, "", 10**15
     for place, word in enumerate(words):
         if word == "and":
-            if place == len(words) - 1 or last not in _SCALES:
+            if place == len(words) - 1 or last not in SCALES:
                 return None
         elif word in _VALUES:
             value = _VALUES[word]
@@ -77,8 +77,8 @@ def _whole(words: list[str]) -> int | None:
             group += value
         elif word == "hundred" and last in _VALUES and 0 < group < 100:
             group *= 100
-        elif word in _SCALES and word != "hundred" and group and _SCALES[word] < smallest:
-            smallest = _SCALES[word]
+        elif word in SCALES and word != "hundred" and group and SCALES[word] < smallest:
+            smallest = SCALES[word]
             total, group = total + group * smallest, 0
         else:
             return None
