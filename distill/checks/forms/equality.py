@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 from distill.checks.forms import expressions, numbers
+from distill.checks.forms.cases import differ
 from distill.checks.forms.dates import Clock
 from distill.checks.forms.numbers import Number
 from distill.checks.forms.plain import exact_key
@@ -56,6 +57,10 @@ def _equal(one: Form, other: Form) -> bool:
             if isinstance(first, kind):
                 return compare(first, second)
     return False
+
+
+def _texts(one: Text, other: Text) -> bool:
+    return one.key == other.key and not differ(one.written, other.written)
 
 
 def _numbers(one: Number, other: Number) -> bool:
@@ -216,6 +221,7 @@ def _group_and(one: Group, other: Form) -> bool:
 
 
 _ALIKE: dict[type, Callable[[Any, Any], bool]] = {
+    Text: _texts,
     Number: _numbers,
     Expression: _expressions,
     Quantity: _quantities,

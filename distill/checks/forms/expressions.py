@@ -155,7 +155,10 @@ def _as_fraction(found: re.Match[str]) -> str:
 
 
 def _is_anagram(one: str, other: str) -> bool:
-    """Whether letters that stand together in one text stand in another order in the other: there they are words, no products."""
+    """Whether letters that stand together stand in another order in the other text, or commands in another case: no products."""
+    commands = set(_COMMAND.findall(one)) ^ set(_COMMAND.findall(other))
+    if len({command.lower() for command in commands}) < len(commands):
+        return True
     first, second = ({run for run in _runs(text) if len(run) > 1} for text in (one, other))
     spelled = {tuple(sorted(Counter(run).items())) for run in first - second}
     return any(tuple(sorted(Counter(run).items())) in spelled for run in second - first)

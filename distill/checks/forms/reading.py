@@ -11,6 +11,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from distill.checks.forms import locales
+from distill.checks.forms.cases import cased
 from distill.checks.forms.dates import clock, days
 from distill.checks.forms.expressions import has_words, is_expression, is_letters
 from distill.checks.forms.intervals import intervals
@@ -71,7 +72,7 @@ def read(text: str, depth: int = 0) -> Readings:
         depth: How many lists it stands in.
     """
     found = tuple(dict.fromkeys(_forms(text, depth))) if depth < _DEPTH and len(text) <= _LONG else ()
-    return found or (Text(text_key(text)),)
+    return found or (Text(text_key(text), cased(text)),)
 
 
 def _forms(text: str, depth: int) -> Iterator[Form]:
@@ -111,9 +112,9 @@ def _computed(text: str, words: str, depth: int) -> Iterator[Form]:
     elif is_expression(words if "\\text" in text else text) and not _SCORE.fullmatch(words):
         yield Expression(text)
         if has_words(text) or "\\to" in text:
-            yield Text(text_key(text))
+            yield Text(text_key(text), cased(text))
     if (found := _formula(text)) is not None:
-        yield from (found, Text(text_key(text)))
+        yield from (found, Text(text_key(text), cased(text)))
 
 
 def _named(words: str) -> Text | None:

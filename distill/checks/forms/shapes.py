@@ -14,6 +14,8 @@ class Text:
     """Words, a label, or whatever else is equal only to itself."""
 
     key: str
+    written: str = ""
+    """As it stands, where its case may count: a formula of chemistry, a product of letters."""
 
 
 @dataclass(frozen=True)
