@@ -244,4 +244,4 @@ def without(targets: Targets, lost: NDArray[np.bool_]) -> Targets:
         log_rest = np.where(lost.any(1), np.minimum(np.log(masses), 0), targets.log_rest).astype(np.float32)
     order = np.argsort(ids == NONE, axis=1, kind="stable")
     log_probs = np.where(ids == NONE, -np.inf, targets.log_probs).astype(np.float32)
-    return Targets(np.take_along_axis(ids, order, 1), np.take_along_axis(log_probs, order, 1), log_rest, lost[:, :1].any(1))
+    return Targets(np.take_along_axis(ids, order, 1), np.take_along_axis(log_probs, order, 1), log_rest, lost[:, 0])
