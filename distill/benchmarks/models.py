@@ -42,6 +42,9 @@ class Ready(NamedTuple):
     """What a server was asked for; filled when the model is left."""
 
 
+_ONLY_WRITES = "a model behind a server only writes, and tells nothing of how probable a given text is"
+
+
 class Here(HFLM):  # type: ignore[misc]  # lm-eval has no types
     """A model in this process, loaded as the recipe says.
 
@@ -122,12 +125,12 @@ class Served(LM):  # type: ignore[misc]  # lm-eval has no types
         return json.dumps([{"role": turn["role"], "content": turn["content"]} for turn in chat_history], ensure_ascii=False)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
-        """Not to be had; such tasks were refused."""
-        raise NotImplementedError
+        """Not to be had; `benchmarks.tasks` refuses them before a server is asked."""
+        raise NotImplementedError(_ONLY_WRITES)
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[Any]:
-        """Not to be had; such tasks were refused."""
-        raise NotImplementedError
+        """Not to be had; `benchmarks.tasks` refuses them before a server is asked."""
+        raise NotImplementedError(_ONLY_WRITES)
 
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
         """What the model writes to each."""
