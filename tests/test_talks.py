@@ -13,6 +13,7 @@ from distill.before.supervised import conversations, is_conversation
 from distill.errors import ModelError
 from distill.models.chat import IGNORE, ChatFormat
 from distill.models.rendering import Manner, manner_of
+from distill.models.vocabulary import align, vocabulary_map
 from distill.run.calls import Call, parted, with_calls, written
 from distill.run.schema import Message
 
@@ -218,6 +219,28 @@ def test_calls_are_parted_from_what_only_looks_like_them() -> None:
         completion = with_calls(text, [written(call), written(CALL)])
         assert parted(completion)[1] == [call, CALL] and parted(completion)[0].rstrip() == text.rstrip()
     assert with_calls("Hi", []) == "Hi" and parted(f"<think>\n{HERMES}")[1] == []
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"), [("qwen3", "llama3.1"), ("llama3.1", "mistral"), ("deepseek-v3", "qwen2.5"), ("qwen2.5", "glm")]
+)
+def test_a_teacher_reads_calls_in_its_own_form_and_what_both_write_is_aligned(teacher: str, student: str) -> None:
+    chats = family(teacher), family(student)
+    lead = thought(chats[0], [USER]) or thought(chats[1], [USER])
+    calls = [Call("get_order", {"id": "7", "why": "é"})]
+    trace = {"messages": [USER], "completion": with_calls(lead + "I look.", list(map(written, calls)))}
+    row = align({"prompt_id": "p", "sample_index": 0, **trace}, *chats, vocabulary_map(*chats))
+    theirs = chats[0].trace_row(trace)[0]
+    assert row.teacher_ids.tolist() == theirs[: len(row.teacher_ids)], "its own row"
+    texts = [chat.tokenizer.convert_ids_to_tokens for chat in chats]
+    pairs = [(texts[0](theirs[place]), texts[1](int(index))) for place, index in zip(row.positions, row.written, strict=True) if place >= 0]
+    assert all(left == right for left, right in pairs[:-1]) and row.positions[-1] == len(theirs) - 1
+    shared = "".join(right for _, right in pairs)
+    assert ("So." in shared) == bool(lead) and "I\u0120look." in shared and "get_order" in shared
+    if student != "glm":  # which writes each argument apart
+        assert '{"id":\u0120"7",\u0120"why":\u0120"\u00c3\u00a9"}' in shared
+    aligned = row.positions[row.positions >= 0].tolist()
+    assert aligned == sorted(set(aligned)) and len(aligned) < len(row.positions)
 
 
 # What `distill check` proves of them
