@@ -101,10 +101,10 @@ class PromptMapping:
         """The reference, and the reason to drop a row without one where one is looked for."""
         name = self._columns.reference
         found = None
-        if self._prompts.answer_as_reference:
-            found = reference_of(asked.answer) if asked.answer is not None else None
-        elif name is not None and is_last:
-            found = reference_at(row, name, where, as_json=self._prompts.json_reference)
+        if name is not None:
+            found = reference_at(row, name, where, as_json=self._prompts.json_reference) if is_last else None
+        elif self._prompts.answer_as_reference and asked.answer is not None:
+            found = reference_of(asked.answer)
         if found is None or self._prompts.answer_pattern is None:
             return (found.strip() if found else None), None
         matches = [match.strip() for match in re.findall(self._prompts.answer_pattern, found)]

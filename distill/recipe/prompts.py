@@ -126,6 +126,11 @@ class Prompts(Section):
             raise ValueError("name each column once, and at least one; null carries none")
         return value
 
+    @property
+    def has_references(self) -> bool:
+        """Whether rows may have a right answer."""
+        return self.columns.reference is not None or self.answer_as_reference
+
     def identity(self) -> dict[str, Any]:
         """The settings that decide the rows; of those that an earlier kit did not know only what is asked for."""
         plain = super().identity() | {"columns": self.columns.identity()}
