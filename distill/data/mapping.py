@@ -11,7 +11,7 @@ from typing import NamedTuple
 from distill.data.calls import UnusableError, tools_of
 from distill.data.files import Row
 from distill.data.names import Spare, json_text, lines_at, reference_at, spare_at, text_at, value_at, whole_text
-from distill.data.turns import answered, settled, turns_of, with_tools
+from distill.data.turns import answered, is_turn, settled, turns_of, with_tools
 from distill.errors import DataError
 from distill.recipe.prompts import Columns, Prompts, pieces_of
 from distill.run.schema import Message, prompt_id
@@ -68,7 +68,7 @@ class PromptMapping:
                 turns = self._turns(row, self._columns.messages, where)
                 return [self._of_conversation(before, answer, row, where) for before, answer in self._supervised(turns)]
             assert self._columns.prompt is not None  # the recipe was validated
-            text = text_at(row, self._columns.prompt, where)
+            text = self._text(row, self._columns.prompt, where)
             turns = self._with_context(row, [{"role": "user", "content": text}], where) if text else []
         except UnusableError as error:
             return [Asked([], reason=error.reason)]
@@ -122,6 +122,12 @@ class PromptMapping:
                 except DataError as error:
                     raise DataError(f"{error} The template names {piece.text}; as text it is written {{{piece.text}}}.") from None
         return "".join(piece.text if piece.name is None else values[piece.name] for piece in self._pieces)
+
+    def _text(self, row: Row, name: str, where: str) -> str | None:
+        value = value_at(row, name, where)
+        if isinstance(value, list) and value and all(map(is_turn, value)):
+            raise DataError(f"{where}: {name} is a conversation, not text. Name it in columns.messages, in place of columns.prompt.")
+        return text_at(row, name, where)
 
     def _turns(self, row: Row, name: str, where: str) -> list[Message]:
         """A row's conversation, with the system turn and the tools that it has beside that."""
