@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -181,10 +184,11 @@ USER = {"role": "user", "content": "?"}
     [
         ("no list", "m must be a list of turns"),
         ("[{", "m holds text that is no JSON"),
-        ([USER, {"role": "asistant", "content": "a"}], r"m\.1: has the role 'asistant', which is none of system, "),
+        ([USER, {"role": "asistant", "content": "a"}], r"m\.1: has the role 'asistant'\. It must be system, user, a"),
         ([USER, {"role": "assistant", "content": {"a": 1}}], r"m\.1: content must be text, or a list of parts"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"m\.0: content must be text, or a list of parts"),
         ([USER, {"role": "assistant", "content": "<think>a</think>b", "reasoning": "c"}], r"m\.1: has a reasoning in its text and another"),
+        ([{"role": "user", "contents": "?"}], r"m\.0: has no content, only 'role', 'contents'"),
         ([USER | {"tools": [{"type": "function"}]}], r"m\.0: tools must hold tools, each with a name"),
         ([USER | {"tools": "[{"}], r"m\.0: tools must hold tools, as a list or as JSON"),
     ],
@@ -202,6 +206,7 @@ def test_what_is_no_conversation_says_row_and_turn(turns: Any, message: str) -> 
             "not_text",
         ),
         ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, "not_text"),
+        ({"role": "assistant", "content": None, "audio": {"id": "x"}}, "not_text"),
         ({"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": '{"a": '}}]}, "call_not_readable"),
         ({"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": {}}}]}, "call_not_readable"),
         ({"from": "function_call", "value": "stock(lamp)"}, "call_not_readable"),
@@ -212,6 +217,44 @@ def test_what_no_recipe_could_make_right_is_dropped_for_a_reason(turn: Row, reas
         turns_of([turn], "m", "x")
     talk = [USER, turn, {"role": "assistant", "content": "a"}]
     assert read({"messages": talk}) == [([], "", reason)]
+
+
+@pytest.mark.parametrize(
+    ("turn", "content"),
+    [
+        ({"role": "assistant", "content": None, "refusal": "No."}, "No."),
+        ({"role": "assistant", "content": None, "function_call": {"name": None, "arguments": None}}, ""),
+        ({"role": "assistant", "content": "a", "reasoning": {"effort": "high"}}, "a"),
+        ({"role": "assistant", "content": "a", "thinking": "<thinking>r</thinking>"}, "<think>\nr\n</think>\n\na"),
+        ({"role": "assistant", "content": [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "r"}]}, "a"]},
+         "<think>\nr\n</think>\n\na"),
+        ({"role": "tool", "content": [{"left": 3}, None]}, '[{"left": 3}, null]'),
+        ({"role": "tool", "content": ["a", "b"]}, '["a", "b"]'),
+        ({"role": "tool", "content": 0.5}, "0.5"),
+        ({"role": "tool", "content": text("a") + text("b")}, "a\nb"),
+        ({"role": "developer", "value": "a"}, "a"),
+        ({"from": "Human", "content": {"type": "text", "text": "a"}}, "a"),
+    ],
+)  # fmt: skip
+def test_what_a_turn_says(turn: Row, content: str) -> None:
+    [found] = turns_of([turn], "m", "x")
+    assert found["content"] == content and not found.keys() & {"tool_calls", "tools"}
+
+
+def test_what_is_named_inside_a_conversation_may_have_parts() -> None:
+    row = {"messages": [{"role": "user", "content": text("q")}, {"role": "assistant", "content": text("<thinking>r</thinking>a")}]}
+    columns = Columns(prompt="messages.0.content", reference="messages.-1.content")
+    mapping, traces = (
+        PromptMapping(Prompts(source="x", columns=columns), columns, "x"),
+        Traces(source="x", completion="messages.-1.content"),
+    )
+    [(prompt, reason)] = mapping.prompt_rows(row, "x:1")
+    assert (prompt["messages"], prompt["reference"], reason) == ([{"role": "user", "content": "q"}], "<thinking>r</thinking>a", None)
+    [(_, found)] = traces_of(traces, mapping, row, "x:1")
+    assert (found.text, found.marked) == ("<think>\nr\n</think>\n\na", True)
+    for place in (0, 1):
+        seen = [turn | {"content": [{"type": "image"}]} if place == number else turn for number, turn in enumerate(row["messages"])]
+        assert mapping.prompt_rows({"messages": seen}, "x:1")[0][1] == "not_text"
 
 
 def test_parts_stand_on_lines_of_their_own() -> None:
@@ -255,3 +298,55 @@ def test_tools_and_calls() -> None:
     assert without_calls(whole) == ("Now:", [CALL, CALL])
     for broken in ("Now: <tool_call>\n{\n</tool_call>", "<tool_call>", f"{whole} and more", "plain"):
         assert without_calls(broken) == (broken, [])
+
+
+JUNK = [
+    None,
+    True,
+    0.5,
+    "",
+    "a",
+    "[",
+    "[]",
+    "{}",
+    [],
+    {},
+    [None],
+    [[]],
+    [{}],
+    {"type": "text"},
+    {"role": 3},
+    ["a"],
+    {"function": "f"},
+    "\ud83d",
+]
+
+
+def damaged(value: Any, rng: random.Random) -> Any:
+    """The value, of which something inside is something else."""
+    if isinstance(value, dict | list) and value and rng.random() < 0.85:
+        value = copy.copy(value)
+        key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        value[key] = damaged(value[key], rng)
+        return value
+    return rng.choice(JUNK)
+
+
+def test_whatever_a_row_holds_is_read_dropped_or_one_error() -> None:
+    rng = random.Random(0)
+    seen: Counter[str] = Counter()
+    for _ in range(3000):
+        row = rng.choice([row for row in FORMS.values() if "messages" in row])
+        column = rng.choice(["messages", "messages", *row])
+        row = row | {column: damaged(row[column], rng)}
+        try:
+            for messages, text, reason in read(row, completion=rng.choice([None, None, "messages.-1", "messages.-1.content"])):
+                seen[reason or "read"] += 1
+                assert reason or (messages and text.strip())
+                assert all(isinstance(value, str) for message in messages for value in message.values())
+                assert [place for place, message in enumerate(messages) if "tools" in message] in ([], [0])
+                json.dumps(messages, ensure_ascii=False).encode()
+        except DataError as error:
+            seen["error"] += 1
+            assert str(error).startswith("x.jsonl:3: ")
+    assert min(seen[kind] for kind in ("read", "error", "empty_prompt", "call_not_readable", "empty_completion", "not_text")) > 5, seen

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from distill.data.names import json_text
 from distill.errors import DataError, shown
 
 Call = dict[str, Any]
@@ -75,7 +76,7 @@ def tools_of(value: Any, where: str) -> str | None:
     if loaded is None or loaded in ("", [], {}):
         return None
     tools = [_tool(_loaded(tool, where), where) for tool in (loaded if isinstance(loaded, list) else [loaded])]
-    return json.dumps(tools, ensure_ascii=False, default=str)
+    return json_text(tools, "tools", where)
 
 
 def _tool(value: Any, where: str) -> dict[str, Any]:
@@ -99,7 +100,12 @@ def _call(value: Any) -> Call:
     if not isinstance(arguments, dict):
         raise UnusableError("call_not_readable")
     identity = next((value[key] for key in ("id", "tool_call_id") if isinstance(value.get(key), str) and value[key]), None)
-    return ({"id": identity} if identity else {}) | {"type": "function", "function": {"name": name, "arguments": arguments}}
+    call = ({"id": identity} if identity else {}) | {"type": "function", "function": {"name": name, "arguments": arguments}}
+    try:
+        json.dumps(call, ensure_ascii=False).encode()
+    except (ValueError, TypeError, RecursionError):  # half a character, a date
+        raise UnusableError("call_not_readable") from None
+    return call
 
 
 def _is_padding(value: Any) -> bool:

@@ -13,7 +13,7 @@ from distill.data.mapping import Asked, PromptMapping
 from distill.data.marks import with_think
 from distill.data.names import Spare, spare_at, text_at, value_at
 from distill.data.texts import is_blank, without_end
-from distill.data.turns import completion_of, is_turn, settled, turns_of
+from distill.data.turns import completion_of, is_parts, is_turn, settled, turns_of
 from distill.errors import DataError, visible
 from distill.recipe.traces import Traces
 from distill.run.schema import THINK_CLOSE, THINK_OPEN, Message
@@ -93,7 +93,8 @@ def brought(traces: Traces, row: Row, where: str) -> list[Brought]:
     value = value_at(row, name, where)
     if value == []:
         return [Brought("", reason="empty_completion")]
-    given = value if isinstance(value, list) else [value]
+    several = isinstance(value, list) and not is_parts(value)
+    given = value if several else [value]
     if len(given) > 1 and all(map(is_turn, given)) and any(map(_asks, given)):
         raise DataError(
             f"{where}: {name} holds a conversation of {len(given)} turns, not an answer. Name it in traces.columns.messages, and leave "
@@ -101,7 +102,7 @@ def brought(traces: Traces, row: Row, where: str) -> list[Brought]:
         )
     found = []
     for place, (each, told) in enumerate(zip(given, _told(traces, row, len(given), where), strict=True)):
-        here = f"{name}.{place}" if isinstance(value, list) else name
+        here = f"{name}.{place}" if several else name
         answer = _answer(each, here, where)
         found.append(answer if isinstance(answer, Brought) else _of(traces, answer, told, where))
     return found
@@ -117,6 +118,8 @@ def _asks(turn: Row) -> bool:
 
 def _answer(value: Any, name: str, where: str) -> str | Message | Brought:
     """An answer as text or as an assistant's turn, or why there is none."""
+    if is_parts(value):
+        value = {"role": "assistant", "content": value}
     turns = [value] if is_turn(value) else value if isinstance(value, list) and len(value) == 1 and is_turn(value[0]) else None
     if turns is None:
         return text_at({name: value}, name, where) or ""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from distill.data.calls import UnusableError, tools_of
 from distill.data.files import Row
 from distill.data.names import Spare, json_text, lines_at, reference_at, spare_at, text_at, value_at, whole_text
-from distill.data.turns import answered, is_turn, settled, turns_of, with_tools
+from distill.data.turns import answered, is_parts, is_turn, settled, text_of, turns_of, with_tools
 from distill.errors import DataError
 from distill.recipe.prompts import Columns, Prompts, pieces_of
 from distill.run.schema import Message, prompt_id
@@ -76,13 +76,15 @@ class PromptMapping:
 
     def prompt_rows(self, row: Row, where: str) -> list[tuple[Row, str | None]]:
         """PROMPT rows, and for each the reason to drop it or null."""
-        name, as_json = self._columns.reference, self._prompts.json_reference
-        reference = reference_at(row, name, where, as_json=as_json) if name else None
+        reason = None
+        try:
+            reference = self._reference(row, where)
+        except UnusableError as error:
+            reference, reason = None, error.reason
         told: Row = {"reference": reference.strip() if reference else None, "source": self._name, "tags": self._tags(row, where)}
         if self._fields:
             fields = {name: value_at(row, name, where) for name in self._fields}
             told["fields"] = json_text(fields, "prompts.fields", where)
-        reason = None
         if reference is not None and self._prompts.answer_pattern is not None:
             matches = [match.strip() for match in re.findall(self._prompts.answer_pattern, reference)]
             if matches and matches[-1]:
@@ -93,6 +95,13 @@ class PromptMapping:
             ({"prompt_id": prompt_id(asked.messages), "messages": asked.messages, **told}, asked.reason or reason)
             for asked in self.asked(row, where)
         ]
+
+    def _reference(self, row: Row, where: str) -> str | None:
+        name, as_json = self._columns.reference, self._prompts.json_reference
+        if name is None:
+            return None
+        value = value_at(row, name, where)
+        return text_of(value, name, where) if is_parts(value) and not as_json else reference_at(row, name, where, as_json=as_json)
 
     def _supervised(self, turns: list[Message]) -> list[tuple[list[Message], Message | None]]:
         """The parts of a conversation that a model is to go on with, each with the turn of the row's that does."""
@@ -127,7 +136,7 @@ class PromptMapping:
         value = value_at(row, name, where)
         if isinstance(value, list) and value and all(map(is_turn, value)):
             raise DataError(f"{where}: {name} is a conversation, not text. Name it in columns.messages, in place of columns.prompt.")
-        return text_at(row, name, where)
+        return text_of(value, name, where) if is_parts(value) else text_at(row, name, where)
 
     def _turns(self, row: Row, name: str, where: str) -> list[Message]:
         """A row's conversation, with the system turn and the tools that it has beside that."""

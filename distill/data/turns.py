@@ -29,7 +29,8 @@ _ROLES = {
 }
 _WHO, _WHAT = ("role", "from"), ("content", "value", "text", "refusal")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
-_TEXTS = frozenset({"text", "input_text", "output_text"})
+_TEXTS = frozenset({"text", "input_text", "output_text", "summary_text", "reasoning_text"})
+_PARTS = _TEXTS | {"image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url", "file", "tool_use"}
 _RESPONSE = re.compile(r"\s*<tool_response>\s*((?:(?!</?tool_response>).)*?)\s*</tool_response>\s*", re.DOTALL)
 
 
@@ -56,7 +57,7 @@ def turns_of(value: Any, name: str, where: str) -> list[Message]:
             )
         role = _ROLES.get(re.sub(r"[\s-]+", "_", who.strip().lower()))
         if role is None:
-            raise DataError(f"{here}: has the role {shown(who)}, which is none of {', '.join(_ROLES)}. Correct or remove the row.")
+            raise DataError(f"{here}: has the role {shown(who)}. It must be system, user, assistant or tool, or ShareGPT's name for one.")
         tools = tools or tools_of(_first(turn, ("tools", "functions")), f"{here}: tools")
         for message in _messages(role, turn, here):
             if role == _CALLING and found and found[-1]["role"] == "assistant":  # what it says before it calls is of the same turn
@@ -102,6 +103,17 @@ def answered(turns: list[Message]) -> Iterator[tuple[list[Message], Message]]:
 def is_turn(value: Any) -> bool:
     """Whether a value looks like a turn."""
     return isinstance(value, dict) and isinstance(_first(value, _WHO), str)
+
+
+def is_parts(value: Any) -> bool:
+    """Whether a value is the content of a turn in parts, each of a type."""
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in value] if isinstance(value, list) else []
+    return all(isinstance(kind, str) for kind in kinds) and not _PARTS.isdisjoint(kinds)
+
+
+def text_of(parts: list[Any], name: str, where: str) -> str:
+    """The text of parts; raises as `turns_of` does."""
+    return _joined([item for kind, item in _parts(parts, "user", f"{where}: {name}") if kind == "text"])
 
 
 def _listed(value: Any, name: str, where: str) -> list[Any]:
@@ -171,7 +183,7 @@ def _parts(content: Any, role: str, here: str) -> Iterator[tuple[str, Any]]:
     if content is None:
         return
     parts = content if isinstance(content, list) else [content]
-    if role == "tool" and not all(isinstance(part, str) or _kind(part) in _TEXTS for part in parts):
+    if role == "tool" and not isinstance(content, str) and not all(_kind(part) in _TEXTS for part in parts):
         yield "text", json_text(content, "content", here)
         return
     for part in parts:
@@ -179,7 +191,7 @@ def _parts(content: Any, role: str, here: str) -> Iterator[tuple[str, Any]]:
         if text is not None:
             yield "text", whole_text(text, "content", here)
         elif kind in ("thinking", "reasoning"):
-            yield "thought", _text(_first(part, (kind, "text", "content")), "assistant", here)
+            yield "thought", _text(_first(part, (kind, "text", "content", "summary")), "assistant", here)
         elif kind == "tool_use":
             yield "call", part
         elif kind == "tool_result":
@@ -222,7 +234,7 @@ def _thought_beside(turn: dict[str, Any], here: str) -> str:
 
 def _with_thought(text: str, reasoning: str, here: str) -> str:
     """The text behind its reasoning; as it is where it holds that itself."""
-    reasoning = reasoning.replace(THINK_OPEN, "").replace(THINK_CLOSE, "").strip()
+    reasoning = with_think(reasoning).replace(THINK_OPEN, "").replace(THINK_CLOSE, "").strip()
     if is_blank(reasoning):
         return text
     own = with_think(text)
