@@ -153,6 +153,8 @@ def test_a_prompt_ends_where_an_assistant_answers() -> None:
     assert read({"messages": turns, "best": "f"}, completion="best")[0] == (turns[:3], "f", None)
     assert read({"messages": turns}, completion="messages.-1")[0] == (turns[:3], "<think>d</think>e", None)
     assert read({"messages": turns, "best": turns[-1:]}, completion="best")[0][1] == "<think>d</think>e"
+    before = [turns[0], {"role": "assistant", "content": "<think>\nr</think>b"}]
+    assert read({"messages": [turns[0], {"role": "assistant", "content": "r</think>b<|im_end|>"}, *turns[2:]]})[0][0][:2] == before
     for nothing in ([], turns[1:2], [{"role": "system", "content": "s"}], [{"role": "user", "content": " "}, turns[1]]):
         assert read({"messages": nothing})[0][2] == "empty_prompt"
 
@@ -172,6 +174,9 @@ def test_a_system_turn_and_tools_beside_the_conversation() -> None:
     with pytest.raises(DataError, match="x:1: the conversation has a system turn of its own, and rules says another"):
         named = Columns(messages="messages", system="rules")
         PromptMapping(Prompts(source="x", columns=named), named, "x").asked({"messages": own, "rules": "R"}, "x:1")
+    for columns in (Columns(prompt="q", system="rules"), Columns(messages="messages", system="rules")):
+        with pytest.raises(DataError, match=r"x:1: rules has a system turn of its own, and prompts\.system_prompt is set"):
+            PromptMapping(section, columns, "x").asked({"q": "?", "messages": turns, "rules": "R", "api": TOOLS}, "x:1")
     with pytest.raises(ValueError, match=r"columns\.system and system_prompt exclude each other"):
         Prompts(source="x", columns=columns, system_prompt="S")
 
@@ -273,6 +278,7 @@ def test_parts_stand_on_lines_of_their_own() -> None:
         ("\u25c1think\u25b71\u25c1/think\u25b72", "<think>\n1\n</think>\n\n2"),
         ("[THINK]1[/THINK]2", "<think>\n1\n</think>\n\n2"),
         ("<seed:think>1</seed:think>2", "<think>\n1\n</think>\n\n2"),
+        ("<thinking>1 </think> 1</thinking>2", "<think>\n1  1\n</think>\n\n2"),
         ("<thinking>1 is cut", "<think>\n1 is cut"),
         ("<|channel|>analysis<|message|>1<|end|><|start|>assistant<|channel|>final<|message|>2", "<think>\n1\n</think>\n\n2"),
         ("<|channel|>analysis<|message|>1<|channel|>final<|message|>2", "<think>\n1\n</think>\n\n2"),

@@ -13,7 +13,7 @@ from distill.data.mapping import Asked, PromptMapping
 from distill.data.marks import with_think
 from distill.data.names import Spare, spare_at, text_at, value_at
 from distill.data.texts import is_blank, without_end
-from distill.data.turns import completion_of, is_parts, is_turn, settled, turns_of
+from distill.data.turns import calls_apart, completion_of, is_parts, is_turn, turns_of
 from distill.errors import DataError, visible
 from distill.recipe.traces import Traces
 from distill.run.schema import THINK_CLOSE, THINK_OPEN, Message
@@ -160,7 +160,7 @@ def _of(traces: Traces, answer: str | Message, told: Row, where: str) -> Brought
         verdict=_verdict(traces, told, where),
     )
     if not isinstance(answer, str):
-        text = completion_of(settled(answer | {"content": text}))
+        text = completion_of(calls_apart(answer, text))
         found = found._replace(text=text)
     if is_blank(text):
         return found._replace(text="", reason="empty_completion")

@@ -117,6 +117,9 @@ class PromptMapping:
         templated = last | {"content": self._templated(last["content"], row, where)}
         messages = [*map(settled, before), templated, *map(settled, behind)]
         if self._prompts.system_prompt is not None:
+            if messages[0]["role"] == "system":
+                name = self._system or self._columns.messages
+                raise DataError(f"{where}: {name} has a system turn of its own, and prompts.system_prompt is set. Leave one of them out.")
             tools = messages[0].pop("tools", None)
             messages = with_tools([{"role": "system", "content": self._prompts.system_prompt}, *messages], tools)
         return Asked(messages, answer)
@@ -140,10 +143,7 @@ class PromptMapping:
 
     def _turns(self, row: Row, name: str, where: str) -> list[Message]:
         """A row's conversation, with the system turn and the tools that it has beside that."""
-        turns = turns_of(value_at(row, name, where), name, where)
-        if turns and turns[0]["role"] == "system" and self._prompts.system_prompt is not None:
-            raise DataError(f"{where}: {name} has a system turn of its own, and prompts.system_prompt is set. Leave one of them out.")
-        return self._with_context(row, turns, where)
+        return self._with_context(row, turns_of(value_at(row, name, where), name, where), where)
 
     def _with_context(self, row: Row, turns: list[Message], where: str) -> list[Message]:
         name = self._system

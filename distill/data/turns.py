@@ -14,7 +14,7 @@ from typing import Any
 from distill.data.calls import UnusableError, calls_of, in_hermes_form, tools_of, without_calls
 from distill.data.marks import thought, with_think
 from distill.data.names import json_text, whole_text
-from distill.data.texts import is_blank
+from distill.data.texts import is_blank, without_end
 from distill.errors import DataError, shown
 from distill.run.schema import THINK_CLOSE, THINK_OPEN, Message
 
@@ -74,10 +74,16 @@ def with_tools(turns: list[Message], tools: str | None) -> list[Message]:
 
 
 def settled(turn: Message) -> Message:
-    """A turn of an assistant whose reasoning stands between the kit's marks, and whose calls are no part of its text."""
+    """A turn as it stands in a prompt: an assistant's reasoning between the kit's marks, its calls apart, no mark of its end."""
     if turn["role"] != "assistant":
         return turn
-    text, calls = without_calls(with_think(turn["content"]))
+    text = with_think(without_end(turn["content"]))
+    return calls_apart(turn, f"{THINK_OPEN}\n{text}" if THINK_CLOSE in text and THINK_OPEN not in text else text)
+
+
+def calls_apart(turn: Message, text: str) -> Message:
+    """A turn with another text, of which the calls at its end become calls of the turn."""
+    text, calls = without_calls(text)
     if not calls:
         return turn | {"content": text}
     known = json.loads(turn.get("tool_calls", "[]"))
