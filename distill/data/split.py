@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from distill.data.calls import UNUSABLE
 from distill.data.files import Row
 from distill.data.identities import Identities, Ids, Places, as_numbers, rank
 from distill.data.normal import normal_numbers
@@ -30,6 +31,7 @@ REASONS = [
     "in_heldout_source",
     "twin_of_heldout",
     "not_drawn",
+    *UNUSABLE,
 ]
 _CODES = {reason: code for code, reason in enumerate(REASONS, start=2)}
 _REMEDIES = {

@@ -116,10 +116,10 @@ def survey(prompts: Prompts, seed: int, sample: int, *, spread: bool = False) ->
     chosen = np.flatnonzero(fates == TRAIN)
     ids, references = index.ids[chosen], index.references[chosen]
     mapping = PromptMapping(prompts, prompts.columns, source.name)
-    rows = source.rows(mapping.columns, "sample")
+    rows = (row for where, raw in source.rows(mapping.columns, "sample") for row, _ in mapping.prompt_rows(raw, where))
     wanted = set(chosen[:: -(-len(chosen) // sample) if spread else 1][:sample].tolist())
     last = max(wanted)
-    found = [mapping.prompt_row(row, where)[0] for number, (where, row) in zip(range(last + 1), rows) if number in wanted]
+    found = [row for number, row in zip(range(last + 1), rows) if number in wanted]
     return Survey(
         train=len(chosen),
         heldout=int((fates == HELDOUT).sum()),
@@ -156,10 +156,10 @@ def _mapped(source: Source, mapping: PromptMapping) -> Iterator[tuple[list[Row],
     rows: list[Row] = []
     reasons: list[str | None] = []
     for where, raw in source.rows(mapping.columns, "prompts"):
-        row, reason = mapping.prompt_row(raw, where)
-        rows.append(row)
-        reasons.append(reason)
-        if len(rows) == _ROWS:
+        for row, reason in mapping.prompt_rows(raw, where):
+            rows.append(row)
+            reasons.append(reason)
+        if len(rows) >= _ROWS:
             yield rows, reasons
             rows, reasons = [], []
     if rows:
