@@ -41,7 +41,7 @@ def calls_of(value: Any) -> list[Call]:
     value = _loaded(value)
     if value is None or value == "":
         return []
-    return [_call(item) for item in (value if isinstance(value, list) else [value])]
+    return [_call(item) for item in (value if isinstance(value, list) else [value]) if not _is_padding(item)]
 
 
 def in_hermes_form(calls: Iterable[Call]) -> str:
@@ -100,6 +100,11 @@ def _call(value: Any) -> Call:
         raise UnusableError("call_not_readable")
     identity = next((value[key] for key in ("id", "tool_call_id") if isinstance(value.get(key), str) and value[key]), None)
     return ({"id": identity} if identity else {}) | {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _is_padding(value: Any) -> bool:
+    """Whether an object is there only because others of its column are."""
+    return value is None or (isinstance(value, dict) and all(item is None for item in value.values()))
 
 
 def _loaded(value: Any, where: str | None = None) -> Any:

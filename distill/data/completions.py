@@ -11,7 +11,7 @@ from distill.data.calls import UnusableError
 from distill.data.files import Row
 from distill.data.mapping import Asked, PromptMapping
 from distill.data.marks import with_think
-from distill.data.names import text_at, value_at
+from distill.data.names import Spare, spare_at, text_at, value_at
 from distill.data.texts import is_blank, without_end
 from distill.data.turns import completion_of, is_turn, settled, turns_of
 from distill.errors import DataError, visible
@@ -56,7 +56,8 @@ class Brought(NamedTuple):
 
 def columns_of(traces: Traces) -> list[str]:
     """Names that are looked up in a row, besides those of its prompt."""
-    return [name for name in (traces.column_of_answers, traces.reasoning, traces.finish_reason, traces.verdict) if name is not None]
+    answers = Spare(traces.column_of_answers) if traces.takes_last_turns else traces.column_of_answers
+    return [name for name in (answers, traces.reasoning, traces.finish_reason, traces.verdict) if name is not None]
 
 
 def traces_of(traces: Traces, mapping: PromptMapping, row: Row, where: str) -> list[tuple[Asked, Brought]]:
@@ -69,7 +70,8 @@ def traces_of(traces: Traces, mapping: PromptMapping, row: Row, where: str) -> l
         where: It stands, for errors.
     """
     asked = mapping.asked(row, where)
-    if traces.column_of_answers is not None:
+    beside = traces.takes_last_turns and asked[-1].answer is None and spare_at(row, Spare(traces.column_of_answers)) is not None
+    if beside or not traces.takes_last_turns:
         return [(asked[-1], found) for found in brought(traces, row, where)]
     found = []
     for each in asked:
@@ -88,7 +90,6 @@ def brought(traces: Traces, row: Row, where: str) -> list[Brought]:
         where: It stands, for errors.
     """
     name = traces.column_of_answers
-    assert name is not None
     value = value_at(row, name, where)
     if value == []:
         return [Brought("", reason="empty_completion")]
@@ -134,9 +135,9 @@ def _told(traces: Traces, row: Row, count: int, where: str) -> list[Row]:
     for name in (traces.reasoning, traces.finish_reason, traces.verdict):
         value = value_at(row, name, where) if name is not None else None
         if isinstance(value, list) and len(value) != count:
+            answers = "the conversation" if traces.takes_last_turns else traces.column_of_answers
             raise DataError(
-                f"{where}: {name} has {len(value)} entries, and {traces.column_of_answers or 'the conversation'} {count}. Give one "
-                "for each answer, or one value for all."
+                f"{where}: {name} has {len(value)} entries, and {answers} has {count}. Give one for each answer, or one value for all."
             )
         for place, each in enumerate(told):
             each[name or ""] = value[place] if isinstance(value, list) else value

@@ -27,7 +27,7 @@ _ROLES = {
     **dict.fromkeys(("function_response", "tool_response", "function_result", "tool_result", "tool_output"), "tool"),
     **dict.fromkeys(("function_call", "tool_call", "tool_calls"), _CALLING),
 }
-_WHO, _WHAT = ("role", "from"), ("content", "value", "text")
+_WHO, _WHAT = ("role", "from"), ("content", "value", "text", "refusal")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
 _TEXTS = frozenset({"text", "input_text", "output_text"})
 _RESPONSE = re.compile(r"\s*<tool_response>\s*((?:(?!</?tool_response>).)*?)\s*</tool_response>\s*", re.DOTALL)
@@ -125,31 +125,33 @@ def _messages(role: str, turn: dict[str, Any], here: str) -> Iterator[Message]:
         calls = _called(content)
         yield {"role": "assistant", "content": "", "tool_calls": json.dumps(calls, ensure_ascii=False)}
         return
-    calls = calls_of(turn.get("tool_calls")) + calls_of(turn.get("function_call"))
-    extras = {key: whole_text(turn[key], key, here) for key in ("tool_call_id", "name") if isinstance(turn.get(key), str) and turn[key]}
-    texts, thoughts, others = [], [], 0
+    held: dict[str, list[Any]] = {"text": [], "thought": [], "call": [], "result": []}
     for kind, item in _parts(content, role, here):
-        others += 1
-        if kind == "text":
-            texts.append(item)
-        elif kind == "thought":
-            thoughts.append(item)
-        elif kind == "call":
-            calls += calls_of(item)
-        else:
-            others -= 1
-            result = {"tool_call_id": item["tool_use_id"]} if isinstance(item.get("tool_use_id"), str) else {}
-            yield {"role": "tool", "content": _text(item.get("content"), "tool", here), **result}
-    if not others and isinstance(content, list) and content:
-        return  # of results alone
-    text = _joined(texts)
+        held[kind].append(item)
+    for result in held["result"]:
+        answers = {"tool_call_id": result["tool_use_id"]} if isinstance(result.get("tool_use_id"), str) else {}
+        yield {"role": "tool", "content": _text(result.get("content"), "tool", here), **answers}
+    calls = [call for given in (turn.get("tool_calls"), turn.get("function_call"), held["call"]) for call in calls_of(given)]
+    if content is None and turn.get("audio") is not None:
+        raise UnusableError("not_text")
+    if not calls and not any(name in turn for name in (*_WHAT, *_THOUGHTS)):
+        raise DataError(f"{here}: has no content, only {', '.join(map(shown, turn))}. Correct or remove the row.")
+    if not held["result"] or len(held["result"]) < sum(map(len, held.values())):
+        yield {"role": role, "content": _content(role, turn, held, here), **_extras(turn, calls, here)}
+
+
+def _content(role: str, turn: dict[str, Any], held: dict[str, list[Any]], here: str) -> str:
+    text = _joined(held["text"])
     if role == "tool" and (unwrapped := _RESPONSE.fullmatch(text)):
-        text = unwrapped[1]
-    if role == "assistant":
-        text = _with_thought(text, _thought_beside(turn, here) or "\n\n".join(thoughts), here)
+        return unwrapped[1]
+    return _with_thought(text, _thought_beside(turn, here) or "\n\n".join(held["thought"]), here) if role == "assistant" else text
+
+
+def _extras(turn: dict[str, Any], calls: list[Any], here: str) -> Message:
+    extras = {key: turn[key] for key in ("tool_call_id", "name") if isinstance(turn.get(key), str) and turn[key]}
     if calls:
-        extras["tool_calls"] = whole_text(json.dumps(calls, ensure_ascii=False), "tool_calls", here)
-    yield {"role": role, "content": text, **extras}
+        extras["tool_calls"] = json.dumps(calls, ensure_ascii=False)
+    return {key: whole_text(value, key, here) for key, value in extras.items()}
 
 
 def _called(content: Any) -> list[dict[str, Any]]:

@@ -24,9 +24,9 @@ class Traces(Section):
     """Column names of the prompt; a trace belongs to the prompt whose text is the same."""
     completion: str | None = None
     """Column with the answer (the reasoning inside it, or in a column of its own), by a name as in `prompts.columns`; with a list of
-    answers, each is a trace. Null takes the last turn of `columns.messages`, or the column `completion` where there are none. Ends of turns
-    of any family (`<|im_end|>`) are taken off; other marks of reasoning become `<think>` and `</think>`, which where it stands alone, as
-    R1 leaves it, is given the first."""
+    answers, each is a trace. Null takes the last turn of `columns.messages` where it is an assistant's, else the column `completion`. Ends
+    of turns of any family (`<|im_end|>`) are taken off; other marks of reasoning become `<think>` and `</think>`; where the latter stands
+    alone, as R1 leaves it, it is given the first."""
     reasoning: str | None = None
     """Column with the reasoning, where it is apart; it is put between `<think>` and `</think>`. This, `finish_reason` and `verdict` have an
     entry for each answer where `completion` has a list, or say the same of all."""
@@ -56,9 +56,14 @@ class Traces(Section):
         return {name: value for name, value in plain.items() if name != "verdict" or value is not None}
 
     @property
-    def column_of_answers(self) -> str | None:
-        """Where they are; null where each is the last turn of its conversation."""
-        return self.completion or ("completion" if self.columns.messages is None else None)
+    def column_of_answers(self) -> str:
+        """Where they are, unless each is the last turn of its conversation."""
+        return self.completion or "completion"
+
+    @property
+    def takes_last_turns(self) -> bool:
+        """Whether the last turn of a conversation is the answer, where it is an assistant's."""
+        return self.completion is None and self.columns.messages is not None
 
 
 class Generate(Sampling):
