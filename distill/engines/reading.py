@@ -17,6 +17,7 @@ from distill.models.chat import ChatFormat
 from distill.models.vocabulary import AlignedRow, VocabularyMap, align
 from distill.recipe.learning import Train
 from distill.run.schema import trace_key
+from distill.run.tables import rows_of
 
 COLUMNS = ["prompt_id", "sample_index", "author", "messages", "completion", "prompt_ids", "completion_ids", "finish_reason"]
 """Of a trace, those that say which tokens are read and learned."""
@@ -50,7 +51,7 @@ def lists_of(pieces: Iterable[pa.RecordBatch], first: int = 0, step: int = 1) ->
         piece = piece.take(pa.array(wanted)) if step > 1 else piece
         together = max(1, len(piece) * _BYTES_AT_ONCE // max(piece.nbytes, 1))
         for start in range(0, len(piece), together):
-            yield piece.slice(start, together).to_pylist()
+            yield rows_of(piece.slice(start, together))
 
 
 @dataclass(frozen=True)

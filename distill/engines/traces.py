@@ -16,7 +16,7 @@ from distill.engines.written import Engine, Request, requests_for
 from distill.recipe.base import Sampling
 from distill.run.journal import Journal
 from distill.run.log import progress, say
-from distill.run.tables import ROWS_PER_SHARD, TableWriter
+from distill.run.tables import ROWS_PER_SHARD, TableWriter, rows_of
 
 _TOKENS_PER_WINDOW = 2**24  # at most, of completions: about 150 MB
 _LEAST_ROWS = 512  # of a window, however long they may be
@@ -185,8 +185,7 @@ def write_traces(
     with progress(len(requests), "traces", description, done=_journalled(journal, author)) as bar:
         window = Window(requests, author, journal, bar)
         window.fill(engine, max_failed)
-        rows: list[dict[str, Any]] = window.traces().to_pylist()
-        return rows
+        return rows_of(window.traces())
 
 
 def _journalled(journal: Journal, author: str) -> int:

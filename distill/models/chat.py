@@ -170,9 +170,9 @@ class ChatFormat:
     def _marked_prompt(self, messages: list[Message]) -> str:
         """`prompt_text`, with marks around the control tokens that come from data."""
         prompt = self.prompt_text(messages)
-        if not any(self.controls.search(message["content"]) for message in messages):
+        if not any(self.controls.search(text) for message in messages for text in message.values()):
             return prompt
-        return render(self.tokenizer, mark_control_tokens(messages, self.controls), self.template_kwargs)
+        return render(self.tokenizer, messages, self.template_kwargs, controls=self.controls)
 
     def _marked(self, text: str) -> str:
         return mark_control_tokens(text, self.controls) if self.controls.search(text) else text

@@ -13,10 +13,10 @@ from typing import Any
 
 from jinja2 import TemplateError, meta
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, mark_control_tokens
 
 from distill.errors import ModelError, visible
-from distill.run.schema import THINK_CLOSE, THINK_OPEN, Message
+from distill.run.schema import THINK_CLOSE, THINK_OPEN, Message, spoken
 
 CHATML = (
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endfor %}"
@@ -40,8 +40,22 @@ _OF_ANSWERS = re.compile(r"think|thought|reason|tool|function|python_tag", re.IG
 _TAGS = re.compile(rf"{THINK_OPEN}|{THINK_CLOSE}|\s")
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], kwargs: dict[str, Any], *, prompt: bool = True) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    kwargs: dict[str, Any],
+    *,
+    prompt: bool = True,
+    controls: re.Pattern[str] | None = None,
+) -> str:
     """The conversation as text; as a prompt up to where the assistant begins to write.
+
+    Args:
+        tokenizer: With a template.
+        messages: Turns, with their extras.
+        kwargs: Of the template.
+        prompt: Whether the assistant is to begin.
+        controls: What is put between marks wherever the data hold it, so that it stays text; null marks nothing.
 
     Raises:
         ModelError: the template refuses it, or can't be read.
@@ -50,7 +64,10 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], kwar
         template = tokenizer.get_chat_template()
         # The compiled template is kept by the library, so that whoever renders in this process meets the same date.
         _compile_jinja_template(template).globals["strftime_now"] = TODAY.strftime
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt, **kwargs))
+        turns, tools = spoken(messages)
+        if controls is not None:
+            turns, tools = mark_control_tokens(turns, controls), mark_control_tokens(tools, controls)
+        return str(tokenizer.apply_chat_template(turns, tools, tokenize=False, add_generation_prompt=prompt, **kwargs))
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         roles = ", ".join(visible(message["role"], 20) for message in messages)
         raise ModelError(

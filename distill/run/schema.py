@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 Message = dict[str, str]
-"""One turn of a conversation: `role` and `content`."""
+"""One turn of a conversation: `role` and `content`, and those of EXTRAS that it has."""
+
+EXTRAS = ("tools", "tool_calls", "tool_call_id", "name")
+"""What a turn may have besides, as text: the tools that the model may call (a JSON list, on the first turn alone), the calls of an
+assistant (a JSON list of `{"type": "function", "function": {"name", "arguments": object}}`, some with an `id`), and of a tool's result
+which call it answers, and which tool."""
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 """Around the reasoning in every completion, whatever a family's template does with it."""
 
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+MESSAGES = pa.list_(pa.struct([(name, pa.string()) for name in ("role", "content", *EXTRAS)]))
 
 PROMPT = pa.schema(
     [
         ("prompt_id", pa.string()),  # stable hash of `messages`
-        ("messages", _MESSAGES),
+        ("messages", MESSAGES),
         ("reference", pa.string()),  # the right answer, or null
         ("source", pa.string()),
         ("tags", pa.list_(pa.string())),
@@ -31,7 +37,7 @@ TRACE = pa.schema(
         ("prompt_id", pa.string()),
         ("sample_index", pa.int32()),
         ("author", pa.string()),  # teacher, student or base
-        ("messages", _MESSAGES),
+        ("messages", MESSAGES),
         ("reference", pa.string()),
         ("completion", pa.string()),  # as text, reasoning included, end of turn not
         ("prompt_ids", pa.list_(pa.int32())),  # in the author's vocabulary; null for brought traces, and where a server tells none
@@ -221,8 +227,27 @@ BENCHMARK = pa.schema(
 
 def prompt_id(messages: list[Message]) -> str:
     """Stable id of a prompt: the first 16 hex digits of the SHA-256 of its messages."""
-    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+    plain = [{"role": message["role"], "content": message["content"]} | extras_of(message) for message in messages]
     return hashlib.sha256(json.dumps(plain, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def extras_of(message: Mapping[str, str | None]) -> dict[str, str]:
+    """What a turn has besides role and content; Arrow writes null for what it has not."""
+    return {name: value for name in EXTRAS if (value := message.get(name)) is not None}
+
+
+def spoken(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any] | None]:
+    """A conversation as chat templates and servers take it: turns with their calls as objects, and the tools apart, or null."""
+    turns: list[dict[str, Any]] = []
+    tools: list[Any] | None = None
+    for message in messages:
+        turn: dict[str, Any] = {"role": message["role"], "content": message["content"]} | extras_of(message)
+        if (listed := turn.pop("tools", None)) is not None:
+            tools = json.loads(listed)
+        if "tool_calls" in turn:
+            turn["tool_calls"] = json.loads(turn["tool_calls"])
+        turns.append(turn)
+    return turns, tools
 
 
 def trace_key(trace: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from distill.errors import IntegrityError, MissingStageError
 from distill.run.files import commit, digest_file
 from distill.run.journal import Journal
 from distill.run.manifest import Shard, read_manifest
+from distill.run.schema import EXTRAS, MESSAGES
 
 ROWS_PER_SHARD = 4096
 _ROWS_PER_PIECE = 512  # of a row group
@@ -112,7 +113,7 @@ class TableWriter:
         """
         for shard in self._shards:
             with pq.ParquetFile(self._folder / shard.file) as file:
-                yield from file.iter_batches(batch_size=_ROWS_PER_PIECE, columns=columns)
+                yield from map(_with_extras, file.iter_batches(batch_size=_ROWS_PER_PIECE, columns=columns))
 
     def stop(self) -> None:
         """Ends the thread after what it is doing; of a table that was not closed nothing more is written."""
@@ -241,7 +242,7 @@ def iter_rows(folder: Path, table: str, first: int = 0, step: int = 1, columns: 
     before = 0
     for piece in iter_pieces(folder, table, columns):
         wanted = pa.array(range((first - before) % step, len(piece), step), pa.int64())
-        yield from piece.take(wanted).to_pylist() if step > 1 else piece.to_pylist()
+        yield from rows_of(piece.take(wanted) if step > 1 else piece)
         before += len(piece)
 
 
@@ -249,7 +250,26 @@ def iter_pieces(folder: Path, table: str, columns: Sequence[str] | None = None) 
     """A finished stage's table in pieces of some hundred rows, each shard's digest checked before its first."""
     for path in table_files(folder, table):
         with pq.ParquetFile(path) as file:
-            yield from file.iter_batches(batch_size=_ROWS_PER_PIECE, columns=columns)
+            yield from map(_with_extras, file.iter_batches(batch_size=_ROWS_PER_PIECE, columns=columns))
+
+
+def rows_of(piece: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
+    """Arrow's rows as dictionaries; a turn of a conversation has no key for what it lacks."""
+    rows: list[dict[str, Any]] = piece.to_pylist()
+    if "messages" in piece.schema.names:
+        for turn in (turn for row in rows for turn in row["messages"] or ()):
+            for name in EXTRAS:
+                if turn.get(name, "") is None:
+                    del turn[name]
+    return rows
+
+
+def _with_extras(piece: pa.RecordBatch) -> pa.RecordBatch:
+    """A piece whose conversations have all columns of the schema: a kit that knew no tools wrote tables without."""
+    place = piece.schema.get_field_index("messages")
+    if place < 0 or piece.schema.field(place).type == MESSAGES:
+        return piece
+    return piece.set_column(place, "messages", piece.column(place).cast(MESSAGES))
 
 
 def rows_at(folder: Path, table: str, places: Sequence[int], columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -274,7 +294,7 @@ def rows_at(folder: Path, table: str, places: Sequence[int], columns: Sequence[s
                 here = _within(of_shard, start, num_rows)
                 start += num_rows
                 if len(here):
-                    yield from file.read_row_group(group, columns).take(here).to_pylist()
+                    yield from rows_of(file.read_row_group(group, columns).take(here))
 
 
 class RandomRows:
@@ -307,7 +327,7 @@ class RandomRows:
         self._groups.move_to_end((number, group))
         while len(self._groups) > _GROUPS_KEPT:
             self._groups.popitem(last=False)
-        [found] = self._groups[number, group].slice(place, 1).to_pylist()
+        [found] = rows_of(self._groups[number, group].slice(place, 1))
         return dict(found)
 
 

@@ -24,7 +24,7 @@ from distill.servers.answers import (
     whole_text,
 )
 from distill.servers.streams import ChoiceStream, folded
-from distill.servers.wire import Prompt, Protocol, merged, messages_of
+from distill.servers.wire import Prompt, Protocol, conversation_of, merged
 
 
 class Chat(Protocol):
@@ -45,7 +45,7 @@ class Chat(Protocol):
         """An answer to messages; see `Protocol`."""
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": messages_of(prompt),
+            **conversation_of(prompt),
             self._longest: sampling.max_new_tokens,
             "stream": True,
             "stream_options": {"include_usage": True},
@@ -162,7 +162,8 @@ class TransformersServe(Chat):
             settings["eos_token_id"] = list(stop_ids)
         further = dict(self.server.body)
         settings |= {name: further.pop(name) for name in list(further) if name in _GENERATION}
-        body: dict[str, Any] = {"model": self.model, "messages": messages_of(prompt), "generation_config": json.dumps(settings)}
+        conversation = conversation_of(prompt, calls_as_text=False)  # its templates are given what comes
+        body: dict[str, Any] = {"model": self.model, **conversation, "generation_config": json.dumps(settings)}
         if kwargs:
             body["chat_template_kwargs"] = dict(kwargs)
         return Call(self.path, merged(self._seeded(body | {"stream": False}, "seed", seed), further))
@@ -205,7 +206,7 @@ class Ollama(Protocol):
             "min_p": sampling.min_p,
         }
         options = _OLLAMA_NEUTRAL | dict(self.server.body.get("options") or {}) | self._seeded(options, "seed", seed)
-        body: dict[str, Any] = {"model": self.model, "messages": messages_of(prompt), "stream": False}
+        body: dict[str, Any] = {"model": self.model, **conversation_of(prompt, calls_as_text=False), "stream": False}
         body |= thinking("ollama", kwargs or {}) | ({} if logprobs is None else {"logprobs": True, "top_logprobs": logprobs})
         further = {name: value for name, value in self.server.body.items() if name != "options"}
         return Call("/api/chat", merged(body | {"options": options}, further))

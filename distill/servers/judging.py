@@ -27,7 +27,7 @@ from distill.run.log import say
 from distill.run.manifest import Manifest, read_manifest
 from distill.run.parts import summed
 from distill.run.schema import TRACE, Message
-from distill.run.tables import TableWriter, iter_pieces
+from distill.run.tables import TableWriter, iter_pieces, rows_of
 from distill.servers.needs import ROOM_FOR_A_PROMPT, ServerNeeds
 from distill.servers.opening import open_writer
 
@@ -246,7 +246,7 @@ def grade_answers(
         waiting = {_key(answer, "model_role"): number for number, answer in enumerate(answers) if answer["correct"] is not False}
 
         def cases(waiting: dict[tuple[str, str, int], int] = waiting) -> Iterator[tuple[int, Case]]:
-            for row in (row for piece in table.pieces([*CASE, "finish_reason"]) for row in piece.to_pylist()):
+            for row in (row for piece in table.pieces([*CASE, "finish_reason"]) for row in rows_of(piece)):
                 number = waiting.get(_key(row, "author"))
                 if number is not None and row["finish_reason"] != "error":
                     yield number, case_of(row, as_fields(prompts[row["prompt_id"]].get("fields")))

@@ -36,7 +36,7 @@ from distill.run.log import progress, say
 from distill.run.manifest import read_manifest
 from distill.run.plan import name_in_run
 from distill.run.schema import CERTAINTY, LIKENESS, THOUGHT
-from distill.run.tables import TableWriter, iter_rows, rows_at
+from distill.run.tables import TableWriter, iter_rows, rows_at, rows_of
 from distill.servers.thinking import open_thoughts
 from distill.targets.codec import Targets
 from distill.targets.spec import TopK
@@ -127,7 +127,7 @@ class _Reading:
             say("note      the teacher is behind a server, so how sure it is of its answers is not measured")
         for role in self.read_here:
             self._student_reads(role)
-        rows = {name: [row for piece in table.pieces() for row in piece.to_pylist()] for name, table in self.tables.items()
+        rows = {name: [row for piece in table.pieces() for row in rows_of(piece)] for name, table in self.tables.items()
                 if name != "thoughts"}  # fmt: skip
         self._refuse_nothing(rows.get("likeness", []))
         return Read(rows.get("likeness", []), rows.get("certainty", []), facts)
@@ -214,7 +214,7 @@ class _Reading:
                 self.ahead[name] += len(window)
                 thoughts = unpacked(next(told)) if told is not None else [None] * len(window)
                 if table.num_rows < self.ahead[name]:
-                    rows = window.to_pylist()
+                    rows = rows_of(window)
                     new = [place for place, row in enumerate(rows) if _key(row) not in before]
                     found = read([rows[place] for place in new], [thoughts[place] for place in new]) if new else []
                     self._store(name, role, rows, dict(zip(new, found, strict=True)), before, texts)

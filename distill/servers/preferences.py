@@ -19,7 +19,7 @@ from distill.recipe.judge import Preferences
 from distill.run.folder import StageFolder
 from distill.run.log import say
 from distill.run.schema import PREFERENCE, WINS
-from distill.run.tables import TableWriter
+from distill.run.tables import TableWriter, rows_of
 from distill.servers.judging import CASE, Asked, Question, ask, case_of
 
 PAIRS = (("student", "teacher"), ("base", "teacher"), ("student", "base"))
@@ -88,7 +88,7 @@ def _pairs(table: TableWriter, roles: tuple[str, str], fields: Mapping[str, dict
 def _answers(table: TableWriter, role: str, fields: Mapping[str, dict[str, Any]]) -> Iterator[tuple[Case, bool]]:
     """A model's answers, and whether each was given at all."""
     for piece in table.pieces([*CASE, "finish_reason"]):
-        for row in piece.to_pylist():
+        for row in rows_of(piece):
             if row["author"] == role and row["prompt_id"] in fields:
                 yield case_of(row, fields[row["prompt_id"]]), row["finish_reason"] != "error"
 

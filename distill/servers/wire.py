@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.recipe.base import Sampling
 from distill.recipe.servers import Server
-from distill.run.schema import Message
+from distill.run.schema import Message, spoken
 from distill.servers import Answer, Call
 from distill.servers.facts import FACTS, Facts
 
@@ -111,9 +112,17 @@ def ids_of(prompt: Prompt) -> list[int]:
     return [index for index in prompt if isinstance(index, int)]
 
 
-def messages_of(prompt: Prompt) -> list[Message]:
-    """A prompt of messages, as such."""
-    return [message for message in prompt if not isinstance(message, int)]
+def conversation_of(prompt: Prompt, *, calls_as_text: bool = True) -> dict[str, Any]:
+    """A prompt of messages as fields of a request: `messages`, and `tools` where there are any.
+
+    Args:
+        prompt: Of messages.
+        calls_as_text: Whether the arguments of a call are JSON in a text, as OpenAI has them, or an object, which templates take.
+    """
+    turns, tools = spoken([message for message in prompt if not isinstance(message, int)])
+    for function in (call["function"] for turn in turns for call in turn.get("tool_calls", ()) if calls_as_text):
+        function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    return {"messages": turns} | ({} if tools is None else {"tools": tools})
 
 
 def _entries(body: Any) -> list[dict[str, Any]]:

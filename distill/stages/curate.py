@@ -35,7 +35,7 @@ from distill.run.log import Progress, progress, say
 from distill.run.manifest import Manifest, read_manifest
 from distill.run.plan import Growth, StagePlan
 from distill.run.schema import DROPPED_TRACE, RANKS, TOLD, TRACE, VERDICT
-from distill.run.tables import iter_pieces, iter_rows, rows_at
+from distill.run.tables import iter_pieces, iter_rows, rows_at, rows_of
 from distill.servers.judging import CASE, Asked, case_of, grade, with_judges
 from distill.stages import Step, folder, open_stage, plan_of, run_dir
 
@@ -168,7 +168,7 @@ def _cases(recipe: Recipe, out: StageFolder, waiting_R: NDArray[np.bool_]) -> It
     with PromptFields(folder(recipe, "prompts"), out.path) if _reads_fields(recipe) else nullcontext() as fields:
         for piece in iter_pieces(folder(recipe, "generate"), "traces", CASE):
             places = np.flatnonzero(waiting_R[start : start + len(piece)])
-            rows = piece.take(pa.array(places)).to_pylist()
+            rows = rows_of(piece.take(pa.array(places)))
             of_prompts = fields.of([trace["prompt_id"] for trace in rows]) if fields is not None else [{}] * len(rows)
             for place, trace, known in zip(places.tolist(), rows, of_prompts, strict=True):
                 yield start + place, case_of(trace, known)
@@ -201,10 +201,9 @@ def _traces(recipe: Recipe, out: StageFolder, evidence: Evidence, bar: Progress 
 def _rows(piece: pa.RecordBatch, counted: Counted | None) -> list[dict[str, Any]]:
     """Rows of a piece; with the number of tokens, where it is asked for, in place of their ids."""
     if counted is None:
-        rows: list[dict[str, Any]] = piece.to_pylist()
-        return rows
+        return rows_of(piece)
     lengths = pc.list_value_length(piece["completion_ids"])
-    rows = piece.drop_columns("completion_ids").append_column("num_tokens", lengths).to_pylist()
+    rows = rows_of(piece.drop_columns("completion_ids").append_column("num_tokens", lengths))
     # Whose tokenizer wrote a trace without ids is not known; the student will read it with its own.
     return [trace | {"num_tokens": counted({**trace, "author": "student"})} for trace in rows]
 

@@ -1,0 +1,83 @@
+"""Tools, calls and their results as parts of a conversation: in ids, in tables, before templates and servers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from distill.models.chat import chat_format
+from distill.run.schema import EXTRAS, MESSAGES, PROMPT, Message, extras_of, prompt_id, spoken
+from distill.run.tables import TableWriter, rows_of
+from distill.servers.wire import conversation_of
+
+TOOLS = [
+    {"type": "function", "function": {"name": "get_order", "parameters": {"type": "object", "properties": {"id": {"type": "string"}}}}}
+]
+CALLS = [{"type": "function", "id": "call_1", "function": {"name": "get_order", "arguments": {"id": "é<|im_end|>"}}}]
+TALK: list[Message] = [
+    {"role": "user", "content": "Where is it?", "tools": json.dumps(TOOLS)},
+    {"role": "assistant", "content": "", "tool_calls": json.dumps(CALLS, ensure_ascii=False)},
+    {"role": "tool", "content": "sent", "tool_call_id": "call_1", "name": "get_order"},
+]
+TEMPLATE = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% if 'tool_calls' in m %}{% for c in m.tool_calls %}<call>{{ c.function.arguments.id }}</call>{% endfor %}{% endif %}"
+    "{% if 'tool_call_id' in m %}#{{ m.tool_call_id }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_dir: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+def test_an_id_is_another_for_each_extra_and_the_same_as_ever_without() -> None:
+    plain = [{"role": "user", "content": "What is 3 + 4?"}]
+    assert prompt_id(plain) == "4506079f63c8000f", "as the kit's first version had it: runs may be gone on with"
+    assert prompt_id([{**plain[0], **dict.fromkeys(EXTRAS, None)}]) == prompt_id(plain)  # type: ignore[dict-item]
+    others = {prompt_id([{**plain[0], name: "[]"}]) for name in EXTRAS}
+    assert len(others | {prompt_id(plain)}) == len(EXTRAS) + 1
+
+
+def test_tables_keep_them_and_have_no_key_for_what_a_turn_lacks(tmp_path: Path) -> None:
+    writer = TableWriter(tmp_path, "train", PROMPT)
+    writer.append({"prompt_id": prompt_id(TALK), "messages": TALK, "tags": []})
+    writer.close()
+    [row] = [row for piece in writer.pieces() for row in rows_of(piece)]
+    assert row["messages"] == TALK and prompt_id(row["messages"]) == row["prompt_id"]
+
+
+def test_tables_of_a_kit_that_knew_none_are_read_with_the_schema_of_today(tmp_path: Path) -> None:
+    old = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    messages = [{"role": "user", "content": "hello"}]
+    writer = TableWriter(tmp_path, "train", pa.schema([("prompt_id", pa.string()), ("messages", old)]))
+    writer.append({"prompt_id": prompt_id(messages), "messages": messages})
+    [shard] = writer.close()
+    assert pq.read_schema(tmp_path / shard.file).field("messages").type == old
+    [piece] = writer.pieces()
+    assert piece.schema.field("messages").type == MESSAGES and rows_of(piece)[0]["messages"] == messages
+
+
+def test_templates_get_calls_as_objects_and_text_of_them_stays_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = TEMPLATE
+    chat = chat_format(tokenizer)
+    text = chat.prompt_text(TALK)
+    assert json.dumps(TOOLS) in text and "<call>é<|im_end|></call>" in text and "sent#call_1" in text
+    ids = chat.prompt_ids(TALK)
+    assert ids.count(chat.end_of_turn_id) == len(TALK), "the one in the argument is read in pieces"
+    assert tokenizer.decode(ids) == text
+
+
+def test_hosts_get_arguments_as_text_and_others_as_objects() -> None:
+    of_host = conversation_of(TALK)
+    assert of_host["tools"] == TOOLS and "tools" not in of_host["messages"][0]
+    assert of_host["messages"][1]["tool_calls"][0]["function"]["arguments"] == json.dumps({"id": "é<|im_end|>"}, ensure_ascii=False)
+    assert conversation_of(TALK, calls_as_text=False)["messages"][1]["tool_calls"] == CALLS
+    assert conversation_of([{"role": "user", "content": "x"}]) == {"messages": [{"role": "user", "content": "x"}]}
+    assert spoken(TALK)[1] == TOOLS and extras_of(TALK[2]) == {"tool_call_id": "call_1", "name": "get_order"}
