@@ -14,6 +14,7 @@ import torch
 
 from distill.engines import ranking
 from distill.engines.ranking import RANK_LIMIT, RankReader, Ranks
+from distill.measure.suited import compare, sentences
 from distill.models.chat import IGNORE
 from distill.models.loading import load_chat_format, load_model
 from distill.recipe.experiment import Recipe
@@ -167,3 +168,52 @@ def test_what_was_read_before_a_growth_is_not_read_again(tmp_path: Path, monkeyp
     more = recipe_of(tmp_path).model_dump(mode="json")
     more["curate"]["max_per_prompt"] = 3
     assert run(Recipe.model_validate(more)).rows_kept == 6 and not read
+
+
+def test_the_ratio_of_many_traces_is_that_of_their_mean_ranks_and_surprisals() -> None:
+    """Against loops over resampled prompts; and of two teachers on prompts that both have, of which chance is the same."""
+    draw = np.random.default_rng(1)
+    one = {f"p{number}": (float(draw.uniform(2, 4)), float(draw.uniform(1, 2))) for number in range(40)}
+    other = {prompt: (rank + 0.5, surprisal) for prompt, (rank, surprisal) in list(one.items())[:30]}
+    low, high = compare([one, other], seed=0)
+    assert low.ratio.value == pytest.approx(sum(rank for rank, _ in one.values()) / sum(surprisal for _, surprisal in one.values()))
+    values = np.array(list(one.values()))
+    drawn = [values[draw.integers(0, 40, 40)].mean(0) for _ in range(4000)]
+    wanted = np.quantile([rank / surprisal for rank, surprisal in drawn], [0.025, 0.975])
+    assert [low.ratio.low, low.ratio.high] == pytest.approx(wanted.tolist(), abs=0.02)
+    assert low.above_lowest is None and high.above_lowest is not None
+    assert high.above_lowest.value == pytest.approx(0.5 / np.mean([surprisal for _, surprisal in other.values()]))
+    assert (high.above_lowest.high or 0) - (high.above_lowest.low or 0) < 0.05  # paired: what they share is no noise
+    assert "is above it by" in sentences(["a", "b"], [low, high])[1]
+    apart = compare([one, {"q0": (9.0, 1.0), "q1": (8.0, 1.0)}], seed=0)
+    assert apart[1].above_lowest is None and "compare the intervals" in sentences(["a", "b"], apart)[1]
+
+
+def test_pair_says_whose_traces_suit_and_does_not_read_them_twice(tmp_path: Path) -> None:
+    """A run's folder and a file of the same prompts: the student's own greedy answers would surprise it least; nonsense is ranked low."""
+    rows = traces(8, 2)
+    given(tmp_path / "run", rows)
+    nonsense = [
+        {"question": row["messages"][0]["content"], "completion": "<think>\n}{ ~^ %% zq\n</think>\n\n@@ ## |~"} for row in rows[::2]
+    ]
+    file = tmp_path / "nonsense.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in nonsense))
+    recipe = recipe_of(tmp_path / "run", prompts={"source": "x.jsonl", "columns": {"prompt": "question"}})
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
+    command = ["-m", "distill", "pair", tmp_path / "recipe.yaml", "--traces", tmp_path / "run", "--traces", file, "--prompts", "6"]
+    first = commands.run(command)
+    assert first.returncode == 0 and f"best suited by this measure: {tmp_path / 'run'}" in first.stdout.replace("\n", " "), first.stderr
+    found = json.loads((tmp_path / "run" / "teachers" / "findings.json").read_text())
+    table = read_rows(tmp_path / "run" / "teachers", "ranks")
+    assert [one["read"] for one in found["teachers"]] == [6, 6] and len(table) == 12
+    for one in found["teachers"]:
+        mine = [row for row in table if row["traces"] == one["traces"]]
+        rank, surprisal = (np.mean([row[name] / row["tokens"] for row in mine]) for name in ("rank", "surprisal"))
+        assert one["ratio"]["value"] == pytest.approx(rank / surprisal) and one["ratio"]["low"] <= one["ratio"]["value"]
+    mine = {row["prompt_id"]: row for row in table if row["traces"] == str(tmp_path / "run")}
+    expected = naive([row for row in rows if row["sample_index"] == 0 and row["prompt_id"] in mine])
+    assert sorted(row["rank"] for row in mine.values()) == sorted(one.rank for one in expected)
+    second = commands.run(command)
+    assert second.returncode == 0 and "student reads" not in second.stderr and found["verdict"][0] in second.stdout.replace("\n", " ")
+    other = commands.run([*command[:-1], "5"])
+    assert other.returncode == 1 and "num_prompts is 6 there and 5 here" in other.stderr and "--redo" in other.stderr

@@ -24,6 +24,8 @@ from distill.errors import ModelError
 from distill.models.chat import IGNORE, ChatFormat
 from distill.models.loading import free_memory, load_chat_format, load_model, pick_device
 from distill.recipe.experiment import Recipe
+from distill.run.journal import Journal
+from distill.run.log import progress
 
 Trace = dict[str, Any]
 
@@ -66,6 +68,25 @@ class RankReader:
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
+
+    def read_numbered(
+        self, traces: Iterable[Trace], total: int, journal: Journal, known: Callable[[Trace], Ranks | None] = lambda trace: None
+    ) -> dict[int, Ranks | None]:
+        """What was found of each trace, by its number; goes on behind what is in the journal.
+
+        Args:
+            traces: With a number under `row`; the same, in the same order, as before a restart.
+            total: How many.
+            journal: Of the stage; other entries in it are left alone.
+            known: What another reading has found of a trace.
+        """
+        found = {entry["row"]: Ranks.of(entry) for entry in journal.rows() if is_of_reading(entry)}
+        with progress(total, "traces", "student reads", done=len(found)) as bar:
+            for window in self.read(traces, lambda trace: trace["row"] in found, known):
+                journal.append([{"row": trace["row"], **Ranks.entry(ranks)} for trace, ranks in window])
+                found.update({trace["row"]: ranks for trace, ranks in window})
+                bar.update(len(window))
+        return found
 
     def read(
         self,
@@ -122,6 +143,11 @@ class RankReader:
             labels_T[-1] = IGNORE
         row = Row(np.array(ids, np.int32)[: train.max_length], labels_T[: train.max_length])
         return row if (row.labels != IGNORE).any() else None
+
+
+def is_of_reading(entry: dict[str, Any]) -> bool:
+    """Whether an entry of a journal is of a trace that was read."""
+    return "surprisal" in entry
 
 
 def ranks_of(opinion: Opinion) -> Ranks:

@@ -244,20 +244,13 @@ class _Preferred:
 
     def _ratios(self, competing_R: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Their Rank-Surprisal Ratios; what was read before a stop is in the journal, and before a growth in the table."""
-        from distill.engines.ranking import RankReader, Ranks
+        from distill.engines.ranking import RankReader
         from distill.engines.reading import COLUMNS
 
-        rows, journal, reader = np.flatnonzero(competing_R).tolist(), self._out.journal(), RankReader(self._recipe)
-        for entry in journal.rows():
-            if "surprisal" in entry:
-                self._read[entry["row"]] = Ranks.of(entry)
-        before = self._before()
-        traces = ({**trace, "row": row} for row, trace in zip(rows, rows_at(self._traces, "traces", rows, COLUMNS), strict=True))
-        with progress(len(rows), "traces", "student reads", done=sum(row in self._read for row in rows)) as bar:
-            for found in reader.read(traces, lambda trace: trace["row"] in self._read, lambda trace: before.get(_key(trace))):
-                journal.append([{"row": trace["row"], **Ranks.entry(ranks)} for trace, ranks in found])
-                self._read |= {trace["row"]: ranks for trace, ranks in found}
-                bar.update(len(found))
+        rows, before = np.flatnonzero(competing_R).tolist(), self._before()
+        traces = (trace | {"row": row} for row, trace in zip(rows, rows_at(self._traces, "traces", rows, COLUMNS), strict=True))
+        reader = RankReader(self._recipe)
+        self._read = reader.read_numbered(traces, len(rows), self._out.journal(), lambda trace: before.get(_key(trace)))
         values_R = np.full(len(competing_R), np.nan)
         for row in rows:
             ranks = self._read[row]
