@@ -332,18 +332,12 @@ def pair(
     context: typer.Context,
     recipe: RecipePath,
     prompts: Annotated[int | None, typer.Option(min=1, help="Training prompts to look at; 32, or 200 of each teacher's traces.")] = None,
-    traces: Annotated[
-        list[str] | None,
-        typer.Option(help="Compare teachers instead, by what the student makes of their traces: a run's folder or a file; again for each."),
-    ] = None,
+    traces: Annotated[list[str] | None, typer.Option(help="Compare teachers by their traces instead: a run or file; for each.")] = None,
     redo: Redo = False,
 ) -> None:
     """Measure on a few prompts whether this teacher can teach this student, before anything is spent; exit code 3 says it can't."""
     loaded = _load(recipe, context)
-    if traces:
-        importlib.import_module("distill.before.teachers").run(loaded, traces, prompts or 200, redo=redo)
-        return
-    if not importlib.import_module("distill.before.pair").run(loaded, prompts or 32, redo=redo):
+    if not importlib.import_module("distill.before.pair").run(loaded, prompts, traces or (), redo=redo):
         raise typer.Exit(_CANT_TEACH)
 
 
