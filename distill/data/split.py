@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from distill.data.alike import Alike
 from distill.data.files import Row
 from distill.data.identities import Identities, Ids, Places, as_numbers, rank
 from distill.data.normal import normal_numbers
@@ -29,6 +30,9 @@ REASONS = [
     "duplicate_other_reference",
     "in_heldout_source",
     "twin_of_heldout",
+    "in_benchmark",
+    "near_heldout",
+    "near_duplicate",
     "not_drawn",
 ]
 _CODES = {reason: code for code, reason in enumerate(REASONS, start=2)}
@@ -37,6 +41,8 @@ _REMEDIES = {
     "no_answer_match": "Correct prompts.answer_pattern, or leave it out where the reference is the answer alone.",
     "in_heldout_source": "Give a prompts.source with other prompts than prompts.heldout_source.",
     "twin_of_heldout": "Give a prompts.source with prompts that differ from held-out ones in more than spaces, case and digits.",
+    "in_benchmark": "Look at what prompts.decontaminate compares with, and how.",
+    "near_heldout": "Raise the similarity of prompts.near_duplicates, or ask less of prompts.decontaminate.",
 }
 
 Fates = npt.NDArray[np.uint8]
@@ -84,13 +90,14 @@ class Index:
         """A number for each row's conversation in normal form."""
         return np.frombuffer(self._normals, dtype=np.uint64)
 
-    def split(self, prompts: Prompts, seed: int, before: Before | None = None) -> Split:
+    def split(self, prompts: Prompts, seed: int, before: Before | None = None, alike: Alike | None = None) -> Split:
         """What becomes of each row.
 
         Args:
             prompts: The recipe's section.
             seed: The recipe's.
             before: The prompts that were there, where there are to be more: they stay what they are.
+            alike: Says which are too much like others, where that is asked for.
 
         Raises:
             DataError: there are fewer prompts than asked for, or none is left to train on.
@@ -103,6 +110,9 @@ class Index:
         kept = before.places(self, fates, before.train, prompts.source) if before else np.array([], np.int64)
         twins = np.flatnonzero(np.isin(self.normals[main], self.normals[apart]) & (fates[main] == TRAIN))
         fates[np.setdiff1d(twins, kept)] = _CODES["twin_of_heldout"]
+        if alike is not None:
+            for place, reason in alike.judged(np.flatnonzero(fates[main] == TRAIN), apart, kept):
+                fates[place] = _CODES[reason]
         if prompts.max_prompts is not None and prompts.max_prompts < (fates[main] == TRAIN).sum():
             _, rest = self._draw(fates, main, prompts.max_prompts, f"train/{seed}", prompts.source, kept)
             fates[rest] = _CODES["not_drawn"]
