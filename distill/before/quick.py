@@ -17,14 +17,17 @@ from distill.before.likeness import check_likeness
 from distill.before.outlook import outlook
 from distill.before.packages import check_packages
 from distill.before.servers import check_without_asking, warn_of_keys
+from distill.data.alike import question_mapping
 from distill.data.completions import columns_of, traces_of
 from distill.data.files import Placed
 from distill.data.licences import check_terms
 from distill.data.mapping import PromptMapping
-from distill.data.sources import Source, brought_traces, heldout_problems, heldout_set, problems
+from distill.data.sources import Source, benchmark_source, brought_traces, heldout_problems, heldout_set, problems
 from distill.errors import DataError, visible
+from distill.recipe.alike import Benchmark
 from distill.recipe.experiment import Recipe
 from distill.recipe.launches import kind_here, kind_of, refuse_launch
+from distill.recipe.prompts import Prompts
 from distill.recipe.sets import AskedSet
 from distill.stages import run_dir, steps_of
 
@@ -124,6 +127,8 @@ def _check_sources(recipe: Recipe, found: Findings) -> None:
     _check_source("prompts", lambda: problems(prompts), of_prompt, mapping.columns, found)
     if prompts.heldout_source is not None:
         _check_source("held-out prompts", lambda: heldout_problems(prompts), of_prompt, mapping.columns, found)
+    for benchmark in prompts.decontaminate.benchmarks if prompts.decontaminate is not None else []:
+        _check_benchmark(prompts, benchmark, found)
     for name, asked in list(recipe.asked_sets().items())[1:]:
         _check_set(recipe, name, asked, found)
     if traces is None:
@@ -135,6 +140,16 @@ def _check_sources(recipe: Recipe, found: Findings) -> None:
 
     columns = [*mapping_of_traces.columns, *columns_of(traces)]
     _check_source("traces", lambda: brought_traces(traces), of_trace, columns, found)
+
+
+def _check_benchmark(prompts: Prompts, benchmark: Benchmark, found: Findings) -> None:
+    """A benchmark whose questions are kept out of training."""
+    mapping = question_mapping(prompts, benchmark)
+
+    def of_question(placed: Placed) -> list[str | None]:
+        return [reason for _, reason in mapping.prompt_rows(placed[1], placed[0])]
+
+    _check_source(f"benchmark {benchmark.called}", lambda: benchmark_source(benchmark), of_question, mapping.columns, found)
 
 
 def _check_set(recipe: Recipe, name: str, asked: AskedSet, found: Findings) -> None:

@@ -68,6 +68,21 @@ ALTERNATIVES = pa.schema(
 
 DROPPED_PROMPT = PROMPT.append(pa.field("reason", pa.string()))
 
+# What a training prompt was too much like to stay one; both texts in normal form, without system prompt and template.
+MATCH = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("reason", pa.string()),  # in_benchmark, near_heldout or near_duplicate
+        ("kind", pa.string()),  # exact, similar, or as 13-gram
+        ("set", pa.string()),  # the benchmark, heldout or train
+        ("row", pa.int64()),  # of the other in its source, from 1
+        ("text", pa.string()),
+        ("other_text", pa.string()),
+        ("shared", pa.string()),  # words in both; null where nothing was looked for but the whole
+        ("similarity", pa.float64()),  # share of runs of five characters; null where it was not computed
+    ]
+)
+
 # Further columns of the source for the checks to look at, as a JSON object; the tables of prompts have it where prompts.fields names some.
 FIELDS = pa.field("fields", pa.string())
 
