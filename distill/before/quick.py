@@ -9,9 +9,11 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from distill.before.advice import check_advice
 from distill.before.findings import Findings
 from distill.before.likeness import check_likeness
 from distill.before.outlook import outlook
@@ -68,6 +70,7 @@ def common(recipe: Recipe, found: Findings, launch: Path | None = None) -> None:
     found.prove("launch", lambda: _launch(recipe, launch))
     _check_folder(recipe, found)
     found.prove("terms of the traces", lambda: _terms(recipe))
+    check_advice(recipe, found)
     check_without_asking(recipe, found)
 
 
@@ -95,12 +98,13 @@ def _launch(recipe: Recipe, file: Path | None) -> str:
 
 
 def _terms(recipe: Recipe) -> str:
-    teacher = (recipe.teacher.model, recipe.teacher.licence) if recipe.teacher else (None, None)
-    brought = (recipe.traces.author_model, recipe.traces.licence) if recipe.traces else None
+    teacher, traces = recipe.teacher, recipe.traces
     name = recipe.export.model_name if recipe.export and recipe.export.model_name else recipe.name
+    held = partial(check_terms, student_name=name, student=recipe.student.model)
     # Brought traces have an author of their own; the teacher is learned from where it writes, scores or judges.
-    sources = [*([brought] if brought else []), *([teacher] if not brought or recipe.score is not None else [])]
-    notes = [note for author, licence in sources for note in check_terms(author, name, licence=licence, student=recipe.student.model)]
+    notes = held(traces.author_model, licence=traces.licence) if traces is not None else []
+    if traces is None or recipe.score is not None or recipe.train.is_live:
+        notes += held(teacher.model, licence=teacher.licence, spec=teacher) if teacher is not None else held(None)
     return "; ".join(dict.fromkeys(notes)) or "nothing to note"
 
 
