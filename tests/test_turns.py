@@ -61,6 +61,9 @@ _MARKED = "<|begin_of_thought|>\n\nthree\n<|end_of_thought|>\n\n<|begin_of_solut
 FORMS: dict[str, Row] = {
     "openai": openai({"content": SAID, "tool_calls": [CALL]}),
     "arguments as text": openai({"content": SAID, "tool_calls": [_OPENAI_CALL]}),
+    "arguments as text of text": openai(
+        {"content": SAID, "tool_calls": [{"name": "stock", "parameters": json.dumps(json.dumps(_PLAIN_CALL["arguments"]))}]}
+    ),
     "calls as text": openai({"content": SAID, "tool_calls": json.dumps([_OPENAI_CALL])}),
     "an older call": openai(
         {"content": SAID, "function_call": _OPENAI_CALL["function"]}, {"role": "function"}, functions=[TOOL], tools=None
@@ -355,4 +358,4 @@ def test_whatever_a_row_holds_is_read_dropped_or_one_error() -> None:
         except DataError as error:
             seen["error"] += 1
             assert str(error).startswith("x.jsonl:3: ")
-    assert min(seen[kind] for kind in ("read", "error", "empty_prompt", "call_not_readable", "empty_completion", "not_text")) > 5, seen
+    assert min(seen[kind] for kind in ("read", "error", "empty_prompt", "call_not_readable", "empty_completion", "not_text")) > 10, seen

@@ -97,6 +97,7 @@ def _call(value: Any) -> Call:
         raise UnusableError("call_not_readable")
     given = next((described[key] for key in _ARGUMENTS if described.get(key) is not None), None)
     arguments = _without_nulls(given) if isinstance(given, dict) else _loaded(given) if given not in (None, "") else {}
+    arguments = _loaded(arguments)  # some wrote a text of a text
     if not isinstance(arguments, dict):
         raise UnusableError("call_not_readable")
     identity = next((value[key] for key in ("id", "tool_call_id") if isinstance(value.get(key), str) and value[key]), None)
