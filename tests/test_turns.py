@@ -305,30 +305,15 @@ def test_tools_and_calls() -> None:
     assert [tools_of(nothing, "x") for nothing in (None, "", [], "[]")] == [None] * 4
     whole = "Now:\n" + in_hermes_form([CALL, CALL])
     assert without_calls(whole) == ("Now:", [CALL, CALL])
-    for broken in ("Now: <tool_call>\n{\n</tool_call>", "<tool_call>", f"{whole} and more", "plain"):
+    many = in_hermes_form([CALL] * 200)
+    assert without_calls(f"{many}\n.") == (f"{many}\n.", []) and without_calls(many)[1] == [CALL] * 200  # in no time
+    for broken in ("Now: <tool_call>\n{\n</tool_call>", "<tool_call>", f"{whole} and more", "plain", f"<think>a\n{whole}"):
         assert without_calls(broken) == (broken, [])
 
 
-JUNK = [
-    None,
-    True,
-    0.5,
-    "",
-    "a",
-    "[",
-    "[]",
-    "{}",
-    [],
-    {},
-    [None],
-    [[]],
-    [{}],
-    {"type": "text"},
-    {"role": 3},
-    ["a"],
-    {"function": "f"},
-    "\ud83d",
-]
+_IMAGE = {"type": "image", "image": "x"}
+JUNK: list[Any] = [None, True, 0.5, "", "a", "[", "[]", "{}", [], {}, [None], [[]], [{}], {"role": 3}, ["a"], {"function": "f"}, "\ud83d"]
+JUNK += [{"type": "text"}, _IMAGE, [_IMAGE]]
 
 
 def damaged(value: Any, rng: random.Random) -> Any:

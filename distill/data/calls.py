@@ -13,9 +13,10 @@ from typing import Any
 
 from distill.data.names import json_text
 from distill.errors import DataError, shown
+from distill.run.schema import THINK_CLOSE, THINK_OPEN
 
 Call = dict[str, Any]
-_BLOCKS = re.compile(r"(?:\s*<tool_call>\s*(?:(?!</?tool_call>).)*</tool_call>)+\s*\Z", re.DOTALL)
+_BLOCKS = re.compile(r"(?:\s*<tool_call>(?:(?!</?tool_call>).)*</tool_call>)+\s*\Z", re.DOTALL)
 _BLOCK = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
 _MEANT_NULL = frozenset({"default", "const", "enum"})
@@ -54,7 +55,7 @@ def in_hermes_form(calls: Iterable[Call]) -> str:
 def without_calls(text: str) -> tuple[str, list[Call]]:
     """A text, and the calls in blocks of Hermes' form at its end; all is text where one can't be read."""
     found = _BLOCKS.search(text) if "<tool_call>" in text else None
-    if found is None:
+    if found is None or THINK_OPEN in text[: found.start()].rpartition(THINK_CLOSE)[2]:  # none, or within a thought
         return text, []
     try:
         return text[: found.start()], [call for block in _BLOCK.findall(found[0]) for call in calls_of(block.strip() or "?")]

@@ -34,7 +34,7 @@ _PARTS = _TEXTS | {"image", "image_url", "input_image", "audio", "audio_url", "i
 _MARKS = ("weight", "train", "supervised")  # by which a source says whether an assistant's turn is to be learned
 MARKED = "marked"
 """What it says, `yes` or `no`, until a conversation is parted; no part of a prompt."""
-_RESPONSE = re.compile(r"\s*<tool_response>\s*((?:(?!</?tool_response>).)*?)\s*</tool_response>\s*", re.DOTALL)
+_RESPONSE = re.compile(r"<tool_response>((?:(?!</?tool_response>).)*)</tool_response>", re.DOTALL)
 
 
 def turns_of(value: Any, name: str, where: str) -> list[Message]:
@@ -198,8 +198,8 @@ def _messages(role: str, turn: dict[str, Any], here: str) -> Iterator[Message]:
 
 def _content(role: str, turn: dict[str, Any], held: dict[str, list[Any]], here: str) -> str:
     text = _joined(held["text"])
-    if role == "tool" and (unwrapped := _RESPONSE.fullmatch(text)):
-        return unwrapped[1]
+    if role == "tool" and (unwrapped := _RESPONSE.fullmatch(text.strip())):
+        return unwrapped[1].strip()
     return _with_thought(text, _thought_beside(turn, here) or "\n\n".join(held["thought"]), here) if role == "assistant" else text
 
 
