@@ -1,17 +1,17 @@
 """Texts that are nearly the same, found among many by MinHash. Knows no prompts.
 
 Two texts are as similar as their sets of runs of five characters are: the share of those in both, of those in either (Jaccard).
-Characters and not words, because some scripts have no spaces. Of each text a signature of 128 numbers is cut into bands; those that
-share a band are compared by their runs themselves, so that nothing is called similar that is not. Of pairs that are just as similar
-as is asked for at most one in a thousand shares no band; of more similar ones far fewer. In memory is a number of 4 bytes a band: of
-a text 72 bytes for a similarity of 0.9, 100 for 0.8, 256 for 0.5.
+Characters and not words, because some scripts have no spaces. Of each text a signature of 128 numbers is cut into bands. Of those that
+share two bands, the ones whose signatures are alike are compared by their runs themselves, so that nothing is called similar that is not.
+Of pairs that are just as similar as is asked for one or two in a thousand are missed, of more similar ones far fewer; more where
+thousands of texts are nearly similar, as those of one template, since a text is led to 4,000 others at most. In memory are 4 bytes a
+band and the lowest byte of each number: of a text 200 bytes for a similarity of 0.9, 228 for 0.8, 384 for 0.5.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -25,8 +25,13 @@ from distill.run.log import progress
 RUN = 5  # characters
 _NUMBERS = 128  # of a signature
 _MISSED = 0.001
-_TOGETHER = 4096  # texts that are looked up at once
-_STEPS, _COMPARED = 400, 50  # that a text is led to by its bands, and compared with, at most: where thousands share a band, the likeliest
+_TOGETHER = 512  # texts that are looked up at once
+_SHARED = 2  # bands
+_STEPS = 4000  # others, each as often as it shares a band
+_COMPARED = 50  # of those with the likeliest signatures
+_FEW = 4  # are compared without a look at their signatures
+_KNOWN = 4_000_000  # runs
+_ERROR = 0.15  # of a similarity that is read off signatures: more than three standard deviations
 _HALF, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
 _FACTOR = np.uint64(0xD6E8FEB86659FD93)
 
@@ -43,18 +48,19 @@ class Near:
     def __init__(self, least: float, seed: int, texts: Texts) -> None:
         self._rows = max(rows for rows in range(1, 17) if _missed(least, rows) <= _MISSED)
         self._bands = [array("I") for _ in range(_NUMBERS // self._rows)]
-        self._seed, self._texts = seed, texts
-        self._runs = lru_cache(4096)(lambda place: runs(texts[place]))
+        self._signatures = bytearray()
+        self._seed = seed
+        self._texts, self._runs = texts, _Runs(texts)
 
     def add(self, texts: list[str]) -> None:
         """Takes texts in."""
         from rensa import RMinHash
 
-        values = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32).astype(np.uint64) + np.uint64(1)
-        found, counts = windows(values, np.array([len(text) for text in texts], np.int64), RUN, whole=True)
+        found, counts = _runs_of(texts)
         ends = np.concatenate([[0], np.cumsum(counts)]).astype(np.uint64)
         drawn = RMinHash.digest_matrix_from_flat_token_hashes(found, ends, _NUMBERS, self._seed)
         signatures = np.array(drawn.to_rows(), np.uint64)
+        self._signatures += (signatures & np.uint64(0xFF)).astype(np.uint8).tobytes()
         for number, band in enumerate(self._bands):
             key = np.full(len(texts), number, np.uint64)
             for column in range(number * self._rows, (number + 1) * self._rows):
@@ -71,12 +77,12 @@ class Near:
                 some = asked[begin : begin + _TOGETHER]
                 shared = np.concatenate([_shared(key, order, some) for key, order in zip(keys, orders, strict=True)])
                 pairs, votes = np.unique(shared, return_counts=True)
+                pairs, votes = pairs[votes >= _SHARED], votes[votes >= _SHARED]
                 places, partners = (pairs >> _HALF).astype(np.int64), (pairs & _LOW).astype(np.int64)
                 for start, end in _groups(places):
-                    place, likely = int(places[start]), start + np.argsort(-votes[start:end], kind="stable")[:_COMPARED]
-                    similarity, other = max((self._similarity(place, one), -one) for one in partners[likely].tolist())
-                    if similarity >= least:
-                        yield place, -other, similarity
+                    best = self._best(int(places[start]), partners[start:end], least)
+                    if best is not None:
+                        yield int(places[start]), *best
                 bar.update(len(some))
 
     def among(self, places: Places, kept: int, least: float) -> Iterator[tuple[int, int, float]]:
@@ -98,41 +104,82 @@ class Near:
                     bar.update(min(_TOGETHER, len(places) - at))
                 if at < kept:
                     continue
-                for other in sorted(votes, key=lambda one: (-votes[one], one))[:_COMPARED]:
-                    similarity = self._similarity(int(places[at]), int(places[other]))
-                    if similarity >= least:
-                        gone[at] = True
-                        yield int(places[at]), int(places[other]), similarity
-                        break
+                others = places[sorted(other for other, count in votes.items() if count >= _SHARED)] if votes else places[:0]
+                best = self._best(int(places[at]), others, least) if len(others) else None
+                if best is not None:
+                    gone[at] = True
+                    yield int(places[at]), *best
 
-    def _similarity(self, one: int, other: int) -> float:
+    def _best(self, place: int, others: Places, least: float) -> tuple[int, float] | None:
+        """The most similar of some others, the first of several, and how similar it is; null where none is enough."""
+        if len(others) > _FEW:
+            signatures = np.frombuffer(self._signatures, np.uint8).reshape(-1, _NUMBERS)
+            alike = (signatures[others] == signatures[place]).mean(axis=1)
+            order = np.argsort(-alike, kind="stable")[:_COMPARED]
+            others = others[order[alike[order] >= least - _ERROR]]
+        if not len(others):
+            return None
+        similar = self._runs.similarity(place, others.tolist())
+        for at in np.lexsort([others, -similar]).tolist():
+            if similar[at] < least:
+                break
+            if not self._goes_on(place, int(others[at])):
+                return int(others[at]), float(similar[at])
+        return None
+
+    def _goes_on(self, one: int, other: int) -> bool:
+        """Whether a conversation is the beginning of the other, which asks something else then."""
         first, second = self._texts[one], self._texts[other]
-        # A conversation that goes on asks something else than its beginning did.
-        if first.startswith(second + TURN) or second.startswith(first + TURN):
-            return 0.0
-        return jaccard(self._runs(one), self._runs(other))
+        return first.startswith(second + TURN) or second.startswith(first + TURN)
 
 
-def runs(text: str) -> frozenset[str]:
-    """The runs of characters in a text; one that is shorter is one."""
-    return frozenset(text[at : at + RUN] for at in range(max(len(text) - RUN + 1, 1)))
+class _Runs:
+    """The runs of texts, each as a number of 64 bits; those that were asked for lately are in memory, 32 MB."""
+
+    def __init__(self, texts: Texts) -> None:
+        self._texts = texts
+        self._known: dict[int, Ids] = {}
+        self._size = 0
+
+    def similarity(self, place: int, others: list[int]) -> npt.NDArray[np.float64]:
+        """Of the text at a place with each of some others, in their order: the runs in both, of those in either."""
+        own, *of_others = self._of([place, *others])
+        flat, lengths = np.concatenate(of_others), np.array([len(each) for each in of_others])
+        is_in_both = own[np.minimum(np.searchsorted(own, flat), len(own) - 1)] == flat
+        both = np.add.reduceat(is_in_both.astype(np.int64), np.cumsum(lengths) - lengths)
+        share: npt.NDArray[np.float64] = both / (len(own) + lengths - both)
+        return share
+
+    def _of(self, places: list[int]) -> list[Ids]:
+        missing = [place for place in places if place not in self._known]
+        if missing:
+            numbers, counts = _runs_of([self._texts[place] for place in missing])
+            for place, own in zip(missing, np.split(numbers, np.cumsum(counts)[:-1]), strict=True):
+                self._known[place] = np.unique(own)
+                self._size += len(self._known[place])
+        found = [self._known[place] for place in places]
+        while self._size > _KNOWN and len(self._known) > 1:
+            self._size -= len(self._known.pop(next(iter(self._known))))
+        return found
 
 
-def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
-    """Share of what both have, of what either has."""
-    both = len(one & other)
-    return both / (len(one) + len(other) - both)
+def _runs_of(texts: list[str]) -> tuple[Ids, Places]:
+    """The runs of texts, one text behind the other, and how many each has; a text that is shorter than one is one."""
+    texts = [text or " " for text in texts]
+    values = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32).astype(np.uint64) + np.uint64(1)
+    return windows(values, np.array([len(text) for text in texts], np.int64), RUN, whole=True)
 
 
 def _missed(similarity: float, rows: int) -> float:
-    """Chance that two texts of this similarity share no band of so many numbers."""
-    return float((1 - similarity**rows) ** (_NUMBERS // rows))
+    """Chance that two texts of this similarity share fewer than two bands of so many numbers."""
+    bands, one = _NUMBERS // rows, similarity**rows
+    return float((1 - one) ** bands + bands * one * (1 - one) ** (bands - 1))
 
 
 def _shared(key: npt.NDArray[np.uint32], order: Places, asked: Places) -> Ids:
     """Pairs of those asked for and others that share a band, each as one number, of which `order` has the others by their keys."""
     first, behind = (np.searchsorted(key[order], key[asked], side=side) for side in ("left", "right"))
-    counts = np.minimum(behind - first, _STEPS)
+    counts = np.minimum(behind - first, _STEPS // 10)
     pairs: Ids = (np.repeat(asked, counts).astype(np.uint64) << _HALF) | order[ranges(first, counts)].astype(np.uint64)
     return pairs
 

@@ -8,7 +8,7 @@ each are in memory.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -62,10 +62,10 @@ class Search:
         hits = self._counted(asked)
         most = max(_COMMON, int(share * len(asked)))
         common = [known.forget(most) for known in self._known]
-        found = [
-            self._largest(place, text) for some, batch in self._texts.some(iter(hits)) for place, text in zip(some, batch, strict=True)
-        ]
-        return [each for each in found if each is not None], common[-1]
+        found: list[Found] = []
+        for some, batch in self._texts.some(iter(hits)):
+            found += self._largest(some, list(map(units, batch)))
+        return found, common[-1]
 
     def _counted(self, asked: Places) -> list[int]:
         """The texts that share a run of the smallest length; in how many each run is, is noted."""
@@ -79,15 +79,15 @@ class Search:
                 bar.update(len(some))
         return hits
 
-    def _largest(self, place: int, text: str) -> Found | None:
-        words = units(text)
-        for known in self._known:
-            [numbers] = runs([words], known.words)
-            first = known.first(numbers)
-            if first is not None:
-                at, other = first
-                return Found(place, other, known.words, " ".join(words[at : at + size_of(words, known.words)]))
-        return None
+    def _largest(self, places: list[int], texts: list[list[str]]) -> Iterator[Found]:
+        of_each: dict[int, Found] = {}
+        for known in reversed(self._known):
+            for place, words, numbers in zip(places, texts, runs(texts, known.words), strict=True):
+                first = known.first(numbers)
+                if first is not None:
+                    at, other = first
+                    of_each[place] = Found(place, other, known.words, " ".join(words[at : at + size_of(words, known.words)]))
+        yield from (of_each[place] for place in places if place in of_each)
 
 
 class _Known:
