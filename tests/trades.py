@@ -13,7 +13,6 @@ from typing import Any
 
 import commands
 
-from distill.data.mapping import PromptMapping
 from distill.pipeline import run_stage
 from distill.recipe.reading import load_recipe
 from distill.run.tables import read_rows
@@ -37,18 +36,18 @@ def made_words(trade: str) -> list[str]:
 
 
 def judged(trade: str, folder: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, str], dict[str, str]]:
-    """What the recipe's checks say of the made answer to each prompt, by its id, and what they must say; held-out prompts are left out.
+    """What the recipe's checks say of each made answer, by its text, and what they must say; those to held-out prompts are left out.
 
     No model is loaded.
     """
     recipe = load_recipe(recipe_of(trade), [*made_words(trade), "--run_dir", str(folder), *overrides])
     for stage in ("prompts", "generate", "curate"):
         run_stage(stage, recipe)
-    found = {row["prompt_id"]: KEPT for row in read_rows(folder / "curated", "curated")}
-    found |= {row["prompt_id"]: row["reason"] for row in read_rows(folder / "curated", "dropped")}
-    mapping = PromptMapping(recipe.prompts, recipe.prompts.columns, trade)
-    wanted = {mapping.prompt_row(row, trade)[0]["prompt_id"]: row["made_verdict"] for row in made_rows(trade)}
-    return found, {prompt: wanted[prompt] for prompt in found}
+    found = {row["completion"]: KEPT for row in read_rows(folder / "curated", "curated")}
+    found |= {row["completion"]: row["reason"] for row in read_rows(folder / "curated", "dropped")}
+    wanted = {row["made_completion"]: row["made_verdict"] for row in made_rows(trade)}
+    assert len(wanted) == len(made_rows(trade)), "two made answers are the same text"
+    return found, {completion: wanted[completion] for completion in found}
 
 
 def run_made(trade: str, folder: Path, *overrides: str) -> str:
