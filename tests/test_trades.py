@@ -28,7 +28,7 @@ def test_all_three_models_are_measured_on_prompts_that_nobody_trains_on(trade: s
 def test_right_answers_pass_and_wrong_ones_go_for_their_reason(trade: str, tmp_path: Path) -> None:
     found, wanted = judged(trade, tmp_path)
     assert found == wanted
-    assert len(found) == len(made_rows(trade)) - 12 and Counter(wanted.values())[KEPT] < len(found) - 3
+    assert len(found) == len(made_rows(trade)) and Counter(wanted.values())[KEPT] <= len(found) - 8
 
 
 @pytest.mark.slow

@@ -36,11 +36,9 @@ def made_words(trade: str) -> list[str]:
 
 
 def judged(trade: str, folder: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, str], dict[str, str]]:
-    """What the recipe's checks say of each made answer, by its text, and what they must say; those to held-out prompts are left out.
-
-    No model is loaded.
-    """
-    recipe = load_recipe(recipe_of(trade), [*made_words(trade), "--run_dir", str(folder), *overrides])
+    """What the recipe's checks say of each made answer, by its text, and what they must say. No model is loaded."""
+    none_held_out = ["--prompts.heldout_size", "0", "--evaluate", "null", "--run_dir", str(folder)]
+    recipe = load_recipe(recipe_of(trade), [*made_words(trade), *none_held_out, *overrides])
     for stage in ("prompts", "generate", "curate"):
         run_stage(stage, recipe)
     found = {row["completion"]: KEPT for row in read_rows(folder / "curated", "curated")}
