@@ -29,6 +29,8 @@ def test_every_folder_with_modules_is_packaged_and_every_file_beside_them() -> N
     assert files <= covered, files - covered
     covered = {path for pattern in setuptools["package-data"]["distill.slurm"] for path in (ROOT / "slurm").glob(pattern)}
     assert {path for path in (ROOT / "slurm").rglob("*") if path.is_file()} == covered
+    covered = {path for pattern in setuptools["package-data"]["distill.shelf"] for path in (ROOT / "recipes").glob(pattern)}
+    assert {path for path in (ROOT / "recipes").rglob("*") if path.is_file()} == covered
 
 
 def test_the_recipes_of_the_kit_say_what_they_are() -> None:
