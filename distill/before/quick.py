@@ -17,7 +17,7 @@ from distill.before.likeness import check_likeness
 from distill.before.outlook import outlook
 from distill.before.packages import check_packages
 from distill.before.servers import check_without_asking, warn_of_keys
-from distill.data.completions import brought, columns_of
+from distill.data.completions import columns_of, traces_of
 from distill.data.files import Placed
 from distill.data.licences import check_terms
 from distill.data.mapping import PromptMapping
@@ -118,8 +118,8 @@ def _check_sources(recipe: Recipe, found: Findings) -> None:
     prompts, traces = recipe.prompts, recipe.traces
     mapping = PromptMapping(prompts, prompts.columns, prompts.source)
 
-    def of_prompt(placed: Placed) -> str | None:
-        return mapping.prompt_row(placed[1], placed[0])[1]
+    def of_prompt(placed: Placed) -> list[str | None]:
+        return [reason for _, reason in mapping.prompt_rows(placed[1], placed[0])]
 
     _check_source("prompts", lambda: problems(prompts), of_prompt, mapping.columns, found)
     if prompts.heldout_source is not None:
@@ -130,9 +130,8 @@ def _check_sources(recipe: Recipe, found: Findings) -> None:
         return
     mapping_of_traces = PromptMapping(prompts, traces.columns, traces.source, with_fields=False)
 
-    def of_trace(placed: Placed) -> str | None:
-        messages = mapping_of_traces.messages(placed[1], placed[0])
-        return brought(traces, placed[1], placed[0]).reason if messages else "empty_prompt"
+    def of_trace(placed: Placed) -> list[str | None]:
+        return [asked.reason or found.reason for asked, found in traces_of(traces, mapping_of_traces, placed[1], placed[0])]
 
     columns = [*mapping_of_traces.columns, *columns_of(traces)]
     _check_source("traces", lambda: brought_traces(traces), of_trace, columns, found)
@@ -142,13 +141,15 @@ def _check_set(recipe: Recipe, name: str, asked: AskedSet, found: Findings) -> N
     """A further held-out set."""
     assert recipe.evaluate is not None
     each, mapping = recipe.evaluate.sets[name], PromptMapping(asked.prompts, asked.prompts.columns, asked.prompts.source)
-    _check_source(
-        f"set {name}", lambda: heldout_set(name, each), lambda placed: mapping.prompt_row(placed[1], placed[0])[1], mapping.columns, found
-    )
+
+    def of_prompt(placed: Placed) -> list[str | None]:
+        return [reason for _, reason in mapping.prompt_rows(placed[1], placed[0])]
+
+    _check_source(f"set {name}", lambda: heldout_set(name, each), of_prompt, mapping.columns, found)
 
 
 def _check_source(
-    name: str, find: Callable[[], Source | None], reason_of: Callable[[Placed], str | None], columns: list[str], found: Findings
+    name: str, find: Callable[[], Source | None], reasons_of: Callable[[Placed], list[str | None]], columns: list[str], found: Findings
 ) -> None:
     source: Source | None = None
 
@@ -159,7 +160,7 @@ def _check_source(
         if not source.is_local:
             return "on the Hub"
         rows: Iterator[Placed] = islice(source.rows(columns), _FIRST_ROWS)
-        reasons = Counter(map(reason_of, rows))
+        reasons = Counter(reason for placed in rows for reason in reasons_of(placed))
         usable = reasons.pop(None, 0)
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items(), key=str))
         if not usable:

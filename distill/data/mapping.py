@@ -6,13 +6,26 @@ A value that can't be used is an error that names the file and the row; what is 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import NamedTuple
 
+from distill.data.calls import UnusableError, tools_of
 from distill.data.files import Row
-from distill.data.names import json_text, reference_at, text_at, value_at, whole_text
+from distill.data.names import Spare, json_text, reference_at, spare_at, text_at, value_at, whole_text
+from distill.data.turns import answered, settled, turns_of, with_tools
 from distill.errors import DataError
 from distill.recipe.prompts import Columns, Prompts
 from distill.run.schema import Message, prompt_id
+
+
+class Asked(NamedTuple):
+    """What a row asks a model."""
+
+    messages: list[Message]
+    """The conversation up to where an assistant answers; empty where there is none."""
+    answer: Message | None = None
+    """The turn that the row has behind it, as it stands there; null where it has none."""
+    reason: str | None = None
+    """To drop it; null keeps it."""
 
 
 class PromptMapping:
@@ -30,55 +43,104 @@ class PromptMapping:
         self._columns = columns
         self._name = name
         self._fields = (prompts.fields or []) if with_fields else []
+        beside = columns.messages.rpartition(".")[0] if columns.messages is not None else None
+        spare = {key: Spare(f"{beside}.{key}" if beside else key) for key in ("system", "tools", "functions") if beside is not None}
+        self._system = columns.system or (spare.get("system") if prompts.system_prompt is None else None)
+        self._tools = [columns.tools] if columns.tools is not None else [spare[key] for key in ("tools", "functions") if spare]
 
     @property
     def columns(self) -> list[str]:
         """Names that are looked up in a row."""
-        named = (self._columns.prompt, self._columns.messages, self._columns.reference, self._columns.tags)
+        named = (self._columns.prompt, self._columns.messages, self._columns.reference, self._columns.tags, self._system, *self._tools)
         return [name for name in (*named, *self._fields) if name is not None]
 
-    def messages(self, row: Row, where: str) -> list[Message] | None:
-        """The conversation of a row, or null where its prompt is empty.
+    def asked(self, row: Row, where: str) -> list[Asked]:
+        """What a row asks a model; at least one, be it nothing.
 
         Args:
             row: Of the source.
             where: It stands, for errors.
         """
-        if self._columns.messages is not None:
-            return self._from_messages(row, self._columns.messages, where)
-        assert self._columns.prompt is not None  # the recipe was validated
-        text = text_at(row, self._columns.prompt, where)
-        return [*self._system(), self._user(text)] if text else None
+        try:
+            if self._columns.messages is not None:
+                turns = self._turns(row, self._columns.messages, where)
+                return [self._of_conversation(before, answer) for before, answer in self._supervised(turns)]
+            assert self._columns.prompt is not None  # the recipe was validated
+            text = text_at(row, self._columns.prompt, where)
+            turns = self._with_context(row, [{"role": "user", "content": text}], where) if text else []
+        except UnusableError as error:
+            return [Asked([], reason=error.reason)]
+        return [self._of_conversation(turns, None)]
 
-    def prompt_row(self, row: Row, where: str) -> tuple[Row, str | None]:
-        """A PROMPT row, and the reason to drop it or null."""
-        messages = self.messages(row, where)
+    def prompt_rows(self, row: Row, where: str) -> list[tuple[Row, str | None]]:
+        """PROMPT rows, and for each the reason to drop it or null."""
         name, as_json = self._columns.reference, self._prompts.json_reference
         reference = reference_at(row, name, where, as_json=as_json) if name else None
-        mapped: Row = {
-            "prompt_id": prompt_id(messages or []),
-            "messages": messages or [],
-            "reference": reference.strip() if reference else None,
-            "source": self._name,
-            "tags": self._tags(row, where),
-        }
+        told: Row = {"reference": reference.strip() if reference else None, "source": self._name, "tags": self._tags(row, where)}
         if self._fields:
             fields = {name: value_at(row, name, where) for name in self._fields}
-            mapped["fields"] = json_text(fields, "prompts.fields", where)
-        if messages is None:
-            return mapped, "empty_prompt"
+            told["fields"] = json_text(fields, "prompts.fields", where)
+        reason = None
         if reference is not None and self._prompts.answer_pattern is not None:
             matches = [match.strip() for match in re.findall(self._prompts.answer_pattern, reference)]
-            if not matches or not matches[-1]:
-                return mapped, "no_answer_match"
-            mapped["reference"] = matches[-1]
-        return mapped, None
+            if matches and matches[-1]:
+                told["reference"] = matches[-1]
+            else:
+                reason = "no_answer_match"
+        return [
+            ({"prompt_id": prompt_id(asked.messages), "messages": asked.messages, **told}, asked.reason or reason)
+            for asked in self.asked(row, where)
+        ]
 
-    def _system(self) -> list[Message]:
-        return [{"role": "system", "content": self._prompts.system_prompt}] if self._prompts.system_prompt is not None else []
+    def _supervised(self, turns: list[Message]) -> list[tuple[list[Message], Message | None]]:
+        """The parts of a conversation that a model is to go on with, each with the turn of the row's that does."""
+        parts: list[tuple[list[Message], Message | None]] = [*answered(turns)]
+        return parts[-1:] if turns and turns[-1]["role"] == "assistant" else [(turns, None)]
 
-    def _user(self, text: str) -> Message:
-        return {"role": "user", "content": self._prompts.template.replace("{prompt}", text)}
+    def _of_conversation(self, turns: list[Message], answer: Message | None) -> Asked:
+        """A prompt of some turns: the system prompt before them, the template around the last of the user's."""
+        users = [place for place, turn in enumerate(turns) if turn["role"] == "user"]
+        if not users or not turns[users[-1]]["content"].strip():
+            return Asked([], answer, "empty_prompt")
+        before, last, behind = turns[: users[-1]], turns[users[-1]], turns[users[-1] + 1 :]
+        templated = last | {"content": self._prompts.template.replace("{prompt}", last["content"])}
+        messages = [*map(settled, before), templated, *map(settled, behind)]
+        if self._prompts.system_prompt is not None:
+            tools = messages[0].pop("tools", None)
+            messages = with_tools([{"role": "system", "content": self._prompts.system_prompt}, *messages], tools)
+        return Asked(messages, answer)
+
+    def _turns(self, row: Row, name: str, where: str) -> list[Message]:
+        """A row's conversation, with the system turn and the tools that it has beside that."""
+        turns = turns_of(value_at(row, name, where), name, where)
+        if turns and turns[0]["role"] == "system" and self._prompts.system_prompt is not None:
+            raise DataError(f"{where}: {name} has a system turn of its own, and prompts.system_prompt is set. Leave one of them out.")
+        return self._with_context(row, turns, where)
+
+    def _with_context(self, row: Row, turns: list[Message], where: str) -> list[Message]:
+        name = self._system
+        value = None if name is None else spare_at(row, name) if isinstance(name, Spare) else text_at(row, name, where)
+        if isinstance(value, str) and value.strip():
+            assert name is not None
+            if not turns or turns[0]["role"] != "system":
+                tools = turns[0].pop("tools", None) if turns else None
+                turns = with_tools([{"role": "system", "content": whole_text(value, name, where)}, *turns], tools)
+            elif not isinstance(name, Spare) and turns[0]["content"].strip() != value.strip():
+                raise DataError(
+                    f"{where}: the conversation has a system turn of its own, and {name} says another. Leave columns.system out."
+                )
+        for name in self._tools:
+            turns = with_tools(turns, self._tools_at(row, name, turns, where))
+        return turns
+
+    def _tools_at(self, row: Row, name: str, turns: list[Message], where: str) -> str | None:
+        """The tools of a column; what is called so by chance, in a conversation without calls, is none."""
+        try:
+            return tools_of(spare_at(row, name) if isinstance(name, Spare) else value_at(row, name, where), f"{where}: {name}")
+        except DataError:
+            if isinstance(name, Spare) and not any("tool_calls" in turn for turn in turns):
+                return None
+            raise
 
     def _tags(self, row: Row, where: str) -> list[str]:
         name = self._columns.tags
@@ -89,23 +151,3 @@ class PromptMapping:
         if not all(isinstance(tag, str) for tag in tags):
             raise DataError(f"{where}: {name} must be a string or a list of strings, got {value!r:.80}.")
         return [whole_text(tag, name, where) for tag in tags]
-
-    def _from_messages(self, row: Row, name: str, where: str) -> list[Message] | None:
-        """Turns up to the last of the user's; what an assistant answered to it is no part of the prompt."""
-        turns = value_at(row, name, where)
-        roles = [turn.get("role") if isinstance(turn, dict) else None for turn in turns] if isinstance(turns, list) else []
-        users = [place for place, role in enumerate(roles) if role == "user"]
-        # What stands behind the last user turn may be calls and results, which have no text.
-        if not isinstance(turns, list) or not all(map(_is_turn, turns[: users[-1] + 1] if users else turns)):
-            raise DataError(f"{where}: {name} must be a list of {{role, content}} with text in both, got {turns!r:.80}.")
-        if not users or not turns[users[-1]]["content"].strip():
-            return None
-        before: list[Message] = [{key: whole_text(turn[key], name, where) for key in ("role", "content")} for turn in turns[: users[-1]]]
-        has_system = bool(before) and before[0]["role"] == "system"
-        if has_system and self._prompts.system_prompt is not None:
-            raise DataError(f"{where}: {name} has a system turn of its own, and prompts.system_prompt is set. Leave one of them out.")
-        return [*self._system(), *before, self._user(whole_text(turns[users[-1]]["content"], name, where))]
-
-
-def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)

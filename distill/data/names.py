@@ -15,6 +15,10 @@ from distill.errors import DataError, shown
 _NAMES = 20  # of columns, shown in an error
 
 
+class Spare(str):
+    """A name that is looked up in rows which have it."""
+
+
 def value_at(row: dict[str, Any], name: str, where: str) -> Any:
     """A row's value under a name; null where something on the way is null.
 
@@ -111,8 +115,16 @@ def whole_text(text: str, name: str, where: str) -> str:
 
 def top_levels(names: Iterable[str], columns: Sequence[str]) -> list[str] | None:
     """The columns in which some names lie; null, for all columns, where one lies in none: the error about it shows them."""
-    found = [next((head for head, _ in _splits(name) if head in columns), None) for name in names]
+    heads = ((name, next((head for head, _ in _splits(name) if head in columns), None)) for name in names)
+    found = [head for name, head in heads if head is not None or not isinstance(name, Spare)]
     return None if None in found else list(dict.fromkeys(head for head in found if head is not None))
+
+
+def spare_at(row: dict[str, Any], name: Spare) -> Any:
+    """A row's value under a name; null where there is none."""
+    inside, _, last = name.rpartition(".")
+    values = value_at(row, inside, "") if inside else row
+    return values.get(last) if isinstance(values, dict) else None
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:

@@ -82,8 +82,9 @@ def _mapped(recipe: Recipe, name: str, placed: Iterator[tuple[str, Row]]) -> Ite
     plain = PromptMapping(prompts.model_copy(update={"template": recipe.prompts.template}), prompts.columns, prompts.source)
     same = prompts.template == recipe.prompts.template
     for where, raw in placed:
-        row, reason = mapping.prompt_row(raw, where)
-        yield row | {"plain_id": row["prompt_id"] if same else prompt_id(plain.messages(raw, where) or [])}, reason
+        plainly = [] if same else plain.asked(raw, where)
+        for place, (row, reason) in enumerate(mapping.prompt_rows(raw, where)):
+            yield row | {"plain_id": row["prompt_id"] if same else prompt_id(plainly[place].messages)}, reason
 
 
 def _drawn(identities: list[str], most: int | None, salt: str) -> list[str]:

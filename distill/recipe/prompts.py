@@ -16,7 +16,14 @@ class Columns(Section):
     prompt: str | None = None
     """Column with the user's text."""
     messages: str | None = None
-    """Column with a list of chat messages, instead of `prompt`."""
+    """Column with a conversation, instead of `prompt`: a list of turns as OpenAI (`role`, `content`; tools, calls, parts of text) or
+    ShareGPT has them (`from`, `value`), or that as JSON. An assistant's last turn is no part of the prompt."""
+    system: str | None = None
+    """Column with the system turn. Null takes `system` beside `messages`, where rows have it and no system turn of their own, and
+    prompts.system_prompt is not set."""
+    tools: str | None = None
+    """Column with the tools that the model may call, as a list or as JSON. Null takes `tools` or `functions` beside `messages`, where rows
+    have them."""
     reference: str | None = None
     """Column with the reference answer; null where there is none."""
     tags: str | None = None
@@ -27,6 +34,11 @@ class Columns(Section):
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("name exactly one of prompt and messages")
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """The names; of those that an earlier kit did not know only what is asked for."""
+        plain = super().identity()
+        return {name: value for name, value in plain.items() if name not in ("system", "tools") or value is not None}
 
 
 def check_pattern(value: str | None) -> str | None:
@@ -109,8 +121,14 @@ class Prompts(Section):
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the rows; of those that an earlier kit did not know only what is asked for."""
-        plain = super().identity()
+        plain = super().identity() | {"columns": self.columns.identity()}
         return {name: value for name, value in plain.items() if name not in ("fields", "json_reference") or value}
+
+    @model_validator(mode="after")
+    def _one_system_turn(self) -> Prompts:
+        if self.columns.system is not None and self.system_prompt is not None:
+            raise ValueError("columns.system and system_prompt exclude each other: a conversation has one system turn")
+        return self
 
     @model_validator(mode="after")
     def _pattern_has_its_column(self) -> Prompts:

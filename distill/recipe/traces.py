@@ -22,11 +22,14 @@ class Traces(Section):
     """Split of a Hub data set; not for files."""
     columns: Columns = Columns(prompt="question")
     """Column names of the prompt; a trace belongs to the prompt whose text is the same."""
-    completion: str = "completion"
-    """Column with the answer (the reasoning inside it, or in a column of its own), by a name as in `prompts.columns`. Ends of turns of any
-    family (`<|im_end|>`) are taken off; reasoning that ends with `</think>` and began without `<think>`, as R1 leaves it, is given one."""
+    completion: str | None = None
+    """Column with the answer (the reasoning inside it, or in a column of its own), by a name as in `prompts.columns`; with a list of
+    answers, each is a trace. Null takes the last turn of `columns.messages`, or the column `completion` where there are none. Ends of turns
+    of any family (`<|im_end|>`) are taken off; other marks of reasoning become `<think>` and `</think>`, which where it stands alone, as
+    R1 leaves it, is given the first."""
     reasoning: str | None = None
-    """Column with the reasoning, where it is apart; it is put between `<think>` and `</think>`."""
+    """Column with the reasoning, where it is apart; it is put between `<think>` and `</think>`. This, `finish_reason` and `verdict` have an
+    entry for each answer where `completion` has a list, or say the same of all."""
     answer_separator: str | None = None
     """Text inside the completion before which stands the reasoning and after which the answer (`####` in GSM8K)."""
     finish_reason: str | None = None
@@ -49,8 +52,13 @@ class Traces(Section):
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the rows; of those that an earlier kit did not know only what is asked for."""
-        plain = super().identity()
+        plain = super().identity() | {"columns": self.columns.identity(), "completion": self.column_of_answers}
         return {name: value for name, value in plain.items() if name != "verdict" or value is not None}
+
+    @property
+    def column_of_answers(self) -> str | None:
+        """Where they are; null where each is the last turn of its conversation."""
+        return self.completion or ("completion" if self.columns.messages is None else None)
 
 
 class Generate(Sampling):

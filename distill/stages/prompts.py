@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from distill.data.calls import UNUSABLE
 from distill.data.files import Row
 from distill.data.identities import Identities, Ids, Places, as_numbers, rank
 from distill.data.mapping import PromptMapping
@@ -33,7 +34,7 @@ from distill.run.tables import iter_pieces
 from distill.stages import Step, folder, open_stage, plan_of
 
 _TRAIN, _HELDOUT = 0, 1  # fates; those from 2 on are reasons to drop a row
-_REASONS = ["empty_prompt", "no_answer_match", "duplicate", "duplicate_other_reference", "in_heldout_source", "not_drawn"]
+_REASONS = ["empty_prompt", "no_answer_match", "duplicate", "duplicate_other_reference", "in_heldout_source", "not_drawn", *UNUSABLE]
 _CODES = {reason: code for code, reason in enumerate(_REASONS, start=2)}
 _REMEDIES = {
     "empty_prompt": "Name the column of the prompts in prompts.columns.",
@@ -120,10 +121,10 @@ def survey(prompts: Prompts, seed: int, sample: int, *, spread: bool = False) ->
     chosen = np.flatnonzero(fates == _TRAIN)
     ids, references = index.ids[chosen], index.references[chosen]
     mapping = PromptMapping(prompts, prompts.columns, source.name)
-    rows = source.rows(mapping.columns, "sample")
+    rows = (row for where, raw in source.rows(mapping.columns, "sample") for row, _ in mapping.prompt_rows(raw, where))
     wanted = set(chosen[:: -(-len(chosen) // sample) if spread else 1][:sample].tolist())
     last = max(wanted)
-    found = [mapping.prompt_row(row, where)[0] for number, (where, row) in zip(range(last + 1), rows) if number in wanted]
+    found = [row for number, row in zip(range(last + 1), rows) if number in wanted]
     return Survey(
         train=len(chosen),
         heldout=int((fates == _HELDOUT).sum()),
@@ -313,10 +314,10 @@ def _mapped(source: Source, mapping: PromptMapping) -> Iterator[tuple[list[Row],
     rows: list[Row] = []
     reasons: list[str | None] = []
     for where, raw in source.rows(mapping.columns, "prompts"):
-        row, reason = mapping.prompt_row(raw, where)
-        rows.append(row)
-        reasons.append(reason)
-        if len(rows) == _ROWS:
+        for row, reason in mapping.prompt_rows(raw, where):
+            rows.append(row)
+            reasons.append(reason)
+        if len(rows) >= _ROWS:
             yield rows, reasons
             rows, reasons = [], []
     if rows:

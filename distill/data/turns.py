@@ -1,0 +1,236 @@
+"""One conversation of a source, in whatever form people have it, as the kit's turns. Knows nothing of prompts and completions.
+
+Read are the forms of OpenAI (`role`, `content`), ShareGPT (`from`, `value`) and Anthropic (parts for calls and results), as values or
+as JSON. A turn that can't be read is an error that names row and turn; what only another kind of model could read is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from distill.data.calls import UnusableError, calls_of, in_hermes_form, tools_of, without_calls
+from distill.data.marks import thought, with_think
+from distill.data.names import json_text, whole_text
+from distill.data.texts import is_blank
+from distill.errors import DataError, shown
+from distill.run.schema import THINK_CLOSE, THINK_OPEN, Message
+
+_CALLING = "calling"  # a turn of its own for calls, as ShareGPT has
+_ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter", "customer"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai", "llm", "bard", "bing"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython", "environment"), "tool"),
+    **dict.fromkeys(("function_response", "tool_response", "function_result", "tool_result", "tool_output"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call", "tool_calls"), _CALLING),
+}
+_WHO, _WHAT = ("role", "from"), ("content", "value", "text")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
+_TEXTS = frozenset({"text", "input_text", "output_text"})
+_RESPONSE = re.compile(r"\s*<tool_response>\s*((?:(?!</?tool_response>).)*?)\s*</tool_response>\s*", re.DOTALL)
+
+
+def turns_of(value: Any, name: str, where: str) -> list[Message]:
+    """The turns of a conversation, with what there is of `tool_calls`, `tool_call_id`, `name` and, on the first one, `tools`.
+
+    Args:
+        value: Of a row.
+        name: Of the value.
+        where: The row stands, for errors.
+
+    Raises:
+        DataError: it is no conversation.
+        UnusableError: it holds an image, a sound or the like, or a call that nobody can read.
+    """
+    found: list[Message] = []
+    tools: str | None = None
+    for place, turn in enumerate(_listed(value, name, where)):
+        here = f"{where}: {name}.{place}"
+        who = _first(turn, _WHO) if isinstance(turn, dict) else None
+        if not isinstance(turn, dict) or not isinstance(who, str):
+            raise DataError(
+                f"{where}: {name} must be a list of turns, each with role and content, or from and value, got {shown(turn)} at {place}."
+            )
+        role = _ROLES.get(re.sub(r"[\s-]+", "_", who.strip().lower()))
+        if role is None:
+            raise DataError(f"{here}: has the role {shown(who)}, which is none of {', '.join(_ROLES)}. Correct or remove the row.")
+        tools = tools or tools_of(_first(turn, ("tools", "functions")), f"{here}: tools")
+        for message in _messages(role, turn, here):
+            if role == _CALLING and found and found[-1]["role"] == "assistant":  # what it says before it calls is of the same turn
+                calls = json.loads(found[-1].get("tool_calls", "[]")) + json.loads(message["tool_calls"])
+                found[-1]["tool_calls"] = json.dumps(calls, ensure_ascii=False)
+            else:
+                found.append(message)
+    return with_tools(found, tools)
+
+
+def with_tools(turns: list[Message], tools: str | None) -> list[Message]:
+    """The turns, of which the first names the tools; as they are where there are none, or it names some."""
+    return turns if tools is None or not turns or "tools" in turns[0] else [turns[0] | {"tools": tools}, *turns[1:]]
+
+
+def settled(turn: Message) -> Message:
+    """A turn of an assistant whose reasoning stands between the kit's marks, and whose calls are no part of its text."""
+    if turn["role"] != "assistant":
+        return turn
+    text, calls = without_calls(with_think(turn["content"]))
+    if not calls:
+        return turn | {"content": text}
+    known = json.loads(turn.get("tool_calls", "[]"))
+    return turn | {"content": text.rstrip(), "tool_calls": json.dumps(known + calls, ensure_ascii=False)}
+
+
+def completion_of(turn: Message) -> str:
+    """An assistant's turn as a completion: its text, then its calls, a block each."""
+    text = turn["content"].strip()
+    if "tool_calls" not in turn:
+        return text
+    between = "\n\n" if text.endswith(THINK_CLOSE) else "\n" if text else ""
+    return text + between + in_hermes_form(json.loads(turn["tool_calls"]))
+
+
+def answered(turns: list[Message]) -> Iterator[tuple[list[Message], Message]]:
+    """Each assistant's turn behind all that stands before it, in their order."""
+    for place, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            yield turns[:place], turn
+
+
+def is_turn(value: Any) -> bool:
+    """Whether a value looks like a turn."""
+    return isinstance(value, dict) and isinstance(_first(value, _WHO), str)
+
+
+def _listed(value: Any, name: str, where: str) -> list[Any]:
+    """The turns of a list, of JSON, or of an object of lists, as `datasets` keeps a list of objects."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise DataError(f"{where}: {name} holds text that is no JSON, got {shown(value)}. Correct or remove the row.") from None
+    if isinstance(value, dict) and all(isinstance(item, list) for item in value.values()) and len(set(map(len, value.values()))) == 1:
+        value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+    if not isinstance(value, list):
+        raise DataError(f"{where}: {name} must be a list of turns, each with role and content, or from and value, got {shown(value)}.")
+    return value
+
+
+def _messages(role: str, turn: dict[str, Any], here: str) -> Iterator[Message]:
+    """A turn, and before it those of results that it holds, as Anthropic has them."""
+    content = _first(turn, _WHAT)
+    if role == _CALLING:
+        calls = _called(content)
+        yield {"role": "assistant", "content": "", "tool_calls": json.dumps(calls, ensure_ascii=False)}
+        return
+    calls = calls_of(turn.get("tool_calls")) + calls_of(turn.get("function_call"))
+    extras = {key: whole_text(turn[key], key, here) for key in ("tool_call_id", "name") if isinstance(turn.get(key), str) and turn[key]}
+    texts, thoughts, others = [], [], 0
+    for kind, item in _parts(content, role, here):
+        others += 1
+        if kind == "text":
+            texts.append(item)
+        elif kind == "thought":
+            thoughts.append(item)
+        elif kind == "call":
+            calls += calls_of(item)
+        else:
+            others -= 1
+            result = {"tool_call_id": item["tool_use_id"]} if isinstance(item.get("tool_use_id"), str) else {}
+            yield {"role": "tool", "content": _text(item.get("content"), "tool", here), **result}
+    if not others and isinstance(content, list) and content:
+        return  # of results alone
+    text = _joined(texts)
+    if role == "tool" and (unwrapped := _RESPONSE.fullmatch(text)):
+        text = unwrapped[1]
+    if role == "assistant":
+        text = _with_thought(text, _thought_beside(turn, here) or "\n\n".join(thoughts), here)
+    if calls:
+        extras["tool_calls"] = whole_text(json.dumps(calls, ensure_ascii=False), "tool_calls", here)
+    yield {"role": role, "content": text, **extras}
+
+
+def _called(content: Any) -> list[dict[str, Any]]:
+    """The calls of a turn that holds nothing else: as data, as JSON, or in Hermes' form."""
+    if isinstance(content, str) and "<tool_call>" in content:
+        rest, calls = without_calls(content)
+        if calls and not rest.strip():
+            return calls
+    calls = calls_of(content)
+    if not calls:
+        raise UnusableError("call_not_readable")
+    return calls
+
+
+def _parts(content: Any, role: str, here: str) -> Iterator[tuple[str, Any]]:
+    """What a turn holds, each with its kind: text, thought, call or result."""
+    if content is None:
+        return
+    parts = content if isinstance(content, list) else [content]
+    if role == "tool" and not all(isinstance(part, str) or _kind(part) in _TEXTS for part in parts):
+        yield "text", json_text(content, "content", here)
+        return
+    for part in parts:
+        kind, text = _kind(part), part if isinstance(part, str) else _said(part)
+        if text is not None:
+            yield "text", whole_text(text, "content", here)
+        elif kind in ("thinking", "reasoning"):
+            yield "thought", _text(_first(part, (kind, "text", "content")), "assistant", here)
+        elif kind == "tool_use":
+            yield "call", part
+        elif kind == "tool_result":
+            yield "result", part
+        elif kind is not None and kind not in _TEXTS:
+            raise UnusableError("not_text")
+        else:
+            raise DataError(f"{here}: content must be text, or a list of parts of a type, got {shown(part)}. Correct or remove the row.")
+
+
+def _kind(part: Any) -> str | None:
+    if not isinstance(part, dict):
+        return None
+    kind = part.get("type")
+    return kind if isinstance(kind, str) else "text" if isinstance(part.get("text"), str) else None
+
+
+def _said(part: Any) -> str | None:
+    """The text of a part that is one."""
+    text = _first(part, ("refusal",) if part.get("type") == "refusal" else ("text",)) if isinstance(part, dict) else None
+    return text if isinstance(text, str) and _kind(part) in (*_TEXTS, "refusal") else None
+
+
+def _text(value: Any, role: str, here: str) -> str:
+    return _joined([item for kind, item in _parts(value, role, here) if kind == "text"])
+
+
+def _joined(texts: list[str]) -> str:
+    """Parts as one text; on a line of their own, unless they bring white space."""
+    whole = ""
+    for text in texts:
+        whole += ("\n" if whole and text and not whole[-1].isspace() and not text[0].isspace() else "") + text
+    return whole
+
+
+def _thought_beside(turn: dict[str, Any], here: str) -> str:
+    value = _first(turn, _THOUGHTS)
+    return _text(value, "assistant", here) if isinstance(value, str | list) else ""
+
+
+def _with_thought(text: str, reasoning: str, here: str) -> str:
+    """The text behind its reasoning; as it is where it holds that itself."""
+    reasoning = reasoning.replace(THINK_OPEN, "").replace(THINK_CLOSE, "").strip()
+    if is_blank(reasoning):
+        return text
+    own = with_think(text)
+    if own.lstrip().startswith(THINK_OPEN):
+        if reasoning in own:
+            return text
+        raise DataError(f"{here}: has a reasoning in its text and another beside it, got {shown(reasoning)}. Correct or remove the row.")
+    return thought(reasoning, text)
+
+
+def _first(values: dict[str, Any], names: tuple[str, ...]) -> Any:
+    """The first of some values that is there."""
+    return next((values[name] for name in names if values.get(name) is not None), None)
