@@ -20,12 +20,14 @@ from trades import KEPT, judged, made_rows, made_words, recipe_of, run_made, sco
 
 from distill.before import check
 from distill.checks.sandbox import place_for
+from distill.data.names import value_at
 from distill.recipe.code import CodeSettings
 from distill.recipe.reading import load_recipe
 from distill.run.manifest import read_manifest
 from distill.run.tables import read_rows
 
-TRADES = ["code-assistant", "game-dialogue"]
+TRADES = ["code-assistant", "game-dialogue", "tool-calling-agent"]
+EXTRA = ["--prompts.template", "{prompt}"]
 QUALITIES = {"code-assistant": "qwen2.5-instruct"}
 
 
@@ -41,7 +43,7 @@ class Teacher(Answering):
 
 def line_of(trade: str, row: dict[str, Any]) -> str:
     """What is asked in a made row."""
-    return row["text"] if trade == "code-assistant" else row["dialogues"][0]["chat"][0]["content"]
+    return str(value_at(row, load_recipe(recipe_of(trade), EXTRA).prompts.columns.prompt or "", trade))
 
 
 def verdict_of(trade: str) -> Any:
@@ -68,6 +70,8 @@ def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         teacher = stack.enter_context(Teacher())
         teacher.answers = {line_of(trade, row): row["made_completion"] for row in made_rows(trade)}
         words = ["--teacher.server", json.dumps({"kind": "openai", "url": f"{teacher.url}/v1", "model": "tiny"})]
+        if trade == "tool-calling-agent":
+            words += ["--score.source", "process"]
         if trade == "game-dialogue":
             judge = json.dumps(stack.enter_context(Judging(verdict=verdict_of(trade))).model_section())
             words += ["--curate.checks.4.judge.model", judge, "--evaluate.preferences.model", judge, "--curate.keep_unjudged", "false"]
@@ -76,16 +80,16 @@ def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 @pytest.mark.parametrize("trade", TRADES)
 def test_the_measure_that_is_asked_for_is_that_of_the_made_run(trade: str) -> None:
-    recipe = load_recipe(recipe_of(trade))
+    recipe = load_recipe(recipe_of(trade), EXTRA)
     assert recipe.evaluate is not None and recipe.evaluate.models == ["base", "student", "teacher"] and recipe.judges_answers
-    made = load_recipe(recipe_of(trade), made_words(trade))
+    made = load_recipe(recipe_of(trade), [*made_words(trade), *EXTRA])
     assert [each.kind for each in made.checks_of_answers] == [each.kind for each in recipe.checks_of_answers]
     assert made.curate.reasoning == recipe.curate.reasoning and made.prompts.fields == recipe.prompts.fields
 
 
 @pytest.mark.parametrize("trade", TRADES)
 def test_right_answers_pass_and_wrong_ones_go_for_their_reason(trade: str, served: list[str], tmp_path: Path) -> None:
-    found, wanted = judged(trade, tmp_path, [*served, "--prompts.heldout_size", "0", "--evaluate", "null"])
+    found, wanted = judged(trade, tmp_path, [*served, *EXTRA, "--prompts.heldout_size", "0", "--evaluate", "null"])
     assert found == wanted and len(found) == len(made_rows(trade))
     assert 20 < Counter(found.values())[KEPT] < len(found) - 6
 
@@ -93,7 +97,7 @@ def test_right_answers_pass_and_wrong_ones_go_for_their_reason(trade: str, serve
 @pytest.mark.slow
 @pytest.mark.parametrize("trade", TRADES)
 def test_a_recipe_runs_whole_and_tells_how_good_the_teacher_is(trade: str, served: list[str], tmp_path: Path) -> None:
-    told = run_made(trade, tmp_path / "run", *served)
+    told = run_made(trade, tmp_path / "run", *served, *EXTRA)
     asked = [row["messages"][-1]["content"] for row in read_rows(tmp_path / "run" / "prompts", "heldout")]
     right = [row["made_verdict"] == KEPT for row in made_rows(trade) if any(line_of(trade, row) in text for text in asked)]
     assert len(right) == 12 and 6 < sum(right) < 12

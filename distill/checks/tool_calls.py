@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from distill.checks import Found, Given
 from distill.checks.form import answer_of
 from distill.checks.json_answer import equal, find_json, is_missing, loaded, schema_problem
+from distill.data.calls import schema_of
 from distill.recipe.kinds import ToolCalls
 
 _HERMES = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
@@ -70,7 +71,7 @@ def _tools_of(value: Any) -> dict[str, Any] | None:
         described = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(described, dict) or not isinstance(described.get("name"), str):
             return None
-        found[described["name"]] = described.get("parameters", described.get("input_schema")) or {}
+        found[described["name"]] = schema_of(described.get("parameters", described.get("input_schema")) or {})
     return found
 
 
