@@ -90,7 +90,8 @@ FORMS: dict[str, Row] = {
     "gpt-oss": openai(
         {
             "content": "<|channel|>analysis<|message|>look<|end|><|start|>assistant<|channel|>commentary<|message|>I look.<|end|>"
-            f"<|start|>assistant<|channel|>commentary to=functions.stock <|constrain|>json<|message|>{json.dumps(_PLAIN_CALL['arguments'])}<|call|>"
+            "<|start|>assistant<|channel|>commentary to=functions.stock <|constrain|>json<|message|>"
+            f"{json.dumps(_PLAIN_CALL['arguments'])}<|call|>"
         },
         final="<|channel|>analysis<|message|>three<|end|><|start|>assistant<|channel|>final<|message|>There are 3.<|return|>",
     ),

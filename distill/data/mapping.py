@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from distill.data.calls import UnusableError, tools_of
 from distill.data.files import Row
-from distill.data.names import Spare, json_text, reference_at, spare_at, text_at, value_at, whole_text
+from distill.data.names import Spare, json_text, lines_at, reference_at, spare_at, text_at, value_at, whole_text
 from distill.data.turns import answered, settled, turns_of, with_tools
 from distill.errors import DataError
-from distill.recipe.prompts import Columns, Prompts
+from distill.recipe.prompts import Columns, Prompts, pieces_of
 from distill.run.schema import Message, prompt_id
 
 
@@ -43,6 +43,7 @@ class PromptMapping:
         self._columns = columns
         self._name = name
         self._fields = (prompts.fields or []) if with_fields else []
+        self._pieces = pieces_of(prompts.template)
         beside = columns.messages.rpartition(".")[0] if columns.messages is not None else None
         spare = {key: Spare(f"{beside}.{key}" if beside else key) for key in ("system", "tools", "functions") if beside is not None}
         self._system = columns.system or (spare.get("system") if prompts.system_prompt is None else None)
@@ -51,8 +52,9 @@ class PromptMapping:
     @property
     def columns(self) -> list[str]:
         """Names that are looked up in a row."""
+        filled_in = [piece.name for piece in self._pieces if piece.name != "prompt"]
         named = (self._columns.prompt, self._columns.messages, self._columns.reference, self._columns.tags, self._system, *self._tools)
-        return [name for name in (*named, *self._fields) if name is not None]
+        return [name for name in (*named, *self._fields, *filled_in) if name is not None]
 
     def asked(self, row: Row, where: str) -> list[Asked]:
         """What a row asks a model; at least one, be it nothing.
@@ -64,13 +66,13 @@ class PromptMapping:
         try:
             if self._columns.messages is not None:
                 turns = self._turns(row, self._columns.messages, where)
-                return [self._of_conversation(before, answer) for before, answer in self._supervised(turns)]
+                return [self._of_conversation(before, answer, row, where) for before, answer in self._supervised(turns)]
             assert self._columns.prompt is not None  # the recipe was validated
             text = text_at(row, self._columns.prompt, where)
             turns = self._with_context(row, [{"role": "user", "content": text}], where) if text else []
         except UnusableError as error:
             return [Asked([], reason=error.reason)]
-        return [self._of_conversation(turns, None)]
+        return [self._of_conversation(turns, None, row, where)]
 
     def prompt_rows(self, row: Row, where: str) -> list[tuple[Row, str | None]]:
         """PROMPT rows, and for each the reason to drop it or null."""
@@ -97,18 +99,29 @@ class PromptMapping:
         parts: list[tuple[list[Message], Message | None]] = [*answered(turns)]
         return parts[-1:] if turns and turns[-1]["role"] == "assistant" else [(turns, None)]
 
-    def _of_conversation(self, turns: list[Message], answer: Message | None) -> Asked:
+    def _of_conversation(self, turns: list[Message], answer: Message | None, row: Row, where: str) -> Asked:
         """A prompt of some turns: the system prompt before them, the template around the last of the user's."""
         users = [place for place, turn in enumerate(turns) if turn["role"] == "user"]
         if not users or not turns[users[-1]]["content"].strip():
             return Asked([], answer, "empty_prompt")
         before, last, behind = turns[: users[-1]], turns[users[-1]], turns[users[-1] + 1 :]
-        templated = last | {"content": self._prompts.template.replace("{prompt}", last["content"])}
+        templated = last | {"content": self._templated(last["content"], row, where)}
         messages = [*map(settled, before), templated, *map(settled, behind)]
         if self._prompts.system_prompt is not None:
             tools = messages[0].pop("tools", None)
             messages = with_tools([{"role": "system", "content": self._prompts.system_prompt}, *messages], tools)
         return Asked(messages, answer)
+
+    def _templated(self, text: str, row: Row, where: str) -> str:
+        """The template with values in their places, all at once: what stands in a value is no place."""
+        values = {"prompt": text}
+        for piece in self._pieces:
+            if piece.name is not None and piece.name not in values:
+                try:
+                    values[piece.name] = lines_at(row, piece.name, where)
+                except DataError as error:
+                    raise DataError(f"{error} The template names {piece.text}; as text it is written {{{piece.text}}}.") from None
+        return "".join(piece.text if piece.name is None else values[piece.name] for piece in self._pieces)
 
     def _turns(self, row: Row, name: str, where: str) -> list[Message]:
         """A row's conversation, with the system turn and the tools that it has beside that."""

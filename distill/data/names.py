@@ -84,6 +84,22 @@ def reference_at(row: dict[str, Any], name: str, where: str, *, as_json: bool) -
     )
 
 
+def lines_at(row: dict[str, Any], name: str, where: str) -> str:
+    """A row's value under a name as a text to be read: a list as lines, an object as JSON, nothing as nothing.
+
+    Raises:
+        DataError: there is no such value, or it holds half a character.
+    """
+    value = value_at(row, name, where)
+    return "\n".join(_line(item, name, where) for item in (value if isinstance(value, list) else [value]))
+
+
+def _line(value: Any, name: str, where: str) -> str:
+    if isinstance(value, str):
+        return whole_text(value, name, where)
+    return json_text(value, name, where) if isinstance(value, bool | list | dict) else text_at({name: value}, name, where) or ""
+
+
 def json_text(value: Any, name: str, where: str) -> str:
     """A value as JSON; what JSON does not know, such as a date, as its text.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -53,19 +53,49 @@ def check_pattern(value: str | None) -> str | None:
     return value
 
 
-# What looks like a place for a column, or like Jinja's; not the argument of a LaTeX command, as in \boxed{answer}.
-_NAMED = re.compile(r"(?<![\w\\}\]^])(?:\{\{\s*[A-Za-z_][\w.]*\s*\}\}|\{[A-Za-z_]\w+\})")
+_LETTER = r"(?:\w|[^\x00-\x7f])"  # marks of Arabic and Hindi are letters, too
+_NAME = rf"(?:[^\W\d]|[^\x00-\x7f])(?:[\w.-]|[^\x00-\x7f])*{_LETTER}"
+_ARGUMENT = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
+_ESCAPED = re.compile(rf"\{{\{{({_NAME})\}}\}}")
+_PLACES = re.compile(rf"\\[A-Za-z]+\*?(?:\[[^\]{{}}]*\]|{_ARGUMENT})+|{_ESCAPED.pattern}|(?<![_^\\\]])\{{(?P<name>{_NAME})\}}")
+_PROMPT = re.compile(r"(?<!\{)\{prompt\}|\{prompt\}(?!\})")
+_JINJA = re.compile(rf"\{{\{{(?:\s+{_NAME}\s*|{_NAME}\s+)\}}\}}")
+
+
+class Piece(NamedTuple):
+    """A part of a template: text, or the place of a value."""
+
+    text: str
+    name: str | None = None
+    """Of the column, or `prompt`; null where the text stands for itself."""
+
+
+def pieces_of(template: str) -> list[Piece]:
+    r"""A template in parts. `{name}` is the place of a column, unless it is the argument of a LaTeX command, as in `\boxed{answer}`, or has
+    one letter, as a set of numbers has; `{{name}}` is `{name}` as text. `{prompt}` is a place wherever it stands.
+    """
+    pieces, place = [], 0
+    for found in _PLACES.finditer(template):
+        if found["name"] is not None:
+            pieces += [*_with_prompt(template[place : found.start()]), Piece(found[0], found["name"])]
+            place = found.end()
+    return [*pieces, *_with_prompt(template[place:])]
+
+
+def _with_prompt(text: str) -> list[Piece]:
+    first, *rest = (Piece(_ESCAPED.sub(r"{\1}", part)) for part in _PROMPT.split(text))
+    return [first, *(piece for part in rest for piece in (Piece("{prompt}", "prompt"), part))]
 
 
 def check_template(value: str | None) -> str | None:
     """A user's turn with a place for the text of the source, or null."""
     if value is None:
         return None
-    if "{prompt}" not in value:
+    jinja = _JINJA.search(value)
+    if jinja is not None:
+        raise ValueError(f"{jinja[0]} would stay as it is: columns are named in single braces, without blanks. Take it out")
+    if not any(piece.name == "prompt" for piece in pieces_of(value)):
         raise ValueError("must contain {prompt}")
-    left = next((match for match in _NAMED.findall(value) if match != "{prompt}"), None)
-    if left is not None:
-        raise ValueError(f"{left} would stay as it is: {{prompt}} alone is replaced, by the text of the source. Take it out")
     return value
 
 
@@ -91,7 +121,9 @@ class Prompts(Section):
     system_prompt: str | None = None
     """Put before every prompt."""
     template: str = "{prompt}"
-    """The user's turn; `{prompt}` stands for the text of the source."""
+    """The user's turn. `{prompt}` stands for the text of the source; `{context}`, `{example.choices}` and the like for columns of the same
+    row, by names as in `columns`: a list as lines, an object as JSON. What no column is called is refused; `{{name}}` writes `{name}`.
+    Brought traces need the same columns."""
     max_prompts: PositiveInt | None = None
     """Use only so many training prompts, drawn by the seed; null means all."""
     heldout_size: Annotated[int, Field(ge=0)] = 200
