@@ -27,8 +27,7 @@ from distill.run.manifest import read_manifest
 from distill.run.tables import read_rows
 
 TRADES = ["code-assistant", "game-dialogue", "tool-calling-agent"]
-EXTRA = ["--prompts.template", "{prompt}"]
-QUALITIES = {"code-assistant": "qwen2.5-instruct"}
+TOKENIZERS = {"code-assistant": "qwen2.5-instruct"}
 
 
 class Teacher(Answering):
@@ -43,7 +42,7 @@ class Teacher(Answering):
 
 def line_of(trade: str, row: dict[str, Any]) -> str:
     """What is asked in a made row."""
-    return str(value_at(row, load_recipe(recipe_of(trade), EXTRA).prompts.columns.prompt or "", trade))
+    return str(value_at(row, load_recipe(recipe_of(trade)).prompts.columns.prompt or "", trade))
 
 
 def verdict_of(trade: str) -> Any:
@@ -80,42 +79,49 @@ def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 @pytest.mark.parametrize("trade", TRADES)
 def test_the_measure_that_is_asked_for_is_that_of_the_made_run(trade: str) -> None:
-    recipe = load_recipe(recipe_of(trade), EXTRA)
+    recipe = load_recipe(recipe_of(trade))
     assert recipe.evaluate is not None and recipe.evaluate.models == ["base", "student", "teacher"] and recipe.judges_answers
-    made = load_recipe(recipe_of(trade), [*made_words(trade), *EXTRA])
+    made = load_recipe(recipe_of(trade), made_words(trade))
     assert [each.kind for each in made.checks_of_answers] == [each.kind for each in recipe.checks_of_answers]
     assert made.curate.reasoning == recipe.curate.reasoning and made.prompts.fields == recipe.prompts.fields
 
 
-@pytest.mark.parametrize("trade", TRADES)
-def test_right_answers_pass_and_wrong_ones_go_for_their_reason(trade: str, served: list[str], tmp_path: Path) -> None:
-    found, wanted = judged(trade, tmp_path, [*served, *EXTRA, "--prompts.heldout_size", "0", "--evaluate", "null"])
+@pytest.mark.parametrize("trade", ["tool-calling-agent"])
+def test_right_answers_pass_and_wrong_ones_go_for_their_reason(trade: str, tmp_path: Path) -> None:
+    """Where no model and no sandbox is needed for it; of the others, the whole runs below show it."""
+    found, wanted = judged(trade, tmp_path, ["--prompts.heldout_size", "0", "--evaluate", "null"])
     assert found == wanted and len(found) == len(made_rows(trade))
-    assert 20 < Counter(found.values())[KEPT] < len(found) - 6
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trade", TRADES)
 def test_a_recipe_runs_whole_and_tells_how_good_the_teacher_is(trade: str, served: list[str], tmp_path: Path) -> None:
-    told = run_made(trade, tmp_path / "run", *served, *EXTRA)
-    asked = [row["messages"][-1]["content"] for row in read_rows(tmp_path / "run" / "prompts", "heldout")]
-    right = [row["made_verdict"] == KEPT for row in made_rows(trade) if any(line_of(trade, row) in text for text in asked)]
-    assert len(right) == 12 and 6 < sum(right) < 12
-    found = scores(tmp_path / "run")
-    assert found["teacher", "accuracy"]["value"] == sum(right) / 12 and found["base", "accuracy"]["value"] == 0
-    assert found["teacher", "accuracy"]["low"] < sum(right) / 12 < found["teacher", "accuracy"]["high"]
-    assert ("student-base", "accuracy_difference") in found and f"{100 * sum(right) / 12:.1f} %" in told
-    assert read_manifest(tmp_path / "run" / "student").rows_kept == read_manifest(tmp_path / "run" / "curated").rows_kept
+    """Of the made answers those to training prompts are judged as traces, the others as what the teacher answers."""
+    told, run = run_made(trade, tmp_path / "run", *served), tmp_path / "run"
+    verdicts = {row["made_completion"]: row["made_verdict"] for row in made_rows(trade)}
+    found = {row["completion"]: KEPT for row in read_rows(run / "curated", "curated")}
+    found |= {row["completion"]: row["reason"] for row in read_rows(run / "curated", "dropped")}
+    assert found == {completion: verdicts[completion] for completion in found}
+    assert len(verdicts) == len(found) + 12 and read_manifest(run / "student").rows_kept == Counter(found.values())[KEPT]
+    right = sum(verdict == KEPT for completion, verdict in verdicts.items() if completion not in found) / 12
+    measured = scores(run)
+    assert measured["base", "accuracy"]["value"] == 0 and measured["teacher", "accuracy"]["value"] == right
+    assert measured["teacher", "accuracy"]["low"] < right < measured["teacher", "accuracy"]["high"] and f"{100 * right:.1f} %" in told
+    assert ("student-base", "accuracy_difference") in measured and (run / "report" / "report.html").exists()
     if trade == "game-dialogue":
-        wins = {(row["first_role"], row["second_role"]): row for row in read_rows(tmp_path / "run" / "eval", "wins")}
-        print(wins)
+        wins = {(row["model_role"], row["against"]): row["value"] for row in read_rows(run / "eval", "wins")}
+        assert wins["student", "teacher"] <= (1 - right) / 2 and wins["student", "base"] == 0.5  # an empty answer never ties
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trade", TRADES)
 def test_a_recipe_holds_offline_with_the_real_tokenizers(trade: str, shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On the made rows, in the real models' templates and tokens; the judge is not asked anything."""
+    """On the made rows, in the real models' templates and tokens."""
+    real, tokenizer = load_recipe(recipe_of(trade)), shared / "data" / "tokenizers" / TOKENIZERS.get(trade, "qwen3")
     words = made_words(trade)
-    tokenizer = str(shared / "data" / "tokenizers" / QUALITIES.get(trade, "qwen3"))
-    recipe = load_recipe(recipe_of(trade), words)
-    print(recipe, tokenizer, check)
+    for role, spec in (("teacher", real.teacher), ("student", real.student)):
+        assert spec is not None
+        words += [f"--{role}.model", spec.model, f"--{role}.tokenizer", str(tokenizer)]
+        words += [f"--{role}.chat_template_kwargs", json.dumps(spec.chat_template_kwargs)]
+    holds, text = check.run(load_recipe(recipe_of(trade), words)), capsys.readouterr().out
+    assert holds and "nothing speaks against" in text and "<|im_end|>««" in text, text
