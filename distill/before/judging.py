@@ -37,10 +37,9 @@ def check_judging(recipe: Recipe, survey: Survey, found: Findings) -> None:
 def check_sets(recipe: Recipe, survey: Survey, found: Findings) -> dict[str, int]:
     """A claim for each further held-out set: it can be read, its references can be compared with. Returns their prompts, by name."""
     from distill.checks.beforehand import refuse_settings, unfit
-    from distill.data.identities import Identities
-    from distill.data.sets import read_set
+    from distill.data.sets import in_normal_form, read_set
 
-    trained, sizes = Identities(survey.ids), {}
+    trained, sizes = in_normal_form(survey.normals), {}
     timeout_s = recipe.evaluate.check_timeout_s if recipe.evaluate is not None else 0.0
     for name, asked in list(recipe.asked_sets().items())[1:]:
 

@@ -84,7 +84,7 @@ def tools_of(value: Any, where: str) -> str | None:
 
 
 def schema_of(parameters: Any) -> Any:
-    """The parameters of a tool as JSON schema, where each stands by its name with a Python type, as xLAM's data have them; else as given."""
+    """A tool's parameters as JSON schema, where each stands by its name with a Python type, as in xLAM's data; else as given."""
     if not isinstance(parameters, dict) or not parameters or "properties" in parameters or parameters.get("type") == "object":
         return parameters
     if not all(isinstance(each, dict) and isinstance(each.get("type"), str) for each in parameters.values()):

@@ -11,10 +11,14 @@ from typing import NamedTuple
 from distill.data.calls import UnusableError, tools_of
 from distill.data.files import Row
 from distill.data.names import Spare, json_text, lines_at, reference_at, spare_at, text_at, value_at, whole_text
-from distill.data.turns import answered, settled, turns_of, with_tools
+from distill.data.normal import normal_numbers
+from distill.data.turns import answered, marked, reference_of, settled, turns_of, unmarked, with_tools
 from distill.errors import DataError
 from distill.recipe.prompts import Columns, Prompts, pieces_of
 from distill.run.schema import Message, prompt_id
+
+BEGINNING = "beginning"
+"""Of a row that is one of several of its conversation: a number for how that begins."""
 
 
 class Asked(NamedTuple):
@@ -26,6 +30,8 @@ class Asked(NamedTuple):
     """The turn that the row has behind it, as it stands there; null where it has none."""
     reason: str | None = None
     """To drop it; null keeps it."""
+    beginning: int | None = None
+    """Equal for conversations that begin alike, in whatever spelling; null where each counts for itself."""
 
 
 class PromptMapping:
@@ -66,7 +72,10 @@ class PromptMapping:
         try:
             if self._columns.messages is not None:
                 turns = self._turns(row, self._columns.messages, where)
-                return [self._of_conversation(before, answer, row, where) for before, answer in self._supervised(turns)]
+                parts = self._supervised(turns, where)
+                found = [self._of_conversation(before, answer, row, where) for before, answer in parts]
+                beginning = None if self._prompts.turns == "last" else _beginning(turns)
+                return [asked._replace(beginning=beginning) for asked in found] or [Asked([], None, "no_supervised_turn", beginning)]
             assert self._columns.prompt is not None  # the recipe was validated
             text = text_at(row, self._columns.prompt, where)
             turns = self._with_context(row, [{"role": "user", "content": text}], where) if text else []
@@ -76,28 +85,48 @@ class PromptMapping:
 
     def prompt_rows(self, row: Row, where: str) -> list[tuple[Row, str | None]]:
         """PROMPT rows, and for each the reason to drop it or null."""
-        name, as_json = self._columns.reference, self._prompts.json_reference
-        reference = reference_at(row, name, where, as_json=as_json) if name else None
-        told: Row = {"reference": reference.strip() if reference else None, "source": self._name, "tags": self._tags(row, where)}
+        told: Row = {"source": self._name, "tags": self._tags(row, where)}
         if self._fields:
             fields = {name: value_at(row, name, where) for name in self._fields}
             told["fields"] = json_text(fields, "prompts.fields", where)
-        reason = None
-        if reference is not None and self._prompts.answer_pattern is not None:
-            matches = [match.strip() for match in re.findall(self._prompts.answer_pattern, reference)]
-            if matches and matches[-1]:
-                told["reference"] = matches[-1]
-            else:
-                reason = "no_answer_match"
-        return [
-            ({"prompt_id": prompt_id(asked.messages), "messages": asked.messages, **told}, asked.reason or reason)
-            for asked in self.asked(row, where)
-        ]
+        rows: list[tuple[Row, str | None]] = []
+        parts = self.asked(row, where)
+        for asked in parts:
+            reference, reason = self._reference(row, asked, where, is_last=asked is parts[-1])
+            mapped: Row = {"prompt_id": prompt_id(asked.messages), "messages": asked.messages, "reference": reference, **told}
+            if asked.beginning is not None:
+                mapped[BEGINNING] = asked.beginning
+            rows.append((mapped, asked.reason or reason))
+        return rows
 
-    def _supervised(self, turns: list[Message]) -> list[tuple[list[Message], Message | None]]:
+    def _reference(self, row: Row, asked: Asked, where: str, *, is_last: bool) -> tuple[str | None, str | None]:
+        """The reference, and the reason to drop a row without one where one is looked for."""
+        name = self._columns.reference
+        found = None
+        if self._prompts.answer_as_reference:
+            found = reference_of(asked.answer) if asked.answer is not None else None
+        elif name is not None and is_last:
+            found = reference_at(row, name, where, as_json=self._prompts.json_reference)
+        if found is None or self._prompts.answer_pattern is None:
+            return (found.strip() if found else None), None
+        matches = [match.strip() for match in re.findall(self._prompts.answer_pattern, found)]
+        return (matches[-1], None) if matches and matches[-1] else (found.strip() or None, "no_answer_match")
+
+    def _supervised(self, turns: list[Message], where: str) -> list[tuple[list[Message], Message | None]]:
         """The parts of a conversation that a model is to go on with, each with the turn of the row's that does."""
+        wanted = marked(turns) if self._prompts.turns == "teacher" else None
+        if self._prompts.turns == "teacher" and wanted is None:
+            raise DataError(
+                f"{where}: no turn of an assistant says whether it is to be learned (weight, train or supervised), as prompts.turns: "
+                "teacher wants. Mark them, or take last or all."
+            )
+        turns = unmarked(turns)
         parts: list[tuple[list[Message], Message | None]] = [*answered(turns)]
-        return parts[-1:] if turns and turns[-1]["role"] == "assistant" else [(turns, None)]
+        if wanted is not None:
+            return [part for part, is_wanted in zip(parts, wanted, strict=True) if is_wanted]
+        if not turns or turns[-1]["role"] != "assistant":
+            parts.append((turns, None))
+        return parts if self._prompts.turns == "all" else parts[-1:]
 
     def _of_conversation(self, turns: list[Message], answer: Message | None, row: Row, where: str) -> Asked:
         """A prompt of some turns: the system prompt before them, the template around the last of the user's."""
@@ -164,3 +193,9 @@ class PromptMapping:
         if not all(isinstance(tag, str) for tag in tags):
             raise DataError(f"{where}: {name} must be a string or a list of strings, got {value!r:.80}.")
         return [whole_text(tag, name, where) for tag in tags]
+
+
+def _beginning(turns: list[Message]) -> int:
+    """A number for a conversation up to the first turn of the user's: of two prompts that begin otherwise none is a part of the other."""
+    users = [place for place, turn in enumerate(turns) if turn["role"] == "user"]
+    return int(normal_numbers([turns[: users[0] + 1] if users else turns])[0])

@@ -1,20 +1,23 @@
-"""Held-out sets beside the run's own, read as prompts. What is among the training prompts, or there twice, is left out."""
+"""Held-out sets beside the run's own, read as prompts. What is trained on, in whatever spelling, or there twice, is left out."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from distill.data.files import Row
-from distill.data.identities import Identities, as_numbers, rank
+from distill.data.identities import Identities, Ids, as_numbers, rank
 from distill.data.mapping import PromptMapping
+from distill.data.normal import normal_numbers
 from distill.data.sources import heldout_set
 from distill.errors import DataError
 from distill.recipe.experiment import Recipe
-from distill.run.schema import prompt_id
+from distill.run.schema import Message
+from distill.run.tables import iter_pieces
 
 SEPARATOR = "/"
 """Between the name of a set and the id of a prompt; a prompt of the run's own has none."""
@@ -44,7 +47,7 @@ def read_set(recipe: Recipe, name: str, trained: Identities) -> ReadSet:
     Args:
         recipe: The recipe.
         name: Of the set.
-        trained: The run's training prompts.
+        trained: The run's training prompts, by their normal forms.
 
     Raises:
         DataError: the set can't be read, or none of its prompts is left; names the set.
@@ -57,7 +60,8 @@ def read_set(recipe: Recipe, name: str, trained: Identities) -> ReadSet:
         for row, reason in _mapped(recipe, name, source.rows(description=f"read {name}")):
             if reason is None and row["prompt_id"] in found:
                 reason = "duplicate"
-            if reason is None and trained.places(as_numbers([row.pop("plain_id")]))[0] >= 0:
+            plain: list[Message] = row.pop("plain")
+            if reason is None and trained.places(normal_numbers([plain]))[0] >= 0:
                 reason = "in_training"
             if reason is None:
                 found[row["prompt_id"]] = row
@@ -75,8 +79,23 @@ def read_set(recipe: Recipe, name: str, trained: Identities) -> ReadSet:
     return ReadSet(rows, dict(drops), source.records())
 
 
+def trained_on(prompts: Path) -> Identities:
+    """The training prompts of a finished stage by their normal forms, as `read_set` compares with them.
+
+    Args:
+        prompts: Its folder.
+    """
+    found = [normal_numbers(piece["messages"].to_pylist()) for piece in iter_pieces(prompts, "train", ["messages"])]
+    return in_normal_form(np.concatenate([*found, np.array([], np.uint64)]))
+
+
+def in_normal_form(normals: Ids) -> Identities:
+    """Training prompts by the numbers of their normal forms."""
+    return Identities(np.unique(normals))
+
+
 def _mapped(recipe: Recipe, name: str, placed: Iterator[tuple[str, Row]]) -> Iterator[tuple[Row, str | None]]:
-    """Rows as prompts, each with the reason to leave it out or null, and as `plain_id` how the run's own prompts would call it."""
+    """Rows as prompts, each with the reason to leave it out or null, and as `plain` how the run's own prompts would put it."""
     prompts = recipe.asked_sets()[name].prompts
     mapping = PromptMapping(prompts, prompts.columns, prompts.source)
     plain = PromptMapping(prompts.model_copy(update={"template": recipe.prompts.template}), prompts.columns, prompts.source)
@@ -84,10 +103,10 @@ def _mapped(recipe: Recipe, name: str, placed: Iterator[tuple[str, Row]]) -> Ite
     for where, raw in placed:
         for place, (row, reason) in enumerate(mapping.prompt_rows(raw, where)):
             try:
-                plain_id = row["prompt_id"] if same else prompt_id(plain.asked(raw, where)[place].messages)
+                messages = row["messages"] if same else plain.asked(raw, where)[place].messages
             except DataError:  # it lacks a column of the run's template, so that it is no prompt of the run
-                plain_id = row["prompt_id"]
-            yield row | {"plain_id": plain_id}, reason
+                messages = row["messages"]
+            yield row | {"plain": messages}, reason
 
 
 def _drawn(identities: list[str], most: int | None, salt: str) -> list[str]:

@@ -30,6 +30,9 @@ _ROLES = {
 _WHO, _WHAT = ("role", "from"), ("content", "value", "text")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
 _TEXTS = frozenset({"text", "input_text", "output_text"})
+_MARKS = ("weight", "train", "supervised")  # by which a source says whether an assistant's turn is to be learned
+MARKED = "marked"
+"""What it says, `yes` or `no`, until a conversation is parted; no part of a prompt."""
 _RESPONSE = re.compile(r"\s*<tool_response>\s*((?:(?!</?tool_response>).)*?)\s*</tool_response>\s*", re.DOTALL)
 
 
@@ -59,6 +62,7 @@ def turns_of(value: Any, name: str, where: str) -> list[Message]:
             raise DataError(f"{here}: has the role {shown(who)}, which is none of {', '.join(_ROLES)}. Correct or remove the row.")
         tools = tools or tools_of(_first(turn, ("tools", "functions")), f"{here}: tools")
         for message in _messages(role, turn, here):
+            message |= _mark(turn, here) if message["role"] == "assistant" else {}
             if role == _CALLING and found and found[-1]["role"] == "assistant":  # what it says before it calls is of the same turn
                 calls = json.loads(found[-1].get("tool_calls", "[]")) + json.loads(message["tool_calls"])
                 found[-1]["tool_calls"] = json.dumps(calls, ensure_ascii=False)
@@ -97,6 +101,40 @@ def answered(turns: list[Message]) -> Iterator[tuple[list[Message], Message]]:
     for place, turn in enumerate(turns):
         if turn["role"] == "assistant":
             yield turns[:place], turn
+
+
+def reference_of(turn: Message) -> str | None:
+    """What an assistant's turn gives as a reference: its calls as JSON, else its text without reasoning; null for nothing."""
+    turn = settled(turn)
+    if "tool_calls" in turn:
+        calls = [call["function"] for call in json.loads(turn["tool_calls"])]
+        return json.dumps([{name: call[name] for name in ("name", "arguments")} for call in calls], ensure_ascii=False)
+    return turn["content"].rpartition(THINK_CLOSE)[2].strip() or None
+
+
+def marked(turns: list[Message]) -> list[bool] | None:
+    """Of each assistant's turn whether the source wants it learned; null where it says so of none.
+
+    A turn without a mark is learned where marks only take others out, and is not where they name those that are.
+    """
+    marks = [turn.get(MARKED) for turn in turns if turn["role"] == "assistant"]
+    if not any(marks):
+        return None
+    return [mark == "yes" or (mark is None and "yes" not in marks) for mark in marks]
+
+
+def unmarked(turns: list[Message]) -> list[Message]:
+    """The turns as prompts have them."""
+    return [{name: value for name, value in turn.items() if name != MARKED} for turn in turns]
+
+
+def _mark(turn: dict[str, Any], here: str) -> dict[str, str]:
+    value = _first(turn, _MARKS)
+    if value is None:
+        return {}
+    if value not in (True, False):  # 1 and 0 are these
+        raise DataError(f"{here}: {', '.join(_MARKS)} must be true, false, 1 or 0, got {shown(value)}. Correct or remove the row.")
+    return {MARKED: "yes" if value else "no"}
 
 
 def is_turn(value: Any) -> bool:

@@ -271,7 +271,7 @@ def _by_bytes(
 ) -> tuple[list[int], NDArray[np.int64]]:
     """The teacher's own tokens of a text, and for each of the student's where among them it stands, or -1."""
     teacher, student = chats
-    ends = bool(written) and written[-1] == student.end_of_turn_id
+    ends = bool(written) and written[-1] in (student.end_of_turn_id, student.calls.end_id)
     ours = list(written[:-1] if ends else written)
     theirs = teacher.completion_ids(text, leads[0], finished=False)
     their_bytes, their_ends = _spans(leads[0], theirs, vocabulary.teacher.texts)
@@ -282,7 +282,7 @@ def _by_bytes(
     places[: len(ours)] = np.where(same, found, NONE)
     if ends:
         places[-1] = len(theirs)
-        theirs = [*theirs, teacher.end_of_turn_id]
+        theirs = [*theirs, teacher.end_of(text)]
     return theirs, places
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -118,6 +118,12 @@ class Prompts(Section):
     python."""
     answer_pattern: str | None = None
     """Regular expression whose one group is the final answer inside the reference; its last match counts."""
+    turns: Literal["last", "all", "teacher"] = "last"
+    """Which answers of an assistant in a conversation are asked for, and learned if traces are brought with it: the last one; all, each
+    behind what stands before it; or those that the source marks (`weight` 1, `train` or `supervised` true)."""
+    answer_as_reference: bool = False
+    """The answer that stands in a conversation is the reference: its calls as JSON, for the check tool_calls, else its text without
+    reasoning."""
     system_prompt: str | None = None
     """Put before every prompt."""
     template: str = "{prompt}"
@@ -127,7 +133,8 @@ class Prompts(Section):
     max_prompts: PositiveInt | None = None
     """Use only so many training prompts, drawn by the seed; null means all."""
     heldout_size: Annotated[int, Field(ge=0)] = 200
-    """Prompts kept out of training for `evaluate`."""
+    """Prompts kept out of training for `evaluate`. With `turns` all or teacher whole conversations are, with all that begin alike: as
+    many as make up this number, or the shortest more."""
     heldout_source: PathOrName | None = None
     """Take the held-out prompts from this source instead of splitting them off; prompts in both are not trained on."""
     heldout_split: str = "test"
@@ -154,7 +161,9 @@ class Prompts(Section):
     def identity(self) -> dict[str, Any]:
         """The settings that decide the rows; of those that an earlier kit did not know only what is asked for."""
         plain = super().identity() | {"columns": self.columns.identity()}
-        return {name: value for name, value in plain.items() if name not in ("fields", "json_reference") or value}
+        plain |= {"turns": None if self.turns == "last" else self.turns}
+        later = ("fields", "json_reference", "turns", "answer_as_reference")
+        return {name: value for name, value in plain.items() if name not in later or value}
 
     @model_validator(mode="after")
     def _one_system_turn(self) -> Prompts:
@@ -166,6 +175,10 @@ class Prompts(Section):
     def _pattern_has_its_column(self) -> Prompts:
         if self.json_reference and self.columns.reference is None:
             raise ValueError("json_reference would be ignored: name the column of the references in columns.reference")
-        if self.answer_pattern is not None and self.columns.reference is None:
+        if self.answer_as_reference and (self.columns.reference is not None or self.columns.messages is None):
+            raise ValueError("answer_as_reference takes the references out of columns.messages: name that, and leave columns.reference out")
+        if self.turns != "last" and self.columns.messages is None:
+            raise ValueError(f"turns: {self.turns} asks for several answers of a conversation: name its column in columns.messages")
+        if self.answer_pattern is not None and self.columns.reference is None and not self.answer_as_reference:
             raise ValueError("answer_pattern looks inside the reference: name its column in columns.reference, or leave answer_pattern out")
         return self

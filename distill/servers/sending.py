@@ -63,7 +63,7 @@ def key_of(server: Server) -> str | None:
 
 
 def _is_drawn(key: str) -> bool:
-    """Whether a key is one that somebody drew: no text holds it by chance, as it may hold what people give who need none (`none`, `EMPTY`)."""
+    """Whether somebody drew a key, so that no text holds it by chance, as it may hold the word (`none`, `EMPTY`) of who needs none."""
     return len(key) >= 8 and any(sign.isdigit() for sign in key)
 
 

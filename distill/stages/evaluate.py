@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from distill.checks.finals import labels_of
 from distill.checks.functions import digest_of
 from distill.checks.judge import digest_of as judge_digest_of
@@ -24,8 +22,7 @@ from distill.checks.label import right_label
 from distill.checks.marking import ToMark, marked
 from distill.checks.references import unjudged_because
 from distill.checks.tokens import Counted
-from distill.data.identities import Identities, as_numbers
-from distill.data.sets import read_set
+from distill.data.sets import read_set, trained_on
 from distill.data.sources import heldout_set
 from distill.errors import DataError
 from distill.measure.labels import confusion
@@ -42,7 +39,7 @@ from distill.run.manifest import Manifest, check_files, read_manifest
 from distill.run.parts import Part, begun, gathered_facts, missing, part_facts, part_folders, run_part, summed, write_part
 from distill.run.plan import NO_LIMIT, Growth, StagePlan, name_in_run
 from distill.run.schema import ANSWER, CONFUSION, SCORE, TRACE
-from distill.run.tables import TableWriter, iter_pieces, rows_at
+from distill.run.tables import TableWriter, rows_at
 from distill.servers.judging import carry_over, grade_answers, is_another, with_judges
 from distill.servers.preferences import compare
 from distill.stages import Step, folder, open_stage, plan_of, run_dir, student_folder
@@ -252,8 +249,7 @@ def _sets(recipe: Recipe) -> list[_Set]:
     found = [_Set(MAIN, asked[MAIN], rows)]
     if len(asked) == 1:
         return found
-    ids = [as_numbers(piece["prompt_id"].to_pylist()) for piece in iter_pieces(source, "train", ["prompt_id"])]
-    trained = Identities(np.concatenate([*ids, np.array([], np.uint64)]))
+    trained = trained_on(source)
     for name in list(asked)[1:]:
         read = read_set(recipe, name, trained)
         _refuse_unjudgeable(f"evaluate.sets.{name}", read.rows, asked[name].checks)
