@@ -21,19 +21,24 @@ from trades import KEPT, judged, made_rows, made_words, recipe_of, run_made, sco
 from distill.before import check
 from distill.checks.sandbox import place_for
 from distill.data.names import value_at
+from distill.data.turns import answered, completion_of, turns_of
+from distill.pipeline import run_stage
 from distill.recipe.code import CodeSettings
 from distill.recipe.reading import load_recipe
 from distill.run.manifest import read_manifest
 from distill.run.tables import read_rows
 
 TRADES = ["code-assistant", "game-dialogue", "tool-calling-agent"]
+SERVICE = "customer-service-agent"
 TOKENIZERS = {"code-assistant": "qwen2.5-instruct"}
 
 
 class Teacher(Answering):
     """Writes to each prompt what its made row says; `answers` are by a text of the prompt's last turn."""
 
-    answers: dict[str, str]
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: dict[str, str] = {}
 
     def _written(self, body: dict[str, Any]) -> tuple[str, int, str]:
         asked = body["messages"][-1]["content"]
@@ -77,7 +82,7 @@ def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         yield words
 
 
-@pytest.mark.parametrize("trade", TRADES)
+@pytest.mark.parametrize("trade", [*TRADES, SERVICE])
 def test_the_measure_that_is_asked_for_is_that_of_the_made_run(trade: str) -> None:
     recipe = load_recipe(recipe_of(trade))
     assert recipe.evaluate is not None and recipe.evaluate.models == ["base", "student", "teacher"] and recipe.judges_answers
@@ -113,8 +118,61 @@ def test_a_recipe_runs_whole_and_tells_how_good_the_teacher_is(trade: str, serve
         assert wins["student", "teacher"] <= (1 - right) / 2 and wins["student", "base"] == 0.5  # an empty answer never ties
 
 
+def curated(folder: Path, *overrides: str) -> tuple[Counter[str], int]:
+    """What the checks of customer service say of the made conversations' turns, by reason, and how many are kept."""
+    words = [*made_words(SERVICE), "--run_dir", str(folder), "--prompts.heldout_size", "0", "--evaluate", "null", *overrides]
+    recipe = load_recipe(recipe_of(SERVICE), words)
+    for stage in ("prompts", "generate", "curate"):
+        run_stage(stage, recipe)
+    dropped = Counter(row["reason"] for row in read_rows(folder / "curated", "dropped"))
+    return dropped, read_manifest(folder / "curated").rows_kept or 0
+
+
+def test_a_service_learns_what_came_to_a_good_end_and_checks_alone_see_no_policy(tmp_path: Path) -> None:
+    """The reward takes every turn of a conversation out that failed; the calls alone show those that no tool takes, and no more."""
+    rows = made_rows(SERVICE)
+    turns = [sum(turn["role"] == "assistant" for turn in json.loads(row["messages"])) for row in rows]
+    failed = sum(count for count, row in zip(turns, rows, strict=True) if not row["reward"])
+    assert curated(tmp_path / "told") == (Counter({"tool_calls:brought_wrong": failed}), sum(turns) - failed)
+    seen = Counter(row["made_verdict"] for row in rows if row["made_verdict"] != KEPT)
+    assert curated(tmp_path / "seen", "--traces.verdict", "null") == (seen, sum(turns) - seen.total())
+    assert sum(not row["reward"] for row in rows) == seen.total() + 3
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("trade", TRADES)
+def test_a_service_runs_whole_and_tells_whether_it_acts_as_the_reference_does(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher says the reference's words and makes its calls, but for refunds: those it never pays."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with Teacher() as teacher:
+        for row in made_rows(SERVICE):
+            messages = turns_of(row["messages"], "messages", SERVICE)
+            for before, turn in answered(messages):
+                said = completion_of(turn)
+                teacher.answers[before[-1]["content"]] = "I will not." if '"name": "refund"' in said else said
+        words = [
+            "--teacher.server",
+            json.dumps({"kind": "openai", "url": f"{teacher.url}/v1", "model": "tiny"}),
+            "--score.source",
+            "process",
+        ]
+        words += ["--teacher.model", str(tiny_model_dir), "--student.model", str(tiny_model_dir), "--prompts.max_prompts", "12"]
+        told, run = run_made(SERVICE, tmp_path / "run", *words), tmp_path / "run"
+    references = [row["reference"] for row in read_rows(run / "prompts", "heldout")]
+    # Calls that no tool takes are wrong, though the conversation has them.
+    no_good = ('"refund"', '"track_parcel"', '"customer"')
+    right = sum(not any(part in reference for part in no_good) for reference in references) / 12
+    measured = scores(run)
+    assert measured["teacher", "accuracy"]["value"] == right and 0 < right < 1 and f"{100 * right:.1f} %" in told
+    assert measured["teacher", "accuracy/shop"]["value"] == right
+    spoken = sum(not reference.startswith("[") for reference in references) / 12
+    assert measured["base", "accuracy"]["value"] <= spoken < 1  # it calls nothing
+    assert read_manifest(run / "student").rows_kept == read_manifest(run / "curated").rows_kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trade", [*TRADES, SERVICE])
 def test_a_recipe_holds_offline_with_the_real_tokenizers(trade: str, shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On the made rows, in the real models' templates and tokens."""
     real, tokenizer = load_recipe(recipe_of(trade)), shared / "data" / "tokenizers" / TOKENIZERS.get(trade, "qwen3")

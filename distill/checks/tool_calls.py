@@ -44,6 +44,8 @@ def check_tool_calls(given: Given, settings: ToolCalls) -> Found:
         if given.reference is None:
             return None, "no_reference"
         wanted = _of_reference(given.reference)
+        if wanted is None and settings.in_words == "no_call" and is_missing(loaded(given.reference)):
+            wanted = []
         if wanted is None:
             return None, "reference_is_no_call"
     answer = answer_of(given.completion)
