@@ -11,13 +11,20 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from distill.data.names import json_text
 from distill.errors import DataError, shown
+from distill.run.schema import THINK_CLOSE, THINK_OPEN
 
 Call = dict[str, Any]
-_BLOCKS = re.compile(r"(?:\s*<tool_call>\s*(?:(?!</?tool_call>).)*</tool_call>)+\s*\Z", re.DOTALL)
+_BLOCKS = re.compile(r"(?:\s*<tool_call>(?:(?!</?tool_call>).)*</tool_call>)+\s*\Z", re.DOTALL)
 _BLOCK = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
 _MEANT_NULL = frozenset({"default", "const", "enum"})
+_PYTHON_TYPES = {
+    **{"str": "string", "string": "string", "int": "integer", "integer": "integer", "float": "number", "number": "number"},
+    **{"bool": "boolean", "boolean": "boolean", "list": "array", "array": "array", "tuple": "array", "set": "array"},
+    **{"dict": "object", "object": "object"},
+}
 
 
 UNUSABLE = ("not_text", "call_not_readable")
@@ -41,7 +48,7 @@ def calls_of(value: Any) -> list[Call]:
     value = _loaded(value)
     if value is None or value == "":
         return []
-    return [_call(item) for item in (value if isinstance(value, list) else [value])]
+    return [_call(item) for item in (value if isinstance(value, list) else [value]) if not _is_padding(item)]
 
 
 def in_hermes_form(calls: Iterable[Call]) -> str:
@@ -53,7 +60,7 @@ def in_hermes_form(calls: Iterable[Call]) -> str:
 def without_calls(text: str) -> tuple[str, list[Call]]:
     """A text, and the calls in blocks of Hermes' form at its end; all is text where one can't be read."""
     found = _BLOCKS.search(text) if "<tool_call>" in text else None
-    if found is None:
+    if found is None or THINK_OPEN in text[: found.start()].rpartition(THINK_CLOSE)[2]:  # none, or within a thought
         return text, []
     try:
         return text[: found.start()], [call for block in _BLOCK.findall(found[0]) for call in calls_of(block.strip() or "?")]
@@ -75,7 +82,22 @@ def tools_of(value: Any, where: str) -> str | None:
     if loaded is None or loaded in ("", [], {}):
         return None
     tools = [_tool(_loaded(tool, where), where) for tool in (loaded if isinstance(loaded, list) else [loaded])]
-    return json.dumps(tools, ensure_ascii=False, default=str)
+    return json_text(tools, "tools", where)
+
+
+def schema_of(parameters: Any) -> Any:
+    """A tool's parameters as JSON schema, where each stands by its name with a Python type, as in xLAM's data; else as given."""
+    if not isinstance(parameters, dict) or not parameters or "properties" in parameters or parameters.get("type") == "object":
+        return parameters
+    if not all(isinstance(each, dict) and isinstance(each.get("type"), str) for each in parameters.values()):
+        return parameters
+    properties = {}
+    for name, each in parameters.items():
+        kind = _PYTHON_TYPES.get(re.split(r"\W", each["type"], maxsplit=1)[0].lower())
+        rest = {key: item for key, item in each.items() if key not in ("type", "required")}
+        properties[name] = ({"type": kind} if kind else {}) | rest
+    asked = [name for name, each in parameters.items() if each.get("required", "default" not in each and "optional" not in each["type"])]
+    return {"type": "object", "properties": properties} | ({"required": asked} if asked else {})
 
 
 def _tool(value: Any, where: str) -> dict[str, Any]:
@@ -85,6 +107,8 @@ def _tool(value: Any, where: str) -> dict[str, Any]:
     function = {name: item for name, item in _without_nulls(described).items() if name != "type"}
     if "input_schema" in function:  # as Anthropic calls it
         function["parameters"] = function.pop("input_schema")
+    if "parameters" in function:
+        function["parameters"] = schema_of(function["parameters"])
     return {"type": "function", "function": function}
 
 
@@ -96,10 +120,21 @@ def _call(value: Any) -> Call:
         raise UnusableError("call_not_readable")
     given = next((described[key] for key in _ARGUMENTS if described.get(key) is not None), None)
     arguments = _without_nulls(given) if isinstance(given, dict) else _loaded(given) if given not in (None, "") else {}
+    arguments = _loaded(arguments)  # some wrote a text of a text
     if not isinstance(arguments, dict):
         raise UnusableError("call_not_readable")
     identity = next((value[key] for key in ("id", "tool_call_id") if isinstance(value.get(key), str) and value[key]), None)
-    return ({"id": identity} if identity else {}) | {"type": "function", "function": {"name": name, "arguments": arguments}}
+    call = ({"id": identity} if identity else {}) | {"type": "function", "function": {"name": name, "arguments": arguments}}
+    try:
+        json.dumps(call, ensure_ascii=False).encode()
+    except (ValueError, TypeError, RecursionError):  # half a character, a date
+        raise UnusableError("call_not_readable") from None
+    return call
+
+
+def _is_padding(value: Any) -> bool:
+    """Whether an object is there only because others of its column are."""
+    return value is None or (isinstance(value, dict) and all(item is None for item in value.values()))
 
 
 def _loaded(value: Any, where: str | None = None) -> Any:

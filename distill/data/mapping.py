@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from distill.data.calls import UnusableError, tools_of
 from distill.data.files import Row
-from distill.data.names import Spare, json_text, reference_at, spare_at, text_at, value_at, whole_text
+from distill.data.names import Spare, json_text, lines_at, reference_at, spare_at, text_at, value_at, whole_text
 from distill.data.normal import normal_numbers
-from distill.data.turns import answered, marked, reference_of, settled, turns_of, unmarked, with_tools
+from distill.data.turns import answered, is_parts, is_turn, marked, reference_of, settled, text_of, turns_of, unmarked, with_tools
 from distill.errors import DataError
-from distill.recipe.prompts import Columns, Prompts
+from distill.recipe.prompts import Columns, Prompts, pieces_of
 from distill.run.schema import Message, prompt_id
 
 BEGINNING = "beginning"
@@ -49,6 +49,7 @@ class PromptMapping:
         self._columns = columns
         self._name = name
         self._fields = (prompts.fields or []) if with_fields else []
+        self._pieces = pieces_of(prompts.template)
         beside = columns.messages.rpartition(".")[0] if columns.messages is not None else None
         spare = {key: Spare(f"{beside}.{key}" if beside else key) for key in ("system", "tools", "functions") if beside is not None}
         self._system = columns.system or (spare.get("system") if prompts.system_prompt is None else None)
@@ -57,8 +58,9 @@ class PromptMapping:
     @property
     def columns(self) -> list[str]:
         """Names that are looked up in a row."""
+        filled_in = [piece.name for piece in self._pieces if piece.name != "prompt"]
         named = (self._columns.prompt, self._columns.messages, self._columns.reference, self._columns.tags, self._system, *self._tools)
-        return [name for name in (*named, *self._fields) if name is not None]
+        return [name for name in (*named, *self._fields, *filled_in) if name is not None]
 
     def asked(self, row: Row, where: str) -> list[Asked]:
         """What a row asks a model; at least one, be it nothing.
@@ -71,15 +73,15 @@ class PromptMapping:
             if self._columns.messages is not None:
                 turns = self._turns(row, self._columns.messages, where)
                 parts = self._supervised(turns, where)
-                found = [self._of_conversation(before, answer) for before, answer in parts]
+                found = [self._of_conversation(before, answer, row, where) for before, answer in parts]
                 beginning = None if self._prompts.turns == "last" else _beginning(turns)
                 return [asked._replace(beginning=beginning) for asked in found] or [Asked([], None, "no_supervised_turn", beginning)]
             assert self._columns.prompt is not None  # the recipe was validated
-            text = text_at(row, self._columns.prompt, where)
+            text = self._text(row, self._columns.prompt, where)
             turns = self._with_context(row, [{"role": "user", "content": text}], where) if text else []
         except UnusableError as error:
             return [Asked([], reason=error.reason)]
-        return [self._of_conversation(turns, None)]
+        return [self._of_conversation(turns, None, row, where)]
 
     def prompt_rows(self, row: Row, where: str) -> list[tuple[Row, str | None]]:
         """PROMPT rows, and for each the reason to drop it or null."""
@@ -90,7 +92,10 @@ class PromptMapping:
         rows: list[tuple[Row, str | None]] = []
         parts = self.asked(row, where)
         for asked in parts:
-            reference, reason = self._reference(row, asked, where, is_last=asked is parts[-1])
+            try:
+                reference, reason = self._reference(row, asked, where, is_last=asked is parts[-1])
+            except UnusableError as error:
+                reference, reason = None, error.reason
             mapped: Row = {"prompt_id": prompt_id(asked.messages), "messages": asked.messages, "reference": reference, **told}
             if asked.beginning is not None:
                 mapped[BEGINNING] = asked.beginning
@@ -101,9 +106,10 @@ class PromptMapping:
         """The reference, and the reason to drop a row without one where one is looked for."""
         name = self._columns.reference
         found = None
-        if name is not None:
-            found = reference_at(row, name, where, as_json=self._prompts.json_reference) if is_last else None
-        elif self._prompts.answer_as_reference and asked.answer is not None:
+        if name is not None and is_last:
+            value, as_json = value_at(row, name, where), self._prompts.json_reference
+            found = text_of(value, name, where) if is_parts(value) and not as_json else reference_at(row, name, where, as_json=as_json)
+        elif name is None and self._prompts.answer_as_reference and asked.answer is not None:
             found = reference_of(asked.answer)
         if found is None or self._prompts.answer_pattern is None:
             return (found.strip() if found else None), None
@@ -126,25 +132,42 @@ class PromptMapping:
             parts.append((turns, None))
         return parts if self._prompts.turns == "all" else parts[-1:]
 
-    def _of_conversation(self, turns: list[Message], answer: Message | None) -> Asked:
+    def _of_conversation(self, turns: list[Message], answer: Message | None, row: Row, where: str) -> Asked:
         """A prompt of some turns: the system prompt before them, the template around the last of the user's."""
         users = [place for place, turn in enumerate(turns) if turn["role"] == "user"]
         if not users or not turns[users[-1]]["content"].strip():
             return Asked([], answer, "empty_prompt")
         before, last, behind = turns[: users[-1]], turns[users[-1]], turns[users[-1] + 1 :]
-        templated = last | {"content": self._prompts.template.replace("{prompt}", last["content"])}
+        templated = last | {"content": self._templated(last["content"], row, where)}
         messages = [*map(settled, before), templated, *map(settled, behind)]
         if self._prompts.system_prompt is not None:
+            if messages[0]["role"] == "system":
+                name = self._system or self._columns.messages
+                raise DataError(f"{where}: {name} has a system turn of its own, and prompts.system_prompt is set. Leave one of them out.")
             tools = messages[0].pop("tools", None)
             messages = with_tools([{"role": "system", "content": self._prompts.system_prompt}, *messages], tools)
         return Asked(messages, answer)
 
+    def _templated(self, text: str, row: Row, where: str) -> str:
+        """The template with values in their places, all at once: what stands in a value is no place."""
+        values = {"prompt": text}
+        for piece in self._pieces:
+            if piece.name is not None and piece.name not in values:
+                try:
+                    values[piece.name] = lines_at(row, piece.name, where)
+                except DataError as error:
+                    raise DataError(f"{error} The template names {piece.text}; as text it is written {{{piece.text}}}.") from None
+        return "".join(piece.text if piece.name is None else values[piece.name] for piece in self._pieces)
+
+    def _text(self, row: Row, name: str, where: str) -> str | None:
+        value = value_at(row, name, where)
+        if isinstance(value, list) and value and all(map(is_turn, value)):
+            raise DataError(f"{where}: {name} is a conversation, not text. Name it in columns.messages, in place of columns.prompt.")
+        return text_of(value, name, where) if is_parts(value) else text_at(row, name, where)
+
     def _turns(self, row: Row, name: str, where: str) -> list[Message]:
         """A row's conversation, with the system turn and the tools that it has beside that."""
-        turns = turns_of(value_at(row, name, where), name, where)
-        if turns and turns[0]["role"] == "system" and self._prompts.system_prompt is not None:
-            raise DataError(f"{where}: {name} has a system turn of its own, and prompts.system_prompt is set. Leave one of them out.")
-        return self._with_context(row, turns, where)
+        return self._with_context(row, turns_of(value_at(row, name, where), name, where), where)
 
     def _with_context(self, row: Row, turns: list[Message], where: str) -> list[Message]:
         name = self._system

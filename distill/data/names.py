@@ -72,6 +72,8 @@ def reference_at(row: dict[str, Any], name: str, where: str, *, as_json: bool) -
         DataError: there is no such value, or it is something else, or half a character.
     """
     value = value_at(row, name, where)
+    if not as_json and isinstance(value, list) and len(value) == 1 and not isinstance(value[0], list | dict):  # one right answer
+        value, row = value[0], {name: value[0]}
     if not isinstance(value, list | dict | bool):
         return text_at(row, name, where)
     if as_json:
@@ -82,6 +84,22 @@ def reference_at(row: dict[str, Any], name: str, where: str, *, as_json: bool) -
         f"{where}: {name} must be text or a number, got {type(value).__name__}: {shown(value)}. Name a value inside it, or set "
         "prompts.json_reference for a check that takes data."
     )
+
+
+def lines_at(row: dict[str, Any], name: str, where: str) -> str:
+    """A row's value under a name as a text to be read: a list as lines, an object as JSON, nothing as nothing.
+
+    Raises:
+        DataError: there is no such value, or it holds half a character.
+    """
+    value = value_at(row, name, where)
+    return "\n".join(_line(item, name, where) for item in (value if isinstance(value, list) else [value]))
+
+
+def _line(value: Any, name: str, where: str) -> str:
+    if isinstance(value, str):
+        return whole_text(value, name, where)
+    return json_text(value, name, where) if isinstance(value, bool | list | dict) else text_at({name: value}, name, where) or ""
 
 
 def json_text(value: Any, name: str, where: str) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
+from distill.recipe.alike import Decontaminate, NearDuplicates
 from distill.recipe.base import PathOrName, PositiveInt, Section
 
 
@@ -53,19 +54,49 @@ def check_pattern(value: str | None) -> str | None:
     return value
 
 
-# What looks like a place for a column, or like Jinja's; not the argument of a LaTeX command, as in \boxed{answer}.
-_NAMED = re.compile(r"(?<![\w\\}\]^])(?:\{\{\s*[A-Za-z_][\w.]*\s*\}\}|\{[A-Za-z_]\w+\})")
+_LETTER = r"(?:\w|[^\x00-\x7f])"  # marks of Arabic and Hindi are letters, too
+_NAME = rf"(?:[^\W\d]|[^\x00-\x7f])(?:[\w.-]|[^\x00-\x7f])*{_LETTER}"
+_ARGUMENT = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
+_ESCAPED = re.compile(rf"\{{\{{({_NAME})\}}\}}")
+_PLACES = re.compile(rf"\\[A-Za-z]+\*?(?:\[[^\]{{}}]*\]|{_ARGUMENT})+|{_ESCAPED.pattern}|(?<![_^\\\]])\{{(?P<name>{_NAME})\}}")
+_PROMPT = re.compile(r"(?<!\{)\{prompt\}|\{prompt\}(?!\})")
+_JINJA = re.compile(rf"\{{\{{(?:\s+{_NAME}\s*|{_NAME}\s+)\}}\}}")
+
+
+class Piece(NamedTuple):
+    """A part of a template: text, or the place of a value."""
+
+    text: str
+    name: str | None = None
+    """Of the column, or `prompt`; null where the text stands for itself."""
+
+
+def pieces_of(template: str) -> list[Piece]:
+    r"""A template in parts. `{name}` is the place of a column, unless it is the argument of a LaTeX command, as in `\boxed{answer}`, or has
+    one letter, as a set of numbers has; `{{name}}` is `{name}` as text. `{prompt}` is a place wherever it stands.
+    """
+    pieces, place = [], 0
+    for found in _PLACES.finditer(template):
+        if found["name"] is not None:
+            pieces += [*_with_prompt(template[place : found.start()]), Piece(found[0], found["name"])]
+            place = found.end()
+    return [*pieces, *_with_prompt(template[place:])]
+
+
+def _with_prompt(text: str) -> list[Piece]:
+    first, *rest = (Piece(_ESCAPED.sub(r"{\1}", part)) for part in _PROMPT.split(text))
+    return [first, *(piece for part in rest for piece in (Piece("{prompt}", "prompt"), part))]
 
 
 def check_template(value: str | None) -> str | None:
     """A user's turn with a place for the text of the source, or null."""
     if value is None:
         return None
-    if "{prompt}" not in value:
+    jinja = _JINJA.search(value)
+    if jinja is not None:
+        raise ValueError(f"{jinja[0]} would stay as it is: columns are named in single braces, without blanks. Take it out")
+    if not any(piece.name == "prompt" for piece in pieces_of(value)):
         raise ValueError("must contain {prompt}")
-    left = next((match for match in _NAMED.findall(value) if match != "{prompt}"), None)
-    if left is not None:
-        raise ValueError(f"{left} would stay as it is: {{prompt}} alone is replaced, by the text of the source. Take it out")
     return value
 
 
@@ -97,7 +128,9 @@ class Prompts(Section):
     system_prompt: str | None = None
     """Put before every prompt."""
     template: str = "{prompt}"
-    """The user's turn; `{prompt}` stands for the text of the source."""
+    """The user's turn. `{prompt}` stands for the text of the source; `{context}`, `{example.choices}` and the like for columns of the same
+    row, by names as in `columns`: a list as lines, an object as JSON. What no column is called is refused; `{{name}}` writes `{name}`.
+    Brought traces need the same columns."""
     max_prompts: PositiveInt | None = None
     """Use only so many training prompts, drawn by the seed; null means all."""
     heldout_size: Annotated[int, Field(ge=0)] = 200
@@ -107,6 +140,11 @@ class Prompts(Section):
     """Take the held-out prompts from this source instead of splitting them off; prompts in both are not trained on."""
     heldout_split: str = "test"
     """Split of `heldout_source` on the Hub; not for files."""
+    near_duplicates: NearDuplicates | None = None
+    """Of prompts that are nearly the same only the first is trained on; null drops those alone that are the same."""
+    decontaminate: Decontaminate | None = None
+    """What else is kept out of training: prompts in which questions of benchmarks, or held-out ones, are found. What was found stands in
+    the table prompts/matches."""
 
     _pattern = field_validator("answer_pattern")(check_pattern)
 
@@ -126,17 +164,17 @@ class Prompts(Section):
             raise ValueError("name each column once, and at least one; null carries none")
         return value
 
-    @property
-    def has_references(self) -> bool:
-        """Whether rows may have a right answer."""
-        return self.columns.reference is not None or self.answer_as_reference
-
     def identity(self) -> dict[str, Any]:
         """The settings that decide the rows; of those that an earlier kit did not know only what is asked for."""
         plain = super().identity() | {"columns": self.columns.identity()}
         plain |= {"turns": None if self.turns == "last" else self.turns}
-        later = ("fields", "json_reference", "turns", "answer_as_reference")
+        later = ("fields", "json_reference", "turns", "answer_as_reference", "near_duplicates", "decontaminate")
         return {name: value for name, value in plain.items() if name not in later or value}
+
+    @property
+    def has_references(self) -> bool:
+        """Whether prompts have right answers beside them: a column, or the answers of their conversations."""
+        return self.columns.reference is not None or self.answer_as_reference
 
     @model_validator(mode="after")
     def _one_system_turn(self) -> Prompts:

@@ -59,7 +59,7 @@ class HeldOutSet(Section):
     fields: list[str] | None = None
     """Further columns that checks look at; null takes those that the checks name."""
     template: str | None = None
-    """The user's turn, with `{prompt}`; null takes that of `prompts`, whose system prompt always stands before it."""
+    """The user's turn, as in `prompts`; null takes that of `prompts`, whose system prompt always stands before it."""
     max_prompts: PositiveInt | None = None
     """Use only so many of its prompts, drawn by the seed; null means all."""
     checks: Checks | None = None
@@ -117,10 +117,14 @@ class HeldOutSet(Section):
                 "columns": main.columns if self.columns is None else self.columns,
                 "answer_pattern": main.answer_pattern if inherits and self.answer_pattern is None else self.answer_pattern,
                 "json_reference": self.json_reference or (inherits and main.json_reference),
+                "answer_as_reference": inherits and main.answer_as_reference,
+                "turns": main.turns if inherits else "last",
                 "fields": fields or None,
                 "template": main.template if self.template is None else self.template,
                 "max_prompts": self.max_prompts,
                 "heldout_size": 0,
                 "heldout_source": None,
+                "near_duplicates": None,
+                "decontaminate": None,
             }
         )
