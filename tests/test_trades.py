@@ -65,7 +65,9 @@ def test_a_shop_learns_from_the_teachers_probabilities_and_is_measured_by_countr
         accuracy = found[role, "accuracy"]
         assert accuracy["num_prompts"] == 12 and accuracy["low"] <= accuracy["value"] <= accuracy["high"]
         assert found[role, "macro_f1"]["value"] <= 1 and found[role, "mean_tokens"]["value"] > 0
-        countries = {metric: row["num_prompts"] for (model, metric), row in found.items() if model == role and metric.startswith("accuracy/")}
+        countries = {
+            metric: row["num_prompts"] for (model, metric), row in found.items() if model == role and metric.startswith("accuracy/")
+        }
         assert countries.keys() <= {"accuracy/us", "accuracy/es", "accuracy/jp"} and sum(countries.values()) == 12
     assert ("student-base", "accuracy_difference") in found and "tokens an answer" in told and "parameters" in told
     assert read_manifest(tmp_path / "run" / "targets").rows_kept == read_manifest(tmp_path / "run" / "curated").rows_kept
