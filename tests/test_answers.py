@@ -45,6 +45,14 @@ THOUGHTS = {
 }
 
 
+def called(name: str, arguments: object) -> dict[str, object]:
+    return {"id": f"call_{name}", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def block(inner: str) -> str:
+    return f"<tool_call>\n{inner}\n</tool_call>"
+
+
 @pytest.mark.parametrize("message", THOUGHTS.values(), ids=THOUGHTS)
 def test_a_thought_is_put_between_tags_once_whatever_its_field(message: dict) -> None:
     text = read("openai", chat(message)).text
@@ -104,8 +112,8 @@ def test_summaries_and_encrypted_thoughts_are_noted() -> None:
         ("limit", "length"),
         ("max_tokens", "length"),
         ("content_filter", "error"),
-        ("tool_calls", "error"),
-        ("function_call", "error"),
+        ("tool_calls", "stop"),
+        ("function_call", "stop"),
         ("something_new", "error"),
     ],
 )
@@ -161,9 +169,57 @@ def test_a_refused_prompt_inside_an_answer_is_final() -> None:
     assert not error.value.final
 
 
-def test_tools_and_refusals_are_no_answers() -> None:
-    tool = read("openai", chat({"content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f"}}]}, "tool_calls"))
-    assert tool.finish_reason == "error" and tool.text == "" and tool.notes["tool_calls"]
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"content": None, "tool_calls": [called("f", '{"a": 1}')]}, block('{"name": "f", "arguments": {"a": 1}}')),
+        ({"content": "I look.", "tool_calls": [called("f", "{}")]}, "I look.\n" + block('{"name": "f", "arguments": {}}')),
+        (
+            {"content": "", "reasoning_content": "Hm.", "tool_calls": [called("f", '{"a":"é"}'), called("g", {"b": None})]},
+            "<think>\nHm.\n</think>\n\n"
+            + block('{"name": "f", "arguments": {"a": "é"}}')
+            + "\n"
+            + block('{"name": "g", "arguments": {"b": null}}'),
+        ),
+        ({"content": None, "tool_calls": [called("f", '{"a": ')]}, block('{"name": "f", "arguments": {"a":}')),
+        ({"content": None, "tool_calls": [called("f", None)]}, block('{"name": "f", "arguments": {}}')),
+    ],
+)  # fmt: skip
+def test_calls_are_a_part_of_an_answer(message: dict[str, object], text: str) -> None:
+    found = read("openai", chat(message, "tool_calls"))
+    assert (found.text, found.finish_reason) == (text, "stop") and "tool_calls" not in found.notes
+
+
+def test_calls_are_put_together_from_the_pieces_of_a_stream() -> None:
+    def event(*pieces: object, **more: object) -> dict[str, object]:
+        return {"choices": [{"index": 0, "delta": {"tool_calls": list(pieces)} if pieces else {}, **more}]}
+
+    whole = block('{"name": "f", "arguments": {"a": 1}}') + "\n" + block('{"name": "g", "arguments": {}}')
+    by_index = [
+        {"choices": [{"index": 0, "delta": {"role": "assistant", "content": None}}]},
+        event({"index": 0, "id": "x", "type": "function", "function": {"name": "f", "arguments": ""}}),
+        event({"index": 0, "function": {"arguments": '{"a"'}}),
+        event({"index": 1, "id": "y", "type": "function", "function": {"name": "g", "arguments": "{}"}}),
+        event({"index": 0, "function": {"arguments": ": 1}"}}),
+        event(finish_reason="tool_calls"),
+    ]
+    by_id = [  # whole calls, which all say that they are the first
+        event({"index": 0, "id": "x", "function": {"name": "f", "arguments": '{"a": 1}'}}),
+        event({"index": 0, "id": "y", "function": {"name": "g", "arguments": "{}"}}, finish_reason="tool_calls"),
+    ]
+    in_turn = [  # no index at all
+        event({"id": "x", "function": {"name": "f", "arguments": '{"a": '}}),
+        event({"function": {"name": "f", "arguments": "1}"}}),
+        event({"id": "y", "function": {"name": "g", "arguments": {}}}, finish_reason="stop"),
+    ]
+    for stream in (by_index, by_id, in_turn):
+        found = read("openai", stream)
+        assert (found.text, found.finish_reason) == (whole, "stop")
+
+
+def test_refusals_are_no_answers() -> None:
+    tool = read("openai", chat({"content": None, "tool_calls": [{"id": "1"}]}, "tool_calls"))
+    assert tool.text == "" and tool.notes["tool_calls"]
     refusal = read("openai", chat({"content": None, "refusal": "I can't"}, "stop"))
     assert refusal.text == "I can't" and refusal.notes["refusal"]
     filtered = read("openai", chat({"content": ""}, "content_filter"))

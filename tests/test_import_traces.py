@@ -108,7 +108,8 @@ def completed(row: dict[str, Any], **keys: Any) -> tuple[str, str | None]:
 
 
 def found_in(row: dict[str, Any], **keys: Any) -> Brought:
-    return brought(Traces(source="t.jsonl", **keys), row, "t.jsonl:2")
+    [found] = brought(Traces(source="t.jsonl", **keys), row, "t.jsonl:2")
+    return found
 
 
 def test_the_reasoning_of_a_column_goes_between_the_tags() -> None:
@@ -256,8 +257,8 @@ def test_dropped_traces_say_why_and_none_left_is_an_error(tmp_path: Path, split:
 def test_an_absent_column_is_named(tmp_path: Path, split: tuple[list[str], list[str]]) -> None:
     with pytest.raises(DataError, match=r"traces\.jsonl:1: there is no column 'completion', only 'problem', 'completions'. Did you mean"):
         imported(tmp_path, [{"problem": split[0][0], "completions": "7"}])
-    with pytest.raises(DataError, match=r"traces\.jsonl:1: completion must be text or a number, got list"):
-        imported(tmp_path, [{"problem": split[0][0], "completion": ["7"]}])
+    with pytest.raises(DataError, match=r"traces\.jsonl:1: completion must be text or a number, got dict"):
+        imported(tmp_path, [{"problem": split[0][0], "completion": {"text": "7"}}])
 
 
 @pytest.mark.parametrize("batch", [1, 4, 512])

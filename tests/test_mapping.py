@@ -15,7 +15,8 @@ from distill.run.schema import prompt_id
 
 def prompt_row(row: dict[str, Any], columns: Columns | None = None, **prompts: Any) -> tuple[dict[str, Any], str | None]:
     section = Prompts(source="x.jsonl", **prompts)
-    return PromptMapping(section, columns or section.columns, "x.jsonl").prompt_row(row, "x.jsonl: row 3")
+    [found] = PromptMapping(section, columns or section.columns, "x.jsonl").prompt_rows(row, "x.jsonl: row 3")
+    return found
 
 
 def test_a_prompt_is_the_system_prompt_and_the_template_around_the_text() -> None:
@@ -48,6 +49,14 @@ def test_a_prompt_is_the_system_prompt_and_the_template_around_the_text() -> Non
 )
 def test_a_reference_becomes_text(value: Any, reference: str | None) -> None:
     assert prompt_row({"question": "?", "answer": value})[0]["reference"] == reference
+
+
+def test_a_list_of_one_answer_is_that_answer() -> None:
+    for value, reference in ((["4"], "4"), ([4.0], "4"), ([None], None), ([True], "True")):
+        assert prompt_row({"question": "?", "answer": value})[0]["reference"] == reference
+    assert prompt_row({"question": "?", "answer": ["4"]}, json_reference=True)[0]["reference"] == '["4"]'
+    with pytest.raises(DataError, match=r"answer must be text or a number, got list: .* set prompts\.json_reference"):
+        prompt_row({"question": "?", "answer": ["4", "5"]})
 
 
 def test_the_last_match_of_the_answer_pattern_is_the_reference() -> None:
@@ -111,7 +120,7 @@ def test_a_conversation_ends_with_its_last_question() -> None:
         prompt_row({"turns": own}, columns, system_prompt="S")
 
 
-@pytest.mark.parametrize("turns", ["text", [{"from": "human", "value": "x"}], [{"role": "user", "content": [{"type": "text"}]}], None])
+@pytest.mark.parametrize("turns", ["text", [{"content": "x"}], ["x"], {"role": "user"}, None])
 def test_what_is_no_conversation_is_an_error(turns: Any) -> None:
     with pytest.raises(DataError, match="row 3: turns must be a list of"):
         prompt_row({"turns": turns}, Columns(messages="turns"))
@@ -179,6 +188,48 @@ def test_half_a_surrogate_pair_is_no_text() -> None:
         ({"question": [{"role": "user", "content": "a \ud83d b"}]}, Columns(messages="question")),
         ({"question": "?", "tag": ["\udc00"]}, Columns(prompt="question", tags="tag")),
     ):
-        with pytest.raises(DataError, match=r"row 3: (question|tag) holds half of a surrogate pair \('\\ud"):
+        with pytest.raises(DataError, match=r"row 3: (question\.0: content|question|tag) holds half of a surrogate pair \('\\ud"):
             prompt_row(row, columns)
     assert text_at({"a": "whole \U0001f600 \u0627"}, "a", "x") == "whole \U0001f600 \u0627"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{context}\n\n{prompt}", "Lamps: {prompt}\n\nHow many?"),
+        ("{prompt}{context}", "How many?Lamps: {prompt}"),
+        ("{prompt}\n{choices}", "How many?\none\n2\n[3, 4]"),
+        ("{prompt} {example.tests.-1} {example.size}", "How many? b 5"),
+        ("{prompt} {example}", 'How many? {"tests": ["a", "b"], "size": 5.0}'),
+        ("{prompt} {empty}.", "How many? ."),
+        ("{prompt}{\u0627\u0644\u0633\u0651\u064a\u0627\u0642}", "How many?\u0645"),
+        ("{prompt} {right}", "How many? true"),
+        ("{prompt} {{context}} {{}}", "How many? {context} {{}}"),
+        ("{prompt} \\boxed{answer} \\frac{a_{max}}{context} x_{context} x^{context}", None),
+        ("{prompt} \\boxed{{answer}}", "How many? \\boxed{answer}"),
+        ('{prompt} {"context": 1} {x} {1, 2} {the context}', None),
+        ("\\text{Solve {prompt}}", "\\text{Solve How many?}"),
+    ],
+)
+def test_a_template_takes_any_column(template: str, text: str | None) -> None:
+    row = {
+        "question": "How many?",
+        "answer": "1",
+        "context": "Lamps: {prompt}",
+        "choices": ["one", 2.0, [3, 4]],
+        "example": {"tests": ["a", "b"], "size": 5.0},
+        "empty": None,
+        "\u0627\u0644\u0633\u0651\u064a\u0627\u0642": "\u0645",
+        "right": True,
+    }
+    [turn] = prompt_row(row, template=template)[0]["messages"]
+    assert turn["content"] == (template.replace("{prompt}", "How many?") if text is None else text)
+
+
+def test_a_template_that_names_no_column_is_refused() -> None:
+    with pytest.raises(
+        DataError, match=r"row 3: there is no column 'contxt', only .*'context'.*Did you mean 'context'\? .*written \{\{con"
+    ):
+        prompt_row({"question": "?", "answer": "1", "context": "c"}, template="{contxt} {prompt}")
+    mapping = PromptMapping(Prompts(source="x", template="{a.b} {prompt}"), Columns(prompt="question"), "x", with_fields=False)
+    assert mapping.columns == ["question", "a.b"]

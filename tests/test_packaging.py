@@ -29,6 +29,8 @@ def test_every_folder_with_modules_is_packaged_and_every_file_beside_them() -> N
     assert files <= covered, files - covered
     covered = {path for pattern in setuptools["package-data"]["distill.slurm"] for path in (ROOT / "slurm").glob(pattern)}
     assert {path for path in (ROOT / "slurm").rglob("*") if path.is_file()} == covered
+    covered = {path for pattern in setuptools["package-data"]["distill.shelf"] for path in (ROOT / "recipes").glob(pattern)}
+    assert {path for path in (ROOT / "recipes").rglob("*") if path.is_file()} == covered
 
 
 def test_the_recipes_of_the_kit_say_what_they_are() -> None:
@@ -117,6 +119,7 @@ def test_a_wheel_works_outside_the_repository(tmp_path: Path) -> None:
     inside = tmp_path / "site" / "distill"
     assert distill(module="distill.cluster.place").strip() == str(inside / "slurm")
     assert {path.name for path in (inside / "slurm").iterdir()} >= {path.name for path in (ROOT / "slurm").iterdir()}
+    assert {path.name for path in (inside / "shelf" / "made").iterdir()} >= {path.name for path in (ROOT / "recipes" / "made").iterdir()}
     packaged = {path.relative_to(inside) for path in inside.rglob("*") if path.is_file() and path.suffix != ".pyc"}
     expected = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"}
     assert expected <= packaged, expected - packaged

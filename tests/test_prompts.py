@@ -143,8 +143,7 @@ def test_where_every_row_is_dropped_the_advice_is_about_that(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("template", "{context}\n{prompt}", "{context} would stay as it is"),
-        ("template", "{{prompt}}", "{{prompt}} would stay"),
+        ("template", "{{prompt}}", "must contain {prompt}"),
         ("template", "{prompt} {{ context }}", "would stay"),
         ("system_prompt", "Answer {prompt}.", "would stay as it is"),
     ],

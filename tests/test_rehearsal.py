@@ -44,6 +44,7 @@ AT_A_GLANCE = {
         "evaluate: null",
     ),
     "pushing while offline": ([ARGUMENT + "push_to_hub", "true"], "the Hub is switched off here"),
+    "a column that is not there": (["--prompts.template", "{context} {prompt}"], "no column 'context', only 'question'"),
     "prompts that all go": (["--prompts.answer_pattern", "= (.*)"], "100 no_answer_match"),
 }  # fmt: skip
 
@@ -62,7 +63,6 @@ WITH_THE_RECIPE = {
     "noise that is no number": ([ARGUMENT + "neftune_noise_alpha", ".nan"], "not a finite number"),
     "a check without an end": (["--curate.check_timeout_s", ".inf"], "not a finite number"),
     "an infinite adapter": (["--student.adapter.lora_alpha", ".inf"], "not a finite number"),
-    "a placeholder that stays": (["--prompts.template", "{context} {prompt}"], "{context} would stay as it is"),
     "a template's own argument": (["--student.chat_template_kwargs", "{messages: 5}"], "messages is what the kit itself gives"),
 }  # fmt: skip
 

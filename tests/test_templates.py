@@ -223,13 +223,13 @@ def test_text_from_data_steers_nothing(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("name", ["qwen2.5-instruct", "qwen3", "deepseek-r1-distill-qwen"])
 def test_control_tokens_of_real_vocabularies(shared: Path, name: str) -> None:
-    """R1's token of the user steers although it isn't marked special; tags of thoughts and tools are a part of answers."""
+    """R1's token of the user steers although it isn't marked special; tags of thoughts and calls are a part of answers."""
     chat = chat_format(AutoTokenizer.from_pretrained(shared / "data" / "tokenizers" / name))
     tokenizer = chat.tokenizer
     controls = templates.control_tokens(tokenizer)
     r1s = {f"<\uff5c{word}\uff5c>" for word in ("User", "Assistant", "end\u2581of\u2581sentence")}
     own = r1s if "r1" in name else {"<|im_start|>", "<|im_end|>"}
-    assert own <= set(controls) and not {"<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>"} & set(controls)
+    assert own <= set(controls) and not {"<think>", "</think>", "<tool_call>", "</tool_call>"} & set(controls)
     text = "a" + "b".join(sorted(own))
     prompt = chat.prompt_ids([{"role": "user", "content": text}])
     plain = chat.prompt_ids([{"role": "user", "content": "a"}])

@@ -26,7 +26,8 @@ TALK: list[Message] = [
 ]
 TEMPLATE = (
     "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% if 'tool_calls' in m %}{% for c in m.tool_calls %}<call>{{ c.function.arguments.id }}</call>{% endfor %}{% endif %}"
+    "{% if 'tool_calls' in m %}{% for c in m.tool_calls %}"
+    "<call>{{ c.function.name }} {{ c.function.arguments.id }}</call>{% endfor %}{% endif %}"
     "{% if 'tool_call_id' in m %}#{{ m.tool_call_id }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -68,7 +69,7 @@ def test_templates_get_calls_as_objects_and_text_of_them_stays_text(tokenizer: P
     tokenizer.chat_template = TEMPLATE
     chat = chat_format(tokenizer)
     text = chat.prompt_text(TALK)
-    assert json.dumps(TOOLS) in text and "<call>é<|im_end|></call>" in text and "sent#call_1" in text
+    assert json.dumps(TOOLS) in text and "<call>get_order é<|im_end|></call>" in text and "sent#call_1" in text
     ids = chat.prompt_ids(TALK)
     assert ids.count(chat.end_of_turn_id) == len(TALK), "the one in the argument is read in pieces"
     assert tokenizer.decode(ids) == text

@@ -91,7 +91,7 @@ class _Sample:
 
 def _brought(recipe: Recipe, survey: Survey, seen: Counter[bool]) -> Iterator[Row]:
     """Brought traces of training prompts; counts all, by whether they are."""
-    from distill.data.completions import brought, columns_of
+    from distill.data.completions import columns_of, traces_of
     from distill.data.identities import Identities, as_numbers
     from distill.data.mapping import PromptMapping
     from distill.data.sources import brought_traces
@@ -101,16 +101,15 @@ def _brought(recipe: Recipe, survey: Survey, seen: Counter[bool]) -> Iterator[Ro
     known = Identities(survey.ids)
     mapping = PromptMapping(recipe.prompts, traces.columns, traces.source, with_fields=False)
     rows = brought_traces(traces).rows([*mapping.columns, *columns_of(traces)], "traces")
-    while batch := list(islice(rows, _TOGETHER)):
-        talks = [mapping.messages(raw, where) or [] for where, raw in batch]
-        ids = [prompt_id(messages) for messages in talks]
-        for (where, raw), messages, name, place in zip(batch, talks, ids, known.places(as_numbers(ids)), strict=True):
-            row = brought(traces, raw, where)
-            fits = row.reason is None and place >= 0
+    each = (trace for where, raw in rows for trace in traces_of(traces, mapping, raw, where))
+    while batch := list(islice(each, _TOGETHER)):
+        ids = [prompt_id(asked.messages) for asked, _ in batch]
+        for (asked, found), name, place in zip(batch, ids, known.places(as_numbers(ids)), strict=True):
+            fits = found.reason is None and place >= 0
             seen[fits] += 1
             if fits:
-                yield {"prompt_id": name, "messages": messages, "completion": row.text, "finish_reason": row.finish_reason} | (
-                    {} if traces.verdict is None else {TOLD.name: row.verdict}
+                yield {"prompt_id": name, "messages": asked.messages, "completion": found.text, "finish_reason": found.finish_reason} | (
+                    {} if traces.verdict is None else {TOLD.name: found.verdict}
                 )
 
 
@@ -149,4 +148,5 @@ def _curated(curate: Curate, rows: list[Row]) -> Choice:
         for number, verdict in judges.stream(enumerate(given_of(row, as_fields(row.get("fields"))) for row in rows)):
             evidence.note(number, verdict)
     agree(curate, evidence)
-    return choose(evidence, curate)
+    # Of a prompt hardly all traces are looked at, so how many of them pass is not known.
+    return choose(evidence, curate.model_copy(update={"min_pass_rate": None, "max_pass_rate": None}))

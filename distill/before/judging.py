@@ -102,4 +102,5 @@ def _heldout(recipe: Recipe) -> list[dict[str, Any]]:
     source = heldout_problems(recipe.prompts)
     assert source is not None
     mapping = PromptMapping(recipe.prompts, recipe.prompts.columns, source.name)
-    return [mapping.prompt_row(row, where)[0] for where, row in islice(source.rows(mapping.columns), _LOOKED_AT)]
+    placed = islice(source.rows(mapping.columns), _LOOKED_AT)
+    return [prompt for where, row in placed for prompt, _ in mapping.prompt_rows(row, where)]

@@ -9,16 +9,18 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from distill.before.advice import check_advice
 from distill.before.findings import Findings
 from distill.before.likeness import check_likeness
 from distill.before.outlook import outlook
 from distill.before.packages import check_packages
 from distill.before.servers import check_without_asking, warn_of_keys
 from distill.data.alike import question_mapping
-from distill.data.completions import brought, columns_of
+from distill.data.completions import columns_of, traces_of
 from distill.data.files import Placed
 from distill.data.licences import check_terms
 from distill.data.mapping import PromptMapping
@@ -68,6 +70,7 @@ def common(recipe: Recipe, found: Findings, launch: Path | None = None) -> None:
     found.prove("launch", lambda: _launch(recipe, launch))
     _check_folder(recipe, found)
     found.prove("terms of the traces", lambda: _terms(recipe))
+    check_advice(recipe, found)
     check_without_asking(recipe, found)
 
 
@@ -95,12 +98,13 @@ def _launch(recipe: Recipe, file: Path | None) -> str:
 
 
 def _terms(recipe: Recipe) -> str:
-    teacher = (recipe.teacher.model, recipe.teacher.licence) if recipe.teacher else (None, None)
-    brought = (recipe.traces.author_model, recipe.traces.licence) if recipe.traces else None
+    teacher, traces = recipe.teacher, recipe.traces
     name = recipe.export.model_name if recipe.export and recipe.export.model_name else recipe.name
+    held = partial(check_terms, student_name=name, student=recipe.student.model)
     # Brought traces have an author of their own; the teacher is learned from where it writes, scores or judges.
-    sources = [*([brought] if brought else []), *([teacher] if not brought or recipe.score is not None else [])]
-    notes = [note for author, licence in sources for note in check_terms(author, name, licence=licence, student=recipe.student.model)]
+    notes = held(traces.author_model, licence=traces.licence) if traces is not None else []
+    if traces is None or recipe.score is not None or recipe.train.is_live:
+        notes += held(teacher.model, licence=teacher.licence, spec=teacher) if teacher is not None else held(None)
     return "; ".join(dict.fromkeys(notes)) or "nothing to note"
 
 
@@ -121,8 +125,8 @@ def _check_sources(recipe: Recipe, found: Findings) -> None:
     prompts, traces = recipe.prompts, recipe.traces
     mapping = PromptMapping(prompts, prompts.columns, prompts.source)
 
-    def of_prompt(placed: Placed) -> str | None:
-        return mapping.prompt_row(placed[1], placed[0])[1]
+    def of_prompt(placed: Placed) -> list[str | None]:
+        return [reason for _, reason in mapping.prompt_rows(placed[1], placed[0])]
 
     _check_source("prompts", lambda: problems(prompts), of_prompt, mapping.columns, found)
     if prompts.heldout_source is not None:
@@ -135,9 +139,8 @@ def _check_sources(recipe: Recipe, found: Findings) -> None:
         return
     mapping_of_traces = PromptMapping(prompts, traces.columns, traces.source, with_fields=False)
 
-    def of_trace(placed: Placed) -> str | None:
-        messages = mapping_of_traces.messages(placed[1], placed[0])
-        return brought(traces, placed[1], placed[0]).reason if messages else "empty_prompt"
+    def of_trace(placed: Placed) -> list[str | None]:
+        return [asked.reason or found.reason for asked, found in traces_of(traces, mapping_of_traces, placed[1], placed[0])]
 
     columns = [*mapping_of_traces.columns, *columns_of(traces)]
     _check_source("traces", lambda: brought_traces(traces), of_trace, columns, found)
@@ -147,8 +150,8 @@ def _check_benchmark(prompts: Prompts, benchmark: Benchmark, found: Findings) ->
     """A benchmark whose questions are kept out of training."""
     mapping = question_mapping(prompts, benchmark)
 
-    def of_question(placed: Placed) -> str | None:
-        return mapping.prompt_row(placed[1], placed[0])[1]
+    def of_question(placed: Placed) -> list[str | None]:
+        return [reason for _, reason in mapping.prompt_rows(placed[1], placed[0])]
 
     _check_source(f"benchmark {benchmark.called}", lambda: benchmark_source(benchmark), of_question, mapping.columns, found)
 
@@ -157,13 +160,15 @@ def _check_set(recipe: Recipe, name: str, asked: AskedSet, found: Findings) -> N
     """A further held-out set."""
     assert recipe.evaluate is not None
     each, mapping = recipe.evaluate.sets[name], PromptMapping(asked.prompts, asked.prompts.columns, asked.prompts.source)
-    _check_source(
-        f"set {name}", lambda: heldout_set(name, each), lambda placed: mapping.prompt_row(placed[1], placed[0])[1], mapping.columns, found
-    )
+
+    def of_prompt(placed: Placed) -> list[str | None]:
+        return [reason for _, reason in mapping.prompt_rows(placed[1], placed[0])]
+
+    _check_source(f"set {name}", lambda: heldout_set(name, each), of_prompt, mapping.columns, found)
 
 
 def _check_source(
-    name: str, find: Callable[[], Source | None], reason_of: Callable[[Placed], str | None], columns: list[str], found: Findings
+    name: str, find: Callable[[], Source | None], reasons_of: Callable[[Placed], list[str | None]], columns: list[str], found: Findings
 ) -> None:
     source: Source | None = None
 
@@ -174,7 +179,7 @@ def _check_source(
         if not source.is_local:
             return "on the Hub"
         rows: Iterator[Placed] = islice(source.rows(columns), _FIRST_ROWS)
-        reasons = Counter(map(reason_of, rows))
+        reasons = Counter(reason for placed in rows for reason in reasons_of(placed))
         usable = reasons.pop(None, 0)
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items(), key=str))
         if not usable:

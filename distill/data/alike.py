@@ -37,6 +37,8 @@ _PLAIN: dict[str, Any] = {
     "fields": None,
     "json_reference": False,
     "answer_pattern": None,
+    "turns": "last",
+    "answer_as_reference": False,
 }
 
 
@@ -97,7 +99,7 @@ class Alike:
         placed = enumerate(source.rows(mapping.columns, f"read {benchmark.called}"), start=1)
         try:
             while batch := list(islice(placed, _TOGETHER)):
-                talks = [mapping.prompt_row(raw, where)[0]["messages"] for _, (where, raw) in batch]
+                talks = [mapping.prompt_rows(raw, where)[-1][0]["messages"] for _, (where, raw) in batch]
                 self._add([own_text(messages, "{prompt}") for messages in talks], [number for number, _ in batch])
         except DataError as error:
             raise DataError(f"prompts.decontaminate: {error}") from None
@@ -213,7 +215,7 @@ def question_mapping(prompts: Prompts, benchmark: Benchmark) -> PromptMapping:
         prompts: The recipe's section.
         benchmark: One that it names.
     """
-    columns = prompts.columns.model_copy(update={"reference": None, "tags": None})
+    columns = prompts.columns.model_copy(update={"reference": None, "tags": None, "system": None, "tools": None})
     columns = columns if benchmark.column is None else Columns(prompt=benchmark.column)
     return PromptMapping(prompts.model_copy(update=_PLAIN), columns, benchmark.source)
 

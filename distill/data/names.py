@@ -15,6 +15,10 @@ from distill.errors import DataError, shown
 _NAMES = 20  # of columns, shown in an error
 
 
+class Spare(str):
+    """A name that is looked up in rows which have it."""
+
+
 def value_at(row: dict[str, Any], name: str, where: str) -> Any:
     """A row's value under a name; null where something on the way is null.
 
@@ -68,6 +72,8 @@ def reference_at(row: dict[str, Any], name: str, where: str, *, as_json: bool) -
         DataError: there is no such value, or it is something else, or half a character.
     """
     value = value_at(row, name, where)
+    if not as_json and isinstance(value, list) and len(value) == 1 and not isinstance(value[0], list | dict):  # one right answer
+        value, row = value[0], {name: value[0]}
     if not isinstance(value, list | dict | bool):
         return text_at(row, name, where)
     if as_json:
@@ -78,6 +84,22 @@ def reference_at(row: dict[str, Any], name: str, where: str, *, as_json: bool) -
         f"{where}: {name} must be text or a number, got {type(value).__name__}: {shown(value)}. Name a value inside it, or set "
         "prompts.json_reference for a check that takes data."
     )
+
+
+def lines_at(row: dict[str, Any], name: str, where: str) -> str:
+    """A row's value under a name as a text to be read: a list as lines, an object as JSON, nothing as nothing.
+
+    Raises:
+        DataError: there is no such value, or it holds half a character.
+    """
+    value = value_at(row, name, where)
+    return "\n".join(_line(item, name, where) for item in (value if isinstance(value, list) else [value]))
+
+
+def _line(value: Any, name: str, where: str) -> str:
+    if isinstance(value, str):
+        return whole_text(value, name, where)
+    return json_text(value, name, where) if isinstance(value, bool | list | dict) else text_at({name: value}, name, where) or ""
 
 
 def json_text(value: Any, name: str, where: str) -> str:
@@ -111,8 +133,16 @@ def whole_text(text: str, name: str, where: str) -> str:
 
 def top_levels(names: Iterable[str], columns: Sequence[str]) -> list[str] | None:
     """The columns in which some names lie; null, for all columns, where one lies in none: the error about it shows them."""
-    found = [next((head for head, _ in _splits(name) if head in columns), None) for name in names]
+    heads = ((name, next((head for head, _ in _splits(name) if head in columns), None)) for name in names)
+    found = [head for name, head in heads if head is not None or not isinstance(name, Spare)]
     return None if None in found else list(dict.fromkeys(head for head in found if head is not None))
+
+
+def spare_at(row: dict[str, Any], name: Spare) -> Any:
+    """A row's value under a name; null where there is none."""
+    inside, _, last = name.rpartition(".")
+    values = value_at(row, inside, "") if inside else row
+    return values.get(last) if isinstance(values, dict) else None
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:

@@ -101,8 +101,12 @@ def _mapped(recipe: Recipe, name: str, placed: Iterator[tuple[str, Row]]) -> Ite
     plain = PromptMapping(prompts.model_copy(update={"template": recipe.prompts.template}), prompts.columns, prompts.source)
     same = prompts.template == recipe.prompts.template
     for where, raw in placed:
-        row, reason = mapping.prompt_row(raw, where)
-        yield row | {"plain": row["messages"] if same else plain.messages(raw, where) or []}, reason
+        for place, (row, reason) in enumerate(mapping.prompt_rows(raw, where)):
+            try:
+                messages = row["messages"] if same else plain.asked(raw, where)[place].messages
+            except DataError:  # it lacks a column of the run's template, so that it is no prompt of the run
+                messages = row["messages"]
+            yield row | {"plain": messages}, reason
 
 
 def _drawn(identities: list[str], most: int | None, salt: str) -> list[str]:

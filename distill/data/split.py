@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from distill.data.alike import Alike
+from distill.data.calls import UNUSABLE
 from distill.data.files import Row
 from distill.data.identities import Identities, Ids, Places, as_numbers, rank
+from distill.data.mapping import BEGINNING
 from distill.data.normal import normal_numbers
 from distill.data.texts import mentions_controls
 from distill.errors import DataError, StageConflictError
@@ -30,16 +32,21 @@ REASONS = [
     "duplicate_other_reference",
     "in_heldout_source",
     "twin_of_heldout",
+    "part_of_heldout",
+    "no_supervised_turn",
     "in_benchmark",
     "near_heldout",
     "near_duplicate",
     "not_drawn",
+    *UNUSABLE,
 ]
 _CODES = {reason: code for code, reason in enumerate(REASONS, start=2)}
 _REMEDIES = {
     "empty_prompt": "Name the column of the prompts in prompts.columns.",
     "no_answer_match": "Correct prompts.answer_pattern, or leave it out where the reference is the answer alone.",
     "in_heldout_source": "Give a prompts.source with other prompts than prompts.heldout_source.",
+    "part_of_heldout": "Give a prompts.source with conversations that begin otherwise than held-out ones.",
+    "no_supervised_turn": "Mark turns that are to be learned, or take last or all for prompts.turns.",
     "twin_of_heldout": "Give a prompts.source with prompts that differ from held-out ones in more than spaces, case and digits.",
     "in_benchmark": "Look at what prompts.decontaminate compares with, and how.",
     "near_heldout": "Raise the similarity of prompts.near_duplicates, or ask less of prompts.decontaminate.",
@@ -62,6 +69,7 @@ class Index:
 
     def __init__(self) -> None:
         self._ids, self._references, self._normals, self._codes = array("Q"), array("Q"), array("Q"), array("B")
+        self._beginnings = array("Q")  # where a conversation gives several rows
         self.num_main = 0
         """Rows of the first source."""
         self.num_controls = 0
@@ -73,6 +81,7 @@ class Index:
         self._references.extend(number_of(row["reference"]) for row in rows)
         self._normals.extend(normal_numbers(row["messages"] for row in rows).tolist())
         self._codes.extend(_CODES[reason] if reason else TRAIN for reason in reasons)
+        self._beginnings.extend(row[BEGINNING] for row in rows if BEGINNING in row)
         self.num_controls += sum(any(mentions_controls(turn["content"]) for turn in row["messages"]) for row in rows)
 
     @property
@@ -84,6 +93,11 @@ class Index:
     def references(self) -> Ids:
         """A number for each row's reference; equal references have equal ones."""
         return np.frombuffer(self._references, dtype=np.uint64)
+
+    @property
+    def beginnings(self) -> Ids:
+        """A number for how each row's conversation begins: rows of one are held out together, or not at all."""
+        return np.frombuffer(self._beginnings, dtype=np.uint64)
 
     @property
     def normals(self) -> Ids:
@@ -110,6 +124,9 @@ class Index:
         kept = before.places(self, fates, before.train, prompts.source) if before else np.array([], np.int64)
         twins = np.flatnonzero(np.isin(self.normals[main], self.normals[apart]) & (fates[main] == TRAIN))
         fates[np.setdiff1d(twins, kept)] = _CODES["twin_of_heldout"]
+        if self._beginnings:
+            parts = np.flatnonzero(np.isin(self.beginnings[main], self.beginnings[apart]) & (fates[main] == TRAIN))
+            fates[np.setdiff1d(parts, kept)] = _CODES["part_of_heldout"]
         if alike is not None:
             for place, reason in alike.judged(np.flatnonzero(fates[main] == TRAIN), apart, kept):
                 fates[place] = _CODES[reason]
@@ -127,13 +144,13 @@ class Index:
             if before is not None:
                 drawn = before.places(self, fates, before.heldout, prompts.source)
             else:
-                drawn, _ = self._draw(fates, main, prompts.heldout_size, f"heldout/{seed}", prompts.source)
+                drawn, _ = self._draw_heldout(fates, main, prompts.heldout_size, f"heldout/{seed}", prompts.source)
             fates[drawn] = HELDOUT
             return drawn
         self._drop_duplicates(fates, others)
         known = Identities(self.ids[others][fates[others] == TRAIN]).places(self.ids[main])
         fates[main][(known >= 0) & (fates[main] == TRAIN)] = _CODES["in_heldout_source"]
-        drawn, rest = self._draw(fates, others, prompts.heldout_size, f"heldout/{seed}", prompts.heldout_source)
+        drawn, rest = self._draw_heldout(fates, others, prompts.heldout_size, f"heldout/{seed}", prompts.heldout_source)
         fates[drawn] = HELDOUT
         fates[rest] = _CODES["not_drawn"]
         return np.concatenate([drawn, rest])
@@ -147,6 +164,23 @@ class Index:
         first = np.searchsorted(ids, ids[again])
         same = self.references[order[again]] == self.references[order[first]]
         fates[order[again]] = np.where(same, _CODES["duplicate"], _CODES["duplicate_other_reference"])
+
+    def _draw_heldout(self, fates: Fates, rows: slice, count: int, salt: str, name: str) -> tuple[Places, Places]:
+        """`_draw`; where conversations give several rows, of whole ones: those of the lowest hash that fit, or a short one more."""
+        drawn, rest = self._draw(fates, rows, count, salt, name)
+        if not self._beginnings or not count:
+            return drawn, rest
+        places = np.concatenate([drawn, rest])
+        beginnings, which, sizes = np.unique(self.beginnings[places], return_inverse=True, return_counts=True)
+        order = sorted(range(len(beginnings)), key=lambda number: rank(salt, int(beginnings[number])))
+        taken = np.zeros(len(beginnings), np.bool_)
+        total = 0
+        for number in order:
+            if total + sizes[number] <= count:
+                taken[number], total = True, total + int(sizes[number])
+        if total < count:
+            taken[min((number for number in order if not taken[number]), key=lambda number: sizes[number])] = True
+        return places[taken[which]], places[~taken[which]]
 
     def _draw(self, fates: Fates, rows: slice, count: int, salt: str, name: str, first: Places | None = None) -> tuple[Places, Places]:
         """The places of `count` rows, those of `first` and then of the lowest hash, and of the others."""

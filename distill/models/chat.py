@@ -19,8 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
 from distill.errors import ModelError, visible
-from distill.models.templates import answer_tags, check_template, control_tokens, end_of_turn, refuse_dropped_turns, render, set_template
-from distill.run.schema import THINK_CLOSE, THINK_OPEN, Message
+from distill.models.calls import CallForm, call_form, pattern_of
+from distill.models.rendering import render
+from distill.models.templates import answer_tags, check_template, control_tokens, end_of_turn, refuse_dropped_turns, set_template
+from distill.models.thoughts import after, opening_of, rest_of
+from distill.run.calls import parted
+from distill.run.schema import THINK_OPEN, Message
 
 IGNORE = -100  # label of a position without loss, as in torch and transformers
 
@@ -46,7 +50,7 @@ class ChatFormat:
     tokenizer: PreTrainedTokenizerBase
     template_kwargs: dict[str, Any]
     end_of_turn_id: int
-    """Token that the template writes after an assistant's answer; the last supervised token of a row."""
+    """Token that the template writes after an assistant's text; the last supervised token of a row, but for some that call tools."""
     stop_ids: tuple[int, ...]
     """Tokens at which generation stops: the end of a turn and the tokenizer's own EOS."""
     pad_id: int
@@ -56,6 +60,8 @@ class ChatFormat:
     """Ids of those that don't end an answer: inside of one they are nothing to learn from."""
     tags: dict[str, int]
     """Tags of thoughts and tools that are single tokens."""
+    calls: CallForm
+    """How the template writes the calls of an answer."""
 
     def prompt_text(self, messages: list[Message]) -> str:
         """The conversation as text up to where the assistant begins to write.
@@ -77,7 +83,7 @@ class ChatFormat:
 
     def opening(self, messages: list[Message]) -> str:
         r"""What the template has already written of the assistant's answer: `<think>\n` for some families, else ``."""
-        return _opening(self.prompt_text(messages))
+        return opening_of(self.prompt_text(messages))
 
     def completion_ids(self, completion: str, opening: str = "", *, finished: bool = True) -> list[int]:
         """A completion as the token ids the model has to write.
@@ -87,8 +93,9 @@ class ChatFormat:
             opening: What the prompt has already written of it; see `opening`.
             finished: Whether to add the token that ends the turn.
         """
-        ids = self._ids(self._marked(_after(opening, completion)))
-        return [*ids, self.end_of_turn_id] if finished else ids
+        text, calls = self._spelled(after(opening, completion))
+        ids = self._ids(text + calls)
+        return [*ids, self.end_of(completion)] if finished else ids
 
     def row(self, messages: list[Message], completion: str, *, finished: bool = True) -> tuple[list[int], list[int]]:
         """One training row: `input_ids` and `labels` of equal length, not shifted; `IGNORE` on the whole prompt."""
@@ -110,25 +117,40 @@ class ChatFormat:
         """`trace_row` of each, tokenised together: on several cores where the tokenizer may use them."""
         texts: list[str] = []
         written: list[list[int] | None] = []  # completions whose ids are known
+        ends: list[list[int]] = []
         for trace in traces:
             if _own(trace):
                 written.append(list(trace["completion_ids"]))
+                ends.append([])
                 continue
             prompt = self._marked_prompt(trace["messages"])
-            rest = _rest(prompt, trace)
-            drawn = self._drawn(trace, _opening(prompt))
+            text, calls = self._spelled(rest_of(prompt, trace))
+            drawn = None if calls else self._drawn(trace, opening_of(prompt))
             written.append(drawn)
-            texts += [prompt] if drawn is not None else [prompt, self._marked(rest)]
+            texts += [prompt] if drawn is not None else [prompt, text + calls]
+            cut_off = trace.get("finish_reason") == "length"
+            end = self.end_of(trace["completion"]) if drawn is None else self._drawn_end(trace["completion_ids"])
+            ends.append([] if cut_off else [end])
         ids = iter(self._all_ids(texts))
         rows = []
-        for trace, completion in zip(traces, written, strict=True):
-            if _own(trace):
-                rows.append(_labelled(list(trace["prompt_ids"]), completion or []))
-                continue
-            prompt_ids = next(ids)
-            end = [] if trace.get("finish_reason") == "length" else [self.end_of_turn_id]
-            rows.append(_labelled(prompt_ids, [*(next(ids) if completion is None else completion), *end]))
+        for trace, completion, last in zip(traces, written, ends, strict=True):
+            prompt_ids = list(trace["prompt_ids"]) if _own(trace) else next(ids)
+            rows.append(_labelled(prompt_ids, [*(next(ids) if completion is None else completion), *last]))
         return rows
+
+    def _spelled(self, completion: str) -> tuple[str, str]:
+        """The text of a completion, and the calls behind it if the template has a form of its own; control tokens from data marked."""
+        text, calls = self.calls.spelled(completion)
+        return self._marked(text), calls
+
+    def end_of(self, completion: str) -> int:
+        """The token that ends a turn of this text: behind calls it may be another than behind text."""
+        other = self.calls.end_id != self.end_of_turn_id and bool(parted(completion)[1])
+        return self.calls.end_id if other else self.end_of_turn_id
+
+    def _drawn_end(self, ids: Sequence[int]) -> int:
+        """The token that ended what was drawn, if it is one that the template writes."""
+        return self.calls.end_id if ids and ids[-1] == self.calls.end_id else self.end_of_turn_id
 
     def _drawn(self, trace: dict[str, Any], opening: str) -> list[int] | None:
         """The ids that a teacher drew, as far as they are to be written behind the prompt, without an end of turn.
@@ -170,7 +192,8 @@ class ChatFormat:
     def _marked_prompt(self, messages: list[Message]) -> str:
         """`prompt_text`, with marks around the control tokens that come from data."""
         prompt = self.prompt_text(messages)
-        if not any(self.controls.search(text) for message in messages for text in message.values()):
+        texts = (text for message in messages for text in message.values())
+        if not any(self.controls.search(text) or "\\" in text for text in texts):  # in JSON a token may be escaped
             return prompt
         return render(self.tokenizer, messages, self.template_kwargs, controls=self.controls)
 
@@ -238,59 +261,18 @@ def chat_format(
             "of the recipe: chatml, if its vocabulary has <|im_start|> and <|im_end|>, else a file with a Jinja template of its own tokens."
         )
     check_template(tokenizer, kwargs)
-    end = end_of_turn(tokenizer, kwargs)
-    stop_ids = tuple(dict.fromkeys(i for i in (end, tokenizer.eos_token_id) if i is not None))
+    end, controls = end_of_turn(tokenizer, kwargs), control_tokens(tokenizer)
+    calls = call_form(tokenizer, kwargs, controls, end)
+    stop_ids = tuple(dict.fromkeys(i for i in (end, tokenizer.eos_token_id, calls.end_id) if i is not None))
     pad_id = _padding(tokenizer, stop_ids, pad_token)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
-    controls = control_tokens(tokenizer)
-    longest_first = sorted(controls, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
     inside = frozenset(controls.values()) - set(stop_ids)
-    return ChatFormat(tokenizer, kwargs, end, stop_ids, pad_id, pattern, inside, answer_tags(tokenizer))
+    return ChatFormat(tokenizer, kwargs, end, stop_ids, pad_id, pattern_of(controls), inside, answer_tags(tokenizer), calls)
 
 
 def _own(trace: dict[str, Any]) -> bool:
     """Whether a trace counts as the ids that the student drew."""
     return trace.get("author") == "student" and trace.get("completion_ids") is not None
-
-
-def _opening(prompt: str) -> str:
-    match = re.search(rf"{THINK_OPEN}\s*\Z", prompt)
-    return match.group() if match else ""
-
-
-def _after(opening: str, completion: str) -> str:
-    """What is left of a completion to be written behind what the template has opened, with whatever space is its own."""
-    thought = completion.lstrip()
-    if not opening or not thought.startswith(THINK_OPEN):
-        return completion
-    rest, space = thought.removeprefix(THINK_OPEN), opening.removeprefix(THINK_OPEN)
-    same = next((place for place, pair in enumerate(zip(rest, space, strict=False)) if pair[0] != pair[1]), min(len(rest), len(space)))
-    return rest[same:]
-
-
-def _rest(prompt: str, trace: dict[str, Any]) -> str:
-    """What is left of a trace's completion to be written behind its prompt.
-
-    Raises:
-        ModelError: a thought would be opened twice, or never closed.
-    """
-    opening, completion = _opening(prompt), trace["completion"]
-    rest = _after(opening, completion)
-    opens = rest.lstrip().startswith(THINK_OPEN)
-    fault = advice = ""
-    if opens and opening:
-        fault, advice = f"opens a thought that the chat template has opened ({opening!r} ends the prompt)", "Take one of the two out"
-    elif opens and prompt.rstrip().endswith(THINK_CLOSE):
-        fault = "opens a thought behind the one that the chat template has closed"
-        advice = "Let the template think (chat_template_kwargs), or take the reasoning out of the traces"
-    elif (opening or opens) and THINK_CLOSE not in rest and trace.get("finish_reason") != "length":
-        fault = "never closes the thought that " + ("the chat template has opened" if opening else "it opens")
-        advice = "Use a template that opens none, traces that think, or curate.checks with think, which drops such traces"
-    if fault:
-        asked = visible(trace["messages"][-1]["content"], 60)
-        raise ModelError(f"the answer to {asked!r} {fault}: {visible(completion, 60)!r}. {advice}.")
-    return rest
 
 
 def _labelled(prompt_ids: list[int], completion_ids: list[int]) -> tuple[list[int], list[int]]:

@@ -5,27 +5,24 @@ Templates raise on turns they don't know, drop others without a word, ignore arg
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, meta
+from jinja2 import meta
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template, mark_control_tokens
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from distill.errors import ModelError, visible
-from distill.run.schema import THINK_CLOSE, THINK_OPEN, Message, spoken
+from distill.models.rendering import render
+from distill.run.schema import THINK_CLOSE, THINK_OPEN, Message, extras_of
 
 CHATML = (
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
-TODAY = datetime(2024, 7, 26)
-"""The date of every rendering: another each day would make other rows of the same traces, and other ids in each stage. It is the one
-that Llama's templates take where they can't know it."""
-
 _PROBE = "\u2042probe\u2042"
 _USER: Message = {"role": "user", "content": "?"}
 _CONVERSATIONS: tuple[list[Message], ...] = (
@@ -34,47 +31,18 @@ _CONVERSATIONS: tuple[list[Message], ...] = (
     [_USER, {"role": "assistant", "content": f"{THINK_OPEN}\n.\n{THINK_CLOSE}\n\n{_PROBE}"}, _USER],
     [_USER, {"role": "assistant", "content": _PROBE}],
 )
+_TOOL = {"type": "function", "function": {"name": "f", "description": "?", "parameters": {"type": "object", "properties": {}}}}
+_CALL = {"id": "123456789", "type": "function", "function": {"name": "f", "arguments": {}}}
+_OF_TOOLS: list[Message] = [
+    {**_USER, "tools": json.dumps([_TOOL])},
+    {"role": "assistant", "content": "", "tool_calls": json.dumps([_CALL])},
+    {"role": "tool", "content": "!", "tool_call_id": "123456789", "name": "f"},
+]
 _MARK = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>|<(?:start|end)_of_turn>|\[/?INST\]")
 """Control tokens by their look."""
 _OF_ANSWERS = re.compile(r"think|thought|reason|tool|function|python_tag", re.IGNORECASE)
+_OF_RESULTS = re.compile(r"response|result|output|available", re.IGNORECASE)
 _TAGS = re.compile(rf"{THINK_OPEN}|{THINK_CLOSE}|\s")
-
-
-def render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    kwargs: dict[str, Any],
-    *,
-    prompt: bool = True,
-    controls: re.Pattern[str] | None = None,
-) -> str:
-    """The conversation as text; as a prompt up to where the assistant begins to write.
-
-    Args:
-        tokenizer: With a template.
-        messages: Turns, with their extras.
-        kwargs: Of the template.
-        prompt: Whether the assistant is to begin.
-        controls: What is put between marks wherever the data hold it, so that it stays text; null marks nothing.
-
-    Raises:
-        ModelError: the template refuses it, or can't be read.
-    """
-    try:
-        template = tokenizer.get_chat_template()
-        # The compiled template is kept by the library, so that whoever renders in this process meets the same date.
-        _compile_jinja_template(template).globals["strftime_now"] = TODAY.strftime
-        turns, tools = spoken(messages)
-        if controls is not None:
-            turns, tools = mark_control_tokens(turns, controls), mark_control_tokens(tools, controls)
-        return str(tokenizer.apply_chat_template(turns, tools, tokenize=False, add_generation_prompt=prompt, **kwargs))
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        roles = ", ".join(visible(message["role"], 20) for message in messages)
-        raise ModelError(
-            f"{tokenizer.name_or_path}: the chat template refuses a conversation of {roles}: {visible(str(error), 200).rstrip('.')}. "
-            "Put a system turn's text into prompts.template, bring turns in the order it takes, correct chat_template_kwargs, or give "
-            "another template with the key chat_template of this model."
-        ) from None
 
 
 def refuse_dropped_turns(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], kwargs: dict[str, Any], prompt: str) -> None:
@@ -93,6 +61,36 @@ def refuse_dropped_turns(tokenizer: PreTrainedTokenizerBase, messages: Sequence[
                 f"{visible(message['content'].strip(), 60)!r}. Put its text into prompts.template, or give another template with the key "
                 "chat_template of this model."
             )
+    if any(extras_of(message) or message["role"] == "tool" for message in messages):
+        _refuse_dropped_calls(tokenizer, messages, kwargs)
+
+
+def _refuse_dropped_calls(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], kwargs: dict[str, Any]) -> None:
+    """Looks whether the template writes each tool, call and result, by giving it others with names that stand nowhere else."""
+    shadows: list[Message] = []
+    names: dict[str, str] = {}  # what is looked for, and what it stands for
+    for message in messages:
+        shadow = dict(message)
+        for key, what in (("tools", "the tool"), ("tool_calls", "the call of")):
+            if key in shadow:
+                listed = json.loads(shadow[key])
+                for entry in listed:
+                    function = entry.get("function", entry)
+                    probe = f"probed{len(names)}"
+                    names[probe] = f"{what} {visible(str(function['name']), 40)!r}"
+                    function["name"] = probe
+                shadow[key] = json.dumps(listed)
+        if message["role"] == "tool":
+            shadow["content"] = f"probed{len(names)}"
+            names[shadow["content"]] = f"a tool's result, {visible(message['content'], 40)!r},"
+        shadows.append(shadow)
+    text = render(tokenizer, shadows, kwargs)
+    lost = next((what for probe, what in names.items() if re.search(rf"{probe}(?!\d)", text) is None), None)
+    if lost is not None:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: the chat template leaves {lost} out. Give one that writes tools, calls and results, with the key "
+            "chat_template of this model; or write them into the turns of system, user and assistant as text."
+        )
 
 
 def _is_read(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], place: int, kwargs: dict[str, Any], prompt: str) -> bool:
@@ -133,7 +131,11 @@ def _has_effect(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any], key:
     rest = {name: value for name, value in kwargs.items() if name != key}
     value = kwargs[key]
     others = [rest, *(rest | {key: other} for other in ([not value] if isinstance(value, bool) else [_PROBE, None]))]
-    return any(_written(tokenizer, kwargs, talk) != _written(tokenizer, other, talk) for other in others for talk in _CONVERSATIONS)
+    return any(
+        _written(tokenizer, kwargs, talk) != _written(tokenizer, other, talk)
+        for other in others
+        for talk in (*_CONVERSATIONS, _OF_TOOLS[:1], _OF_TOOLS)
+    )
 
 
 def _written(tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any], messages: list[Message]) -> str | None:
@@ -199,7 +201,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Tokens that steer a conversation, with their ids: no text from data may become one of them.
 
     Flags don't decide it: R1's token of a user's turn is not marked special. What the template writes is one, and what looks like
-    one; but not tags of thoughts and tools, which are a part of answers, nor white space.
+    one; but not tags of thoughts and calls, which are a part of answers, nor white space.
     """
     template = tokenizer.get_chat_template()
     return {
@@ -207,7 +209,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
         for index, token in tokenizer.added_tokens_decoder.items()
         if (token.special or token.content in template or _MARK.fullmatch(token.content))
         and not token.content.isspace()
-        and not _OF_ANSWERS.search(token.content)
+        and (not _OF_ANSWERS.search(token.content) or _OF_RESULTS.search(token.content))
     }
 
 

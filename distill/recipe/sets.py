@@ -59,7 +59,7 @@ class HeldOutSet(Section):
     fields: list[str] | None = None
     """Further columns that checks look at; null takes those that the checks name."""
     template: str | None = None
-    """The user's turn, with `{prompt}`; null takes that of `prompts`, whose system prompt always stands before it."""
+    """The user's turn, as in `prompts`; null takes that of `prompts`, whose system prompt always stands before it."""
     max_prompts: PositiveInt | None = None
     """Use only so many of its prompts, drawn by the seed; null means all."""
     checks: Checks | None = None

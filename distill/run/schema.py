@@ -96,6 +96,17 @@ VERDICT = pa.schema(
     ]
 )
 
+# What the student made of a trace that competed with others of its prompt, summed over its tokens; null where it would not train on it.
+RANKS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample_index", pa.int32()),
+        ("tokens", pa.int32()),  # in its own vocabulary, without the end of the turn
+        ("rank", pa.float64()),  # of the written token among all, at most 100 each; rank / surprisal is the Rank-Surprisal Ratio
+        ("surprisal", pa.float64()),  # nats
+    ]
+)
+
 ANSWER = pa.schema(
     [
         ("set", pa.string()),  # "heldout", or the name of a further held-out set, with which its prompts' ids begin

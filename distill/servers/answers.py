@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from distill.errors import visible
+from distill.run.calls import written_raw
 from distill.run.schema import THINK_CLOSE, THINK_OPEN
 from distill.servers import Usage
 from distill.servers.faults import fault_of, words_of
 
-_STOP = frozenset({"stop", "eos", "eos_token", "end_turn", "stop_sequence", "stop_token", "word"})
+_STOP = frozenset(
+    {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "stop_token", "word", "tool_calls", "function_call", "tool_use"}
+)
 _LENGTH = frozenset({"length", "limit", "max_tokens", "max_output_tokens", "max_completion_tokens", "model_length"})
 _BROKEN = frozenset({"abort", "aborted", "cancelled", "error", "timeout", "load", "unload", "insufficient_system_resource"})
 """Ends that the server had, and the answer had not."""
@@ -66,6 +70,22 @@ def reasoning_in(message: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if summary:
         return summary, {"reasoning": "a summary came in its place"}
     return "", {"reasoning": "it came encrypted, and is lost"} if details else {}
+
+
+def called(told: Any) -> list[str]:
+    """A message's calls, each in the kit's form; arguments that are no JSON as they were written, so that checks see it."""
+    found = []
+    for call in told if isinstance(told, list) else []:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if isinstance(function, Mapping) and isinstance(function.get("name"), str):
+            arguments = function.get("arguments")
+            text = arguments.strip() if isinstance(arguments, str) else json.dumps(arguments or {}, ensure_ascii=False)
+            try:
+                text = json.dumps(json.loads(text), ensure_ascii=False)
+            except (ValueError, RecursionError):
+                text = text or "{}"
+            found.append(written_raw(function["name"], text))
+    return found
 
 
 def whole_text(reasoning: str, content: str, finish_reason: str) -> str:

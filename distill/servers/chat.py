@@ -8,10 +8,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from distill.recipe.base import Sampling
+from distill.run.calls import with_calls
 from distill.servers import Answer, Call
 from distill.servers.alternatives import Entry, chat_entries, checked, completion_entries
 from distill.servers.answers import (
     BrokenAnswerError,
+    called,
     compared,
     counted,
     finish_of,
@@ -112,7 +114,7 @@ def thinking(kind: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def message_text(message: Mapping[str, Any], finish: str) -> tuple[str, dict[str, Any]]:
-    """A message's thought and text as one, and notes.
+    """A message's thought, text and calls as one, and notes.
 
     Raises:
         BrokenAnswerError: it is finished, and holds nothing at all.
@@ -123,9 +125,10 @@ def message_text(message: Mapping[str, Any], finish: str) -> tuple[str, dict[str
         raise BrokenAnswerError("empty_answer", "it has neither content nor reasoning")
     if refusal:
         notes = notes | {"refusal": "the model refused in a field of its own"}
-    if message.get("tool_calls"):
-        notes = notes | {"tool_calls": "a tool was called"}
-    return whole_text(reasoning, content or refusal or "", finish), notes
+    calls = called(message.get("tool_calls"))
+    if message.get("tool_calls") and not calls:
+        notes = notes | {"tool_calls": "a tool was called, and it can't be read which"}
+    return with_calls(whole_text(reasoning, content or refusal or "", "stop" if calls else finish), calls), notes
 
 
 def _entries(told: Any) -> list[tuple[Entry, list[Entry]]]:

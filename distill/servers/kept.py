@@ -87,7 +87,7 @@ class KeptReader(Reader):
         """For each of the student's tokens, which of the written ones it is, or -1."""
         pieces, ends = self._pieces(trace, told)
         theirs = pieces[:-1] if ends else pieces
-        finished = bool(written) and written[-1] == self.student.end_of_turn_id
+        finished = bool(written) and written[-1] in (self.student.end_of_turn_id, self.student.calls.end_id)
         ours = [self.vocabulary.student.texts[index] for index in (written[:-1] if finished else written)]
         text, thinks = trace["completion"].encode(), trace["completion"].lstrip().startswith(THINK_OPEN)
         lead = self.student.opening(trace["messages"]).encode() if thinks else b""

@@ -11,7 +11,6 @@ from distill.servers import Stream
 from distill.servers.answers import BrokenAnswerError, text_in
 
 _TEXTS = ("content", "reasoning_content", "reasoning", "thinking", "refusal")
-_LISTS = ("reasoning_details", "tool_calls")
 
 
 class ChoiceStream:
@@ -75,6 +74,7 @@ class _Choice:
         self._texts: defaultdict[str, StringIO] = defaultdict(StringIO)
         self._message: defaultdict[str, StringIO] | None = None
         self._lists: defaultdict[tuple[str, str], list[Any]] = defaultdict(list)
+        self._calls: list[_CallOfStream] = []
 
     def add(self, piece: Mapping[str, Any]) -> None:
         """What an event says of the choice."""
@@ -99,15 +99,57 @@ class _Choice:
             text = text_in(delta.get(name))
             if text is not None:
                 self._message[name].write(text)
-        for name in _LISTS:
-            if delta.get(name):
-                self._lists["message", name].extend(delta[name])
+        if delta.get("reasoning_details"):
+            self._lists["message", "reasoning_details"].extend(delta["reasoning_details"])
+        for piece in delta.get("tool_calls") or []:
+            if isinstance(piece, Mapping):
+                self._add_call(piece)
+
+    def _add_call(self, piece: Mapping[str, Any]) -> None:
+        """A piece belongs to the call of its index, else to the last one, unless it brings an id that this one has not."""
+        calls = self._calls
+        index = piece.get("index", calls[-1].index if calls else 0)
+        same = [call for call in calls if call.index == index]
+        identity = piece.get("id") or ""
+        if not same or (identity and same[-1].identity and identity != same[-1].identity):
+            same = [_CallOfStream(index, identity)]
+            calls += same
+        same[-1].add(identity, piece.get("function"))
 
     def whole(self) -> dict[str, Any]:
         """The choice as a body that is no stream has it."""
         result = self._last | {name: text.getvalue() for name, text in self._texts.items()}
         if self._message is not None:
             result["message"] = {name: text.getvalue() for name, text in self._message.items()}
+        if self._calls:
+            result.setdefault("message", {})["tool_calls"] = [call.whole() for call in self._calls]
         for (place, name), entries in self._lists.items():
             (result.setdefault(place, {}) if place else result)[name] = entries
         return result
+
+
+class _CallOfStream:
+    """A call of a tool whose arguments come in pieces."""
+
+    def __init__(self, index: Any, identity: str) -> None:
+        self.index, self.identity = index, identity
+        self._name = ""
+        self._arguments: StringIO = StringIO()
+        self._object: Any = None  # of hosts that send arguments whole, as no text
+
+    def add(self, identity: str, function: Any) -> None:
+        """What an event says of the call: some hosts say its name with every piece."""
+        self.identity = self.identity or identity
+        if not isinstance(function, Mapping):
+            return
+        self._name = self._name or str(function.get("name") or "")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            self._arguments.write(arguments)
+        elif arguments is not None:
+            self._object = arguments
+
+    def whole(self) -> dict[str, Any]:
+        """The call as a body that is no stream has it."""
+        arguments = self._arguments.getvalue() if self._object is None else self._object
+        return {"id": self.identity, "type": "function", "function": {"name": self._name, "arguments": arguments}}

@@ -17,10 +17,10 @@ from types import TracebackType
 
 import numpy as np
 
-from distill.data.completions import Brought, brought, columns_of
-from distill.data.files import Placed, Row
+from distill.data.completions import Brought, columns_of, traces_of
+from distill.data.files import Row
 from distill.data.identities import Identities, as_numbers
-from distill.data.mapping import PromptMapping
+from distill.data.mapping import Asked, PromptMapping
 from distill.data.sources import Source, brought_traces
 from distill.data.texts import mentions_controls
 from distill.errors import DataError, StageConflictError
@@ -31,7 +31,7 @@ from distill.run.folder import StageFolder
 from distill.run.log import say
 from distill.run.manifest import Manifest, read_manifest
 from distill.run.plan import Growth, StagePlan
-from distill.run.schema import DROPPED_TRACE, TOLD, TRACE, Message, prompt_id
+from distill.run.schema import DROPPED_TRACE, TOLD, TRACE, prompt_id
 from distill.run.tables import iter_pieces, iter_rows
 from distill.stages import Step, folder, open_stage, plan_of
 
@@ -39,6 +39,7 @@ _ROWS = 512  # matched to their prompts at once
 _MENDED = {
     "ends_removed": "the mark that a turn has ended was taken off {:,} of them",
     "thoughts_opened": "{:,} of them had a reasoning without <think> before it, and were given one",
+    "thoughts_marked": "{:,} of them had their reasoning between the marks of another family, which became <think> and </think>",
     "control_tokens_as_text": "{:,} of them hold names of control tokens, which are learned as text, in pieces",
 }
 
@@ -86,7 +87,8 @@ def _import(recipe: Recipe, traces: Traces, source: Source, out: StageFolder) ->
             counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(drops.items()))
             raise DataError(
                 f"{traces.source}: none of {rows_in:,} traces can be used: {counts}. Their prompts must be the same text as "
-                "training prompts of this run: check traces.columns, and the keys of traces that say where reasoning and answer are."
+                "training prompts of this run, system turns and tools included: check traces.columns, and the keys of traces that say "
+                "where reasoning and answer are."
             )
     out.settings["source_sha256"] = source.sha256
     author = {"model": traces.author_model, "revision": None, "parameters": None}
@@ -123,12 +125,12 @@ def _matched(recipe: Recipe, traces: Traces, source: Source, prompts: _Prompts) 
     """TRACE rows in their order, each with what was found of it, the reason to drop it among that."""
     mapping = PromptMapping(recipe.prompts, traces.columns, traces.source, with_fields=False)
     rows = source.rows([*mapping.columns, *columns_of(traces)], "traces")
+    each = (trace for where, raw in rows for trace in traces_of(traces, mapping, raw, where))
     number = 0
-    while batch := list(islice(rows, _ROWS)):
-        talks = [mapping.messages(raw, where) or [] for where, raw in batch]
-        ids = [prompt_id(messages) for messages in talks]
-        for placed, messages, identity, place in zip(batch, talks, ids, prompts.places(ids), strict=True):
-            yield _trace(traces, placed, messages, identity, place, prompts, number)
+    while batch := list(islice(each, _ROWS)):
+        ids = [prompt_id(asked.messages) for asked, _ in batch]
+        for (asked, found), identity, place in zip(batch, ids, prompts.places(ids), strict=True):
+            yield _trace(asked, found, identity, place, prompts, number)
             number += 1
 
 
@@ -138,25 +140,23 @@ def _mended(found: Brought) -> Iterator[str]:
         yield "ends_removed"
     if found.opened:
         yield "thoughts_opened"
+    if found.marked:
+        yield "thoughts_marked"
     if mentions_controls(found.text):
         yield "control_tokens_as_text"
 
 
-def _trace(
-    traces: Traces, placed: Placed, messages: list[Message], identity: str, place: int, prompts: _Prompts, number: int
-) -> tuple[Row, Brought]:
-    where, raw = placed
-    found = brought(traces, raw, where)
+def _trace(asked: Asked, found: Brought, identity: str, place: int, prompts: _Prompts, number: int) -> tuple[Row, Brought]:
     if prompts.is_heldout(place):  # before any other reason, so that the count says how much was kept out
         found = found._replace(reason="in_heldout")
     elif place < 0:
-        found = found._replace(reason="no_such_prompt" if messages else "empty_prompt")
+        found = found._replace(reason=asked.reason or "no_such_prompt")
     row = {
         "prompt_id": identity,
         # Of a prompt that nobody knows the number of traces is not counted; the trace's own is as good to tell them apart.
         "sample_index": prompts.count(place) if place >= 0 else number,
         "author": "teacher",
-        "messages": messages,
+        "messages": asked.messages,
         "reference": prompts.reference(place) if place >= 0 else None,
         "completion": found.text,
         "finish_reason": found.finish_reason,

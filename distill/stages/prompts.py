@@ -152,10 +152,10 @@ def survey(prompts: Prompts, seed: int, sample: int, *, spread: bool = False) ->
     chosen = np.flatnonzero(fates == TRAIN)
     ids, references = index.ids[chosen], index.references[chosen]
     mapping = PromptMapping(prompts, prompts.columns, sources.main.name)
-    rows = sources.main.rows(mapping.columns, "sample")
+    rows = (row for where, raw in sources.main.rows(mapping.columns, "sample") for row, _ in mapping.prompt_rows(raw, where))
     wanted = set(chosen[:: -(-len(chosen) // sample) if spread else 1][:sample].tolist())
     last = max(wanted)
-    found = [mapping.prompt_row(row, where)[0] for number, (where, row) in zip(range(last + 1), rows) if number in wanted]
+    found = [row for number, row in zip(range(last + 1), rows) if number in wanted]
     return Survey(
         train=len(chosen),
         heldout=int((fates == HELDOUT).sum()),
@@ -194,7 +194,7 @@ def _mapped(source: Source, mapping: PromptMapping) -> Iterator[tuple[list[Row],
     """Some hundred rows at a time, and for each the reason to drop it or null, and its number in the source, from 1."""
     placed = enumerate(source.rows(mapping.columns, "prompts"), start=1)
     while batch := list(islice(placed, _ROWS)):
-        found = [(*mapping.prompt_row(raw, where), number) for number, (where, raw) in batch]
+        found = [(row, reason, number) for number, (where, raw) in batch for row, reason in mapping.prompt_rows(raw, where)]
         yield [row for row, _, _ in found], [reason for _, reason, _ in found], [number for _, _, number in found]
 
 

@@ -1,0 +1,133 @@
+"""Tool calls and tools in the forms that sources have them, as the kit's JSON. Knows nothing of conversations.
+
+A call is `{"id"?, "type": "function", "function": {"name", "arguments": object}}`. Where arguments or tools are given as objects, keys
+without a value are left out: Parquet gives every object of a column the keys of all.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from distill.data.names import json_text
+from distill.errors import DataError, shown
+from distill.run.schema import THINK_CLOSE, THINK_OPEN
+
+Call = dict[str, Any]
+_BLOCKS = re.compile(r"(?:\s*<tool_call>(?:(?!</?tool_call>).)*</tool_call>)+\s*\Z", re.DOTALL)
+_BLOCK = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_ARGUMENTS = ("arguments", "parameters", "input", "args")
+_MEANT_NULL = frozenset({"default", "const", "enum"})
+
+
+UNUSABLE = ("not_text", "call_not_readable")
+"""Reasons to drop a row that no recipe can make right: an image, a sound or the like in a turn, and a call that is none."""
+
+
+class UnusableError(Exception):
+    """A row can't be used, by no fault of the recipe: it is dropped for a reason that is counted."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def calls_of(value: Any) -> list[Call]:
+    """Calls as the kit has them: of a list, of one, or of either as JSON; flat (name, arguments), or as servers write them.
+
+    Raises:
+        UnusableError: one has no name, or arguments that are no object.
+    """
+    value = _loaded(value)
+    if value is None or value == "":
+        return []
+    return [_call(item) for item in (value if isinstance(value, list) else [value]) if not _is_padding(item)]
+
+
+def in_hermes_form(calls: Iterable[Call]) -> str:
+    """Calls as text, a block each: the form in which completions have them."""
+    plain = ({name: call["function"][name] for name in ("name", "arguments")} for call in calls)
+    return "\n".join(f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>" for call in plain)
+
+
+def without_calls(text: str) -> tuple[str, list[Call]]:
+    """A text, and the calls in blocks of Hermes' form at its end; all is text where one can't be read."""
+    found = _BLOCKS.search(text) if "<tool_call>" in text else None
+    if found is None or THINK_OPEN in text[: found.start()].rpartition(THINK_CLOSE)[2]:  # none, or within a thought
+        return text, []
+    try:
+        return text[: found.start()], [call for block in _BLOCK.findall(found[0]) for call in calls_of(block.strip() or "?")]
+    except UnusableError:
+        return text, []
+
+
+def tools_of(value: Any, where: str) -> str | None:
+    """Tools as JSON, each as `{"type": "function", "function": {...}}`; null for none.
+
+    Args:
+        value: A list of tools, one, or either as JSON, also of each alone; flat or as servers take them.
+        where: It stands, for errors.
+
+    Raises:
+        DataError: one has no name.
+    """
+    loaded = _loaded(value, where)
+    if loaded is None or loaded in ("", [], {}):
+        return None
+    tools = [_tool(_loaded(tool, where), where) for tool in (loaded if isinstance(loaded, list) else [loaded])]
+    return json_text(tools, "tools", where)
+
+
+def _tool(value: Any, where: str) -> dict[str, Any]:
+    described = value.get("function") if isinstance(value, dict) and isinstance(value.get("function"), dict) else value
+    if not isinstance(described, dict) or not isinstance(described.get("name"), str):
+        raise DataError(f"{where} must hold tools, each with a name, got {shown(value)}. Name the right column in columns.tools.")
+    function = {name: item for name, item in _without_nulls(described).items() if name != "type"}
+    if "input_schema" in function:  # as Anthropic calls it
+        function["parameters"] = function.pop("input_schema")
+    return {"type": "function", "function": function}
+
+
+def _call(value: Any) -> Call:
+    value = _loaded(value)
+    described = value.get("function") if isinstance(value, dict) and isinstance(value.get("function"), dict) else value
+    name = described.get("name") if isinstance(described, dict) else None
+    if not isinstance(described, dict) or not isinstance(name, str) or not name:
+        raise UnusableError("call_not_readable")
+    given = next((described[key] for key in _ARGUMENTS if described.get(key) is not None), None)
+    arguments = _without_nulls(given) if isinstance(given, dict) else _loaded(given) if given not in (None, "") else {}
+    arguments = _loaded(arguments)  # some wrote a text of a text
+    if not isinstance(arguments, dict):
+        raise UnusableError("call_not_readable")
+    identity = next((value[key] for key in ("id", "tool_call_id") if isinstance(value.get(key), str) and value[key]), None)
+    call = ({"id": identity} if identity else {}) | {"type": "function", "function": {"name": name, "arguments": arguments}}
+    try:
+        json.dumps(call, ensure_ascii=False).encode()
+    except (ValueError, TypeError, RecursionError):  # half a character, a date
+        raise UnusableError("call_not_readable") from None
+    return call
+
+
+def _is_padding(value: Any) -> bool:
+    """Whether an object is there only because others of its column are."""
+    return value is None or (isinstance(value, dict) and all(item is None for item in value.values()))
+
+
+def _loaded(value: Any, where: str | None = None) -> Any:
+    """What a text holds as JSON; anything else as it is."""
+    if not isinstance(value, str) or not value.strip():
+        return value if not isinstance(value, str) else None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        if where is not None:
+            raise DataError(f"{where} must hold tools, as a list or as JSON, got {shown(value)}. Correct or remove the row.") from None
+        raise UnusableError("call_not_readable") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None or key in _MEANT_NULL}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
