@@ -120,6 +120,16 @@ def test_numbered_references_other_scripts_and_choices_that_are_missing() -> Non
         ("It lies in Paris, of course.", "Paris", {"reference": "contains"}, (True, "right")),
         ("Parisian", "Paris", {"reference": "contains"}, (False, "wrong_text")),
         ("首都是北京市", "北京", {"reference": "contains"}, (True, "right")),
+        ("اشتهر سكانها بالزراعة.", "الزراعة", {"reference": "contains"}, (True, "right")),  # in, as one word with the article
+        ("خرجوا من الحقول وللزراعة عادوا", "الزراعة", {"reference": "contains"}, (True, "right")),  # and to, without its alif
+        ("مالزراعة", "الزراعة", {"reference": "contains"}, (False, "wrong_text")),
+        ("اشتهروا بصيد السمك", "صيد السمك", {"reference": "contains"}, (True, "right")),
+        ("قصيد السمك", "صيد السمك", {"reference": "contains"}, (False, "wrong_text")),
+        ("جاء ولد صغير", "لد", {"reference": "contains"}, (False, "wrong_text")),
+        ("تأسست في عام ١٩٠٤م.", "1904", {"reference": "contains"}, (True, "right")),
+        ("تأسست في عام 19045م.", "1904", {"reference": "contains"}, (False, "wrong_text")),
+        ("تقعُ المَدِينةُ على النَّهر", "المدينة", {"reference": "contains"}, (True, "right")),
+        ("المَدِينـــة", "المدينة", {}, (True, "right")),
         ("paris", "Paris", {"exact": True}, (False, "wrong_text")),
         ("Paris ", "Paris", {"exact": True}, (True, "right")),
         ("So.\nTotal: 5", "5", {"pattern": "^Total: {reference}$", "reference": "ignore"}, (True, "fits")),

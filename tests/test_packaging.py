@@ -119,6 +119,7 @@ def test_a_wheel_works_outside_the_repository(tmp_path: Path) -> None:
     inside = tmp_path / "site" / "distill"
     assert distill(module="distill.cluster.place").strip() == str(inside / "slurm")
     assert {path.name for path in (inside / "slurm").iterdir()} >= {path.name for path in (ROOT / "slurm").iterdir()}
+    assert {path.name for path in (inside / "shelf" / "made").iterdir()} >= {path.name for path in (ROOT / "recipes" / "made").iterdir()}
     packaged = {path.relative_to(inside) for path in inside.rglob("*") if path.is_file() and path.suffix != ".pyc"}
     expected = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"}
     assert expected <= packaged, expected - packaged

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import commands
+from answering import Answering
 
 from distill.pipeline import run_stage
 from distill.recipe.reading import load_recipe
@@ -36,11 +37,9 @@ def made_words(trade: str) -> list[str]:
 
 
 def judged(trade: str, folder: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, str], dict[str, str]]:
-    """What the recipe's checks say of each made answer, by its text, and what they must say; those to held-out prompts are left out.
-
-    No model is loaded.
-    """
-    recipe = load_recipe(recipe_of(trade), [*made_words(trade), "--run_dir", str(folder), *overrides])
+    """What the recipe's checks say of each made answer, by its text, and what they must say. No model is loaded."""
+    none_held_out = ["--prompts.heldout_size", "0", "--evaluate", "null", "--run_dir", str(folder)]
+    recipe = load_recipe(recipe_of(trade), [*made_words(trade), *none_held_out, *overrides])
     for stage in ("prompts", "generate", "curate"):
         run_stage(stage, recipe)
     found = {row["completion"]: KEPT for row in read_rows(folder / "curated", "curated")}
@@ -48,6 +47,25 @@ def judged(trade: str, folder: Path, overrides: Sequence[str] = ()) -> tuple[dic
     wanted = {row["made_completion"]: row["made_verdict"] for row in made_rows(trade)}
     assert len(wanted) == len(made_rows(trade)), "two made answers are the same text"
     return found, {completion: wanted[completion] for completion in found}
+
+
+class MadeTeacher(Answering):
+    """A teacher behind a server that answers as the made rows say, so that what a report must say of it is known."""
+
+    def __init__(self, trade: str, column: str) -> None:
+        """Takes for each row the text of a column that its prompt has inside, and no other."""
+        super().__init__()
+        self._answers = {row[column]: (row["made_completion"], row["made_end"]) for row in made_rows(trade)}
+
+    def _written(self, body: dict[str, Any]) -> tuple[str, int, str]:
+        asked = body["messages"][-1]["content"]
+        completion, end = next(answer for text, answer in self._answers.items() if text in asked)
+        return completion, 12, end
+
+    @property
+    def words(self) -> list[str]:
+        """The overrides that put it in the place of the tiny teacher; it asks for a key in OPENAI_API_KEY, whatever that is."""
+        return ["--teacher.server", json.dumps({"kind": "openai", "url": f"{self.url}/v1", "model": self.model})]
 
 
 def run_made(trade: str, folder: Path, *overrides: str) -> str:

@@ -184,11 +184,24 @@ def _check_room(recipe: Recipe, chat: ChatFormat, survey: Survey, found: Finding
 
 def made_up(prompt: Row, recipe: Recipe, chat: ChatFormat) -> Row:
     """A trace as the recipe wants it: with a thought, unless the template has closed it and no check asks for one."""
-    answer = f"\\boxed{{{prompt['reference'] or '...'}}}"
+    answer = f"\\boxed{{{_right_answer(prompt['reference'], recipe) or '...'}}}"
     asked = recipe.curate.reasoning
     thinks = asked == "always" or (asked == "optional" and not chat.prompt_text(prompt["messages"]).rstrip().endswith(THINK_CLOSE))
     thought = f"{THINK_OPEN}\n{_EXAMPLE_REASONING}\n{THINK_CLOSE}\n\n" if thinks else ""
     return {"messages": prompt["messages"], "completion": thought + answer}
+
+
+def _right_answer(reference: str | None, recipe: Recipe) -> str | None:
+    """A reference as an answer has it: of a label's number the label, of several texts the first."""
+    from distill.checks.label import right_label
+    from distill.checks.text import references_of
+
+    for check in recipe.checks_of_answers:
+        if check.label is not None:
+            return right_label(reference, check.label) or reference
+        if check.text is not None:
+            return next(iter(references_of(reference)), None)
+    return reference
 
 
 def _supervision(chat: ChatFormat, example: Row) -> str:

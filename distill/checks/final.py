@@ -12,6 +12,8 @@ _WRAPPER = re.compile(r"\\(?:text|textbf|textit|texttt|textrm|mathrm|mathbf|math
 _SEPARATORS = re.compile(r"(?<=\w)[\s_\-\u2010-\u2015]+(?=\w)|\s+")
 _AROUND = " \t\n.,;:!?\"'`*_~()[]{}<>«»„“”‘’‚‹›。，；：！？、（）「」『』【】《》،؛؟।|$#"  # noqa: RUF001 (marks of many scripts)
 _AS_ASCII = {0xFF1A: ":", 0x2013: "-", 0x2014: "-"}  # marks behind a phrase; no other length, so places stay
+_UNSPOKEN = re.compile("[\u0640\u064b-\u0652\u0670]")
+"""Signs of Arabic that are written or left out as one likes: vowels, doubling, and the stroke that draws a word out."""
 _LONGEST = 10_000
 """Characters of an answer's last part in which a final answer is looked for."""
 
@@ -59,8 +61,10 @@ def plain(text: str) -> str:
 
 
 def folded(text: str) -> str:
-    """The text in one form: case, forms of Unicode, digits of any script, and white space, `_` or `-` between words make no difference."""
-    text = unicodedata.normalize("NFKC", text).casefold()
+    """The text in one form: case, forms of Unicode, digits of any script, vowel signs of Arabic, and white space, `_` or `-` between words
+    make no difference.
+    """
+    text = _UNSPOKEN.sub("", unicodedata.normalize("NFKC", text).casefold())
     text = "".join(digit_of(sign) for sign in text if unicodedata.category(sign) != "Cf")
     return _SEPARATORS.sub(" ", unicodedata.normalize("NFC", text)).strip()
 

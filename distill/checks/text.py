@@ -10,6 +10,10 @@ from distill.checks.final import bare, final_answer, folded
 from distill.checks.form import answer_of
 from distill.recipe.kinds import Text
 
+_ARTICLE = "ال"
+_BEFORE, _BEFORE_ARTICLE = "[وف]?[بكل]?", "[وف]?(?:[بك]?ال|لل)"
+"""Of Arabic the words for and, so, in, as and to, which are written as one with the word behind them, and with its article."""
+
 
 def check_text(given: Given, settings: Text) -> Found:
     """Whether the answer is right in every way that is asked. May never return, for a pattern that goes round in circles."""
@@ -61,6 +65,10 @@ def _contains(answer: str, reference: str, exact: bool) -> bool:
     if exact:
         return reference.strip() in answer
     text, wanted = folded(answer), bare(reference)
+    if wanted.startswith(_ARTICLE):
+        return re.search(rf"\b{_BEFORE_ARTICLE}{re.escape(wanted.removeprefix(_ARTICLE))}\b", text) is not None
+    if _is_arabic(wanted[:1]) and " " in wanted:  # one word alone is too often the end of another
+        return re.search(rf"\b{_BEFORE}{re.escape(wanted)}\b", text) is not None
     start = text.find(wanted)
     while start >= 0:
         end = start + len(wanted)
@@ -71,11 +79,17 @@ def _contains(answer: str, reference: str, exact: bool) -> bool:
 
 
 def _joined(text: str, place: int) -> bool:
-    """Whether a word goes on across a place; scripts without spaces between words part anywhere."""
+    """Whether a word goes on across a place; scripts without spaces between words part anywhere, Arabic from a number (`1904م`)."""
     if not 0 < place < len(text):
         return False
     left, right = text[place - 1], text[place]
+    if left.isdecimal() != right.isdecimal() and (_is_arabic(left) or _is_arabic(right)):
+        return False
     return left.isalnum() and right.isalnum() and left < "\u0e00" and right < "\u0e00"
+
+
+def _is_arabic(sign: str) -> bool:
+    return "\u0620" <= sign <= "\u064a"
 
 
 def _form(text: str, exact: bool) -> str:
