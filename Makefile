@@ -14,7 +14,7 @@ quickstart: $(VENV)/installed  ## the whole pipeline on the embedded tiny pair, 
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} HF_HUB_OFFLINE=1 $(BIN)/distill run recipes/quickstart.yaml
 
 test: $(VENV)/installed-dev  ## the tests; the slow ones too where CI is set
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "$(if $(CI),not nightly,not slow and not nightly)"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$(if $(CI),not nightly,not slow and not nightly)"
 
 lint: $(VENV)/installed-dev  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill import __version__
+from distill import __version__, reference
 
 if TYPE_CHECKING:
     from distill.recipe.experiment import Recipe
@@ -33,17 +32,10 @@ app = typer.Typer(
 )
 
 
-def _recipe_names(incomplete: str) -> list[str]:
-    """For the shell: recipes of the kit whose names begin so."""
-    from distill.recipe.shelf import shipped
-
-    return [recipe.name for recipe in shipped() if recipe.name.startswith(incomplete)]
-
-
 def _recipe_files(incomplete: str) -> list[str]:
     """For the shell: recipes and folders here, and the names of those of the kit."""
     here = [f"{path}/" if path.is_dir() else str(path) for path in sorted(Path().glob(f"{incomplete}*"))] if incomplete[:1] != "/" else []
-    return [*(path for path in here if path.endswith(("/", ".yaml", ".yml"))), *_recipe_names(incomplete)]
+    return [*(path for path in here if path.endswith(("/", ".yaml", ".yml"))), *reference.recipe_names(incomplete)]
 
 
 RecipePath = Annotated[
@@ -331,56 +323,17 @@ def status(
 def pair(
     context: typer.Context,
     recipe: RecipePath,
-    prompts: Annotated[int, typer.Option(min=1, help="Training prompts to look at.")] = 32,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Training prompts to look at; 32, or 200 of each teacher's traces.")] = None,
+    traces: Annotated[list[str] | None, typer.Option(help="Compare teachers by their traces instead: a run or file; for each.")] = None,
     redo: Redo = False,
 ) -> None:
     """Measure on a few prompts whether this teacher can teach this student, before anything is spent; exit code 3 says it can't."""
     loaded = _load(recipe, context)
-    if not importlib.import_module("distill.before.pair").run(loaded, prompts, redo=redo):
+    if not importlib.import_module("distill.before.pair").run(loaded, prompts, traces or (), redo=redo):
         raise typer.Exit(_CANT_TEACH)
 
 
-@app.command()
-def keys(
-    section: Annotated[str, typer.Argument(metavar="[KEY]", help="How the keys begin, e.g. train or student.adapter.")] = "",
-    search: Annotated[str, typer.Option(metavar="WORD", help="Only keys with this in their name or meaning.")] = "",
-    method: Annotated[str, typer.Option(help="The train.method whose trainer_args are meant.")] = "sft",
-) -> None:
-    """Every key a recipe can have: what it takes, its default, its meaning. `distill keys train.trainer_args` has the trainer's own."""
-    from distill.recipe.keys import find_keys
-
-    for info in find_keys(section, search, method):
-        default = "required" if info.default == "required" else info.default and f"default {info.default}"
-        typer.echo(f"{typer.style(info.key, bold=True)}  ({'; '.join(filter(None, (info.kind, default)))})")
-        if info.help:
-            typer.echo(f"    {' '.join(info.help.split())}")
-
-
-recipes_app = typer.Typer(help="The recipes that come with the kit.", context_settings={"help_option_names": ["-h", "--help"]})
-app.add_typer(recipes_app, name="recipes")
-
-
-@recipes_app.callback(invoke_without_command=True)
-def recipes(context: typer.Context) -> None:
-    """The recipes that come with the kit, and what was measured of each; any command takes one by its name."""
-    if context.invoked_subcommand is None:
-        from distill.recipe.shelf import shipped, table
-
-        typer.echo(table(shipped(), shutil.get_terminal_size((140, 24)).columns))
-        typer.echo("\nTo change one: distill recipes cp NAME. Its header has the memory and the time.")
-
-
-@recipes_app.command("cp")
-def recipes_cp(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Of a recipe that `distill recipes` lists.", autocompletion=_recipe_names)],
-    target: Annotated[Path | None, typer.Argument(metavar="[TARGET]", help="File or folder; this folder if left out.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
-) -> None:
-    """Copy a recipe of the kit, to change it."""
-    from distill.errors import visible
-    from distill.recipe.shelf import copy_recipe
-
-    typer.echo(visible(f"{copy_recipe(name, target, force=force)}: a copy of {name}"))
+app.add_typer(reference.app)
 
 
 def _load(path: Path, context: typer.Context, more: Sequence[str] = ()) -> Recipe:

@@ -29,6 +29,15 @@ CHATML = (
 )
 
 
+LONG = ("torment", "slurm_endings", "slurm", "rounds", "launches", "together", "gsm8k", "serving", "serve_script", "benchmarks")
+"""Files that take minutes with few tests, or wait for others. They come first, so that no worker is left with one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What the kit keeps between runs is this session's own."""

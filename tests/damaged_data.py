@@ -289,7 +289,10 @@ _MAKERS |= {
 for _name, _line, _says in [
     ("half_a_pair", b'{"question": "What is 3 + 3?", "completion": ' + HALF.encode() + b"}", "half of a surrogate pair"),
     ("no_completion", b'{"question": "What is 3 + 3?"}', "completion"),
-    ("a_list_as_completion", b'{"question": "What is 3 + 3?", "completion": ["a"]}', "completion"),
+    ("a_list_in_a_list_as_completion", b'{"question": "What is 3 + 3?", "completion": [["a"]]}', "completion"),
+    ("a_question_as_completion", b'{"question": "What is 3 + 3?", "completion": {"role": "user", "content": "a"}}', "a turn of user"),
+    ("a_turn_without_content", b'{"question": "What is 3 + 3?", "completion": {"role": "assistant"}}', "has no content"),
+    ("an_object_in_a_list_as_completion", b'{"question": "What is 3 + 3?", "completion": [{"a": 1}]}', "completion"),
     ("torn", b'{"question": "What', "not valid JSON"),
     ("deep", b'{"completion": ' + b"[" * 50_000, "nested"),
 ]:

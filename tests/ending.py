@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import commands
 
 ROOT = Path(__file__).resolve().parent.parent
-LAUNCH = ["-m", "distill.cluster.launch", "--multi_gpu", "--num_processes"]
 
 # Signals are words `rank:place:name`; a place is a step of training, a function's name, or a bar of progress that moves on.
 _SCRIPT = """
 import importlib, os, signal, sys
+for number in (signal.SIGUSR1, signal.SIGTERM):  # as a process has them that is no fork of its launcher
+    signal.signal(number, signal.SIG_DFL)
 rank, words = os.environ.get("RANK", "0"), [word.split(":") for word in sys.argv.pop(1).split()]
 
 def reach(place):
@@ -66,6 +65,4 @@ def told(signals: str, words: Sequence[str | Path], place: Path, *, processes: i
     line = [script, signals or "none", *words]  # accelerate fails on an empty word
     if not processes:
         return commands.run(line)
-    plain = [sys.executable, *LAUNCH, str(processes), *map(str, line)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(plain, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=900)
+    return commands.launch(line, processes, launcher="distill.cluster.launch")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import commands
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ROOT / "slurm" / "launch"
@@ -27,11 +28,8 @@ def launch(
         processes: How many.
         environment: Besides this process's.
     """
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FILES / f"{file}.yaml")]
-    # As slurm/train.sbatch gives them; port 0 is one that is free.
-    command += ["--num_machines", "1", "--machine_rank", "0", "--num_processes", str(processes), "--main_process_port", "0"]
-    given = os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {})
-    return subprocess.run([*command, *map(str, words)], capture_output=True, text=True, env=given, timeout=900)
+    options = ("--config_file", FILES / f"{file}.yaml", "--machine_rank", "0")  # as slurm/train.sbatch gives them
+    return commands.launch(words, processes, *options, environment={**os.environ, **(environment or {})})
 
 
 def trained(file: str, recipes: Sequence[str | Path], *, kind: str = "", processes: int = 2) -> subprocess.CompletedProcess[str]:

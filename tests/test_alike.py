@@ -1,82 +1,264 @@
-"""What a report says of likeness and calibration, from the files of an evaluation alone."""
+"""Prompts that are like others: near-duplicates and questions of benchmarks, against their definitions and through the command line."""
 
 from __future__ import annotations
 
+import json
+import random
+import subprocess
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from fabricated import facts
+import commands
+import numpy as np
+import pytest
+from test_prompts import made, recipe, rows, texts, write
 
-from distill.measure.likeness import likeness_scores
-from distill.reporting.alike import Alike, alike_of, alike_texts
-from distill.reporting.pages import render
-from distill.reporting.plots import reliability
-from distill.run.folder import StageFolder
+from distill.data.kept import TURN, Texts, own_text
+from distill.data.near import Near
+from distill.data.ngrams import Search
+from distill.data.normal import normal_form
+from distill.errors import DataError, StageConflictError
 from distill.run.manifest import read_manifest
-from distill.run.schema import SCORE
+from distill.run.tables import read_rows
+from distill.stages.prompts import run, survey
 
-SAME = {"set": "heldout", "samples_per_prompt": 1}
-BINS = {"base": [[0.2, 0.4, 10], [0.9, 0.5, 10]], "student": [[0.5, 0.5, 10], [0.9, 0.9, 10]]}
-
-
-def found(folder: Path, *, compared: int = 40, told: bool = True, exact: bool = False) -> Alike:
-    """An evaluation of three prompts with answers of 40 tokens."""
-    rows = [
-        {"model_role": role, "prompt_id": str(prompt), "reason": None, "num_tokens": 40, "num_bytes": 120, "log_prob": -kl, "chrf": chrf}
-        | {"predicted": 30, "compared": compared if told else 0, "kl_nats": kl if told else None, "agreed": 30, "held": 0.99 * compared}
-        for role, kl, chrf in (("base", 40.0, 20.0), ("student", 4.0, 60.0))
-        for prompt in range(3)
-    ]
-    scores: list[dict[str, Any]] = [SAME | row for row in likeness_scores(rows, ["base", "student"], 0.95, 0, exact=exact)]
-    error = {"metric": "calibration_error", "value": 0.3, "low": 0.2, "high": 0.4, "num_prompts": 3}
-    scores += [SAME | {"model_role": role} | error for role in BINS]
-    scores.append(SAME | {"set": "other", "model_role": "base", "metric": "perplexity", "value": 77.0, "low": 70.0, "high": 80.0})
-    record = {"model": "x/y", "revision": None, "parameters": 1}
-    likeness = {"answers": 3, "read_by": "process" if told else None, "top_k": 64, "exact": exact}
-    with StageFolder(folder / "eval", "evaluate", {}) as out:
-        out.write_table("scores", scores, SCORE)
-        more = {"likeness": likeness, "calibration": {"of_label": True, "bins": BINS}}
-        out.finish(facts=facts(models=dict.fromkeys(("base", "student"), record), confidence=0.95, **more))
-    alike = alike_of(folder / "eval", read_manifest(folder / "eval"))
-    assert alike is not None
-    return alike
+LATIN = [f"word{letter}{number}" for letter in "abcde" for number in range(30)]
+HAN = [chr(0x4E00 + number) for number in range(300)]
+THAI = ["".join(chr(0x0E01 + (number * 7 + place) % 46) for place in range(3)) for number in range(90)]
 
 
-def test_the_table_has_a_row_a_model_and_says_what_it_rests_on(tmp_path: Path) -> None:
-    alike = found(tmp_path)
-    assert alike.rows == [
-        ["base", "1.000 [1.000, 1.000]", "75.0 % [75.0, 75.0]", "2.72 [2.72, 2.72]", "20.0 [20.0, 20.0]"],
-        ["student", "0.100 [0.100, 0.100]", "75.0 % [75.0, 75.0]", "1.11 [1.11, 1.11]", "60.0 [60.0, 60.0]"],
-    ]
-    notes = " ".join(alike.notes)
-    assert "lower bound: over the teacher's 64 most probable tokens, which hold 99.00 %" in notes and "that is gone: 0.90" in notes
-    assert (
-        alike.sentence
-        == "On the teacher's answers the student is at least 0.100 nats a token from it; before training it was at least 1.000."
+def shingles(text: str) -> set[str]:
+    """As the documentation says it."""
+    return {text[at : at + 5] for at in range(len(text) - 4)} or {text}
+
+
+def jaccard(one: str, other: str) -> float:
+    first, second = shingles(normal_form(one)), shingles(normal_form(other))
+    return len(first & second) / len(first | second)
+
+
+def edited(words: list[str], pool: list[str], draw: random.Random) -> list[str]:
+    """The words with some of them others."""
+    return [draw.choice(pool) if draw.random() < 0.06 else word for word in words]
+
+
+def families(count: int, draw: random.Random) -> list[str]:
+    """Texts in three scripts, of which each has some that were made from it, and some very short ones."""
+    found = []
+    for _ in range(count):
+        pool, sep = draw.choice([(LATIN, " "), (HAN, ""), (THAI, "")])
+        words = [draw.choice(pool) for _ in range(draw.randint(1, 30))]
+        found += [sep.join(words)] + [sep.join(edited(words, pool, draw)) for _ in range(draw.randint(0, 4))]
+    draw.shuffle(found)
+    return list(dict.fromkeys(found))
+
+
+def question(text: str) -> dict[str, Any]:
+    return {"question": text, "answer": 1}
+
+
+@pytest.mark.parametrize("similarity", [0.5, 0.7, 0.8, 0.95])
+def test_near_duplicates_are_those_of_the_definition(similarity: float, tmp_path: Path) -> None:
+    """The first stays; a prompt is compared with those that stay. What is missed by chance, one pair in a thousand, is not in these."""
+    source = families(60, random.Random(5))
+    stay: list[str] = []
+    lost = []
+    for text in source:
+        (lost if any(jaccard(text, other) >= similarity for other in stay) else stay).append(text)
+    manifest, tables = made(tmp_path, list(map(question, source)), heldout_size=0, near_duplicates={"similarity": similarity})
+    assert texts(tables["train"]) == stay and texts(tables["dropped"]) == lost and len(lost) > 2
+    assert manifest.drops == {"near_duplicate": len(lost)} and manifest.facts["alike"] == {"near_duplicate": {"similar": len(lost)}}
+    matches = read_rows(tmp_path / "run" / "prompts", "matches")
+    assert [row["prompt_id"] for row in matches] == [row["prompt_id"] for row in tables["dropped"]]
+    for match in matches:
+        other = source[match["row"] - 1]
+        assert other in stay and match["other_text"] == normal_form(other) and match["set"] == "train" and match["kind"] == "similar"
+        assert match["similarity"] == pytest.approx(jaccard(match["text"], other)) and match["similarity"] >= similarity
+
+
+def test_what_is_near_a_heldout_prompt_is_not_trained_on(tmp_path: Path) -> None:
+    source = families(80, random.Random(6))
+    section = {"heldout_size": 15, "near_duplicates": {"similarity": 0.8}}
+    manifest, tables = made(tmp_path, list(map(question, source)), **section)
+    _, plain = made(tmp_path, list(map(question, source)), "plain", heldout_size=15)
+    heldout = texts(tables["heldout"])
+    assert heldout == texts(plain["heldout"])
+    near = {text for text in texts(plain["train"]) if any(jaccard(text, other) >= 0.8 for other in heldout)}
+    near_heldout = {text for text, row in zip(texts(tables["dropped"]), tables["dropped"], strict=True) if row["reason"] == "near_heldout"}
+    assert near_heldout == near and near and manifest.drops["near_duplicate"] > 0
+    found = survey(recipe(tmp_path / "run", tmp_path / "run.jsonl", **section).prompts, 0, 3)
+    assert (found.train, found.heldout, found.drops) == (len(tables["train"]), 15, manifest.drops)
+
+
+def test_what_the_recipe_puts_around_prompts_makes_none_of_them_alike(tmp_path: Path) -> None:
+    long = " ".join(LATIN[:80])
+    source = [question(f"What is {number * 37} and {number}?") for number in range(40)]
+    around = {"template": f"{long}\n{{prompt}}\n{long}", "system_prompt": long}
+    asked = {"near_duplicates": {"similarity": 0.8}, "decontaminate": {"ngrams": [8], "similarity": 0.8}, "heldout_size": 10}
+    assert made(tmp_path, source, **asked, **around)[0].drops == made(tmp_path, source, "bare", **asked)[0].drops == {}
+
+
+def test_a_conversation_that_goes_on_is_no_near_duplicate() -> None:
+    long = " ".join(LATIN[:60])
+    one = [{"role": "user", "content": f"<< {long} >>"}]
+    more = [{"role": "system", "content": "s"}, {"role": "user", "content": long}, {"role": "assistant", "content": "Yes."}]
+    assert own_text(one, "<< {prompt} >>") == normal_form(long)
+    longer = [*more, {"role": "user", "content": "<< So? >>"}]
+    assert own_text(longer, "<< {prompt} >>") == f"{normal_form(long)}{TURN}yes.{TURN}so?"
+    with Texts() as kept:
+        near = Near(0.8, 0, kept)
+        for text in (own_text(one, "<< {prompt} >>"), own_text(longer, "<< {prompt} >>"), normal_form(long + " so")):
+            kept.add([text])
+            near.add([text])
+        assert [found[:2] for found in near.among(np.arange(3), 0, 0.8)] == [(2, 0)]
+
+
+def grams(text: str, count: int) -> set[tuple[str, ...]]:
+    """As the documentation says it, for texts that are all of one kind."""
+    text = normal_form(text)
+    units = list(text) if any("\u0e00" <= one <= "\u9fff" for one in text) else text.split()
+    size = 2 * count if units == list(text) else count
+    return {tuple(units[at : at + size]) for at in range(len(units) - size + 1)}
+
+
+def holding(benchmark: list[str], draw: random.Random) -> list[str]:
+    """Prompts of which some have a part of a question inside."""
+    found = []
+    for text in benchmark * 2:
+        words, sep = (text.split(), " ") if " " in text else (list(text), "")
+        begin = draw.randrange(max(len(words) - 4, 1))
+        part = words[begin : begin + draw.randint(3, 40)]
+        pool = HAN if not sep else LATIN
+        found.append(sep.join([*draw.choices(pool, k=draw.randint(0, 9)), *part, *draw.choices(pool, k=draw.randint(0, 9))]))
+    return list(dict.fromkeys(found))
+
+
+def test_shared_runs_of_words_are_those_of_the_definition(tmp_path: Path) -> None:
+    draw = random.Random(7)
+    benchmark = [" ".join(draw.choices(LATIN, k=draw.randint(2, 30))) for _ in range(40)]
+    benchmark += ["".join(draw.choices(HAN, k=draw.randint(4, 60))) for _ in range(40)]
+    prompts = holding(benchmark, draw)
+    file = write(tmp_path / "bench.jsonl", [{"text": text.upper()} for text in benchmark])
+    expected = {}
+    for prompt in prompts:
+        hits = [n for n in (13, 8) if any(grams(prompt, n) & grams(question, n) for question in benchmark)]
+        if any(normal_form(prompt) == normal_form(question) for question in benchmark):
+            expected[prompt] = "exact"
+        elif hits:
+            expected[prompt] = f"{hits[0]}-gram"
+    section = {"heldout_size": 0, "decontaminate": {"benchmarks": [{"source": str(file), "column": "text"}], "heldout": False}}
+    manifest, tables = made(tmp_path, list(map(question, prompts)), **section)
+    matches = read_rows(tmp_path / "run" / "prompts", "matches")
+    assert dict(zip(texts(tables["dropped"]), [row["kind"] for row in matches], strict=True)) == expected
+    kinds = list(expected.values())
+    assert manifest.facts["alike"] == {"in_benchmark": {kind: kinds.count(kind) for kind in sorted(set(kinds))}}
+    assert {"13-gram", "8-gram"} <= set(kinds) and len(expected) < len(prompts) and manifest.drops == {"in_benchmark": len(expected)}
+    for match in matches:
+        assert match["set"] == str(file) and match["other_text"] == normal_form(benchmark[match["row"] - 1])
+        if match["kind"] != "exact":
+            inside = match["shared"] if " " in match["text"] else match["shared"].replace(" ", "")
+            assert inside in match["text"] and inside in match["other_text"]
+    found = survey(recipe(tmp_path / "run", tmp_path / "run.jsonl", **section).prompts, 0, 3)
+    assert (found.train, found.drops) == (len(tables["train"]), manifest.drops)
+
+
+def test_short_questions_match_nothing_but_themselves_and_boilerplate_nothing_at_all(tmp_path: Path) -> None:
+    boiler = "please reason step by step and put your final answer in a box"
+    benchmark = [{"q": "Why?"}, {"q": "What is 7+1?"}, {"q": f"An odd question about pens. {boiler}"}]
+    file = write(tmp_path / "bench.jsonl", benchmark)
+    asked = [{"question": f"{row['question']} Why? {boiler}", "answer": 1} for row in rows(50)]
+    leaked = [question("what is  7 + 1 ?"), question("WHY ?"), question("Here: an odd question about pens please reason step, or not.")]
+    section = {"benchmarks": [{"source": str(file), "column": "q"}], "heldout": False, "ngrams": [8]}
+    manifest, tables = made(tmp_path, [*asked, *leaked], heldout_size=0, decontaminate=section)
+    assert len(tables["train"]) == 50 and texts(tables["dropped"]) == [row["question"] for row in leaked]
+    assert manifest.facts["alike"] == {"in_benchmark": {"exact": 2, "8-gram": 1}} and manifest.facts["boilerplate_runs"] == 6
+    everything, _ = made(tmp_path, [*asked, *leaked, question("new")], "all", heldout_size=0, decontaminate=section | {"boilerplate": 1.0})
+    assert everything.drops == {"in_benchmark": 53}
+
+
+def test_fuzzy_questions_are_found_at_the_similarity_that_is_asked_for(tmp_path: Path) -> None:
+    draw = random.Random(8)
+    source = families(70, draw)
+    benchmark, prompts = source[::3], [text for place, text in enumerate(source) if place % 3]
+    file = write(tmp_path / "bench.jsonl", list(map(question, benchmark)))
+    asked = {"benchmarks": [str(file)], "exact": False, "ngrams": [], "heldout": False, "similarity": 0.6}
+    _, tables = made(tmp_path, list(map(question, prompts)), heldout_size=0, decontaminate=asked)
+    near = [text for text in prompts if any(jaccard(text, other) >= 0.6 for other in benchmark)]
+    assert texts(tables["dropped"]) == near and near
+    for match, text in zip(read_rows(tmp_path / "run" / "prompts", "matches"), near, strict=True):
+        assert match["similarity"] == pytest.approx(max(jaccard(text, other) for other in benchmark)) and match["kind"] == "similar"
+
+
+def test_a_run_that_grows_keeps_what_it_trains_on_and_compares_the_rest(tmp_path: Path) -> None:
+    draw = random.Random(9)
+    base = [" ".join(draw.choices(LATIN, k=20)) for _ in range(40)]
+    bench = write(tmp_path / "bench.jsonl", [question(" ".join(draw.choices(LATIN, k=20)))])
+    leak = json.loads(bench.read_text())["question"]
+    section = {"near_duplicates": {}, "decontaminate": {"benchmarks": [str(bench)]}, "heldout_size": 5}
+    _, before = made(tmp_path, list(map(question, base)), **section)
+    held, trained = texts(before["heldout"])[0], texts(before["train"])[0]
+    new = [f"{trained}s", f"{held}s", f"so {leak}", " ".join(draw.choices(LATIN, k=20))]
+    grown, after = made(tmp_path, list(map(question, [*new, *base])), **section)  # in front: they come later all the same
+    assert texts(after["heldout"]) == texts(before["heldout"]) and texts(after["train"]) == [new[3], *texts(before["train"])]
+    assert grown.grew_from and grown.drops == {"near_duplicate": 1, "near_heldout": 1, "in_benchmark": 1}
+    write(bench, [question("another")])
+    with pytest.raises(StageConflictError, match=r"benchmarks_sha256.*bench\.jsonl: its content has changed"):
+        made(tmp_path, list(map(question, base)), **section)
+    with pytest.raises(StageConflictError, match="near_duplicates"):
+        made(tmp_path, list(map(question, base)), heldout_size=5)
+
+
+def test_a_recipe_that_asks_for_nothing_is_the_run_that_it_was(tmp_path: Path) -> None:
+    manifest, _ = made(tmp_path, rows())
+    assert not {"near_duplicates", "decontaminate"} & manifest.settings["prompts"].keys() and "benchmarks_sha256" not in manifest.settings
+    assert "matches" not in manifest.tables
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"benchmarks": ["nowhere.jsonl"]}, "there is no such file"),
+        ({"benchmarks": [{"source": "embedded:arithmetic", "column": "text"}]}, r"prompts\.decontaminate: .*there is no column 'text'"),
+        (
+            {"benchmarks": [{"source": "embedded:arithmetic", "subset": "main"}]},
+            r"decontaminate\.benchmarks\.subset: is for data",
+        ),
+        ({"heldout": False}, "there is nothing to compare with"),
+        ({"exact": False, "ngrams": []}, "nothing is looked for"),
+        ({"ngrams": [8, 13]}, "the largest first"),
+        ({"ngrams": [], "boilerplate": 0.5}, "boilerplate is for ngrams"),
+    ],
+)
+def test_what_can_not_be_compared_is_refused(section: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises((DataError, ValueError), match=message):
+        survey(recipe(tmp_path / "run", write(tmp_path / "p.jsonl", rows()), decontaminate=section).prompts, 0, 3)
+
+
+def test_the_same_is_found_whatever_the_hash_seed_and_the_command_says_it(tmp_path: Path) -> None:
+    texts_of = families(40, random.Random(10))
+    source, bench = (
+        write(tmp_path / "p.jsonl", list(map(question, texts_of))),
+        write(tmp_path / "b.jsonl", list(map(question, texts_of[::5]))),
     )
-    assert "at least" not in found(tmp_path / "exact", exact=True).sentence
-    assert alike.calibration[0] == ["base", "0.300 [0.200, 0.400]", "90.0 %", "50.0 %", "10", "20.0 %", "40.0 %", "10"]
-    shown = "\n".join(alike_texts(alike))
-    assert "likeness to the teacher" in shown and "sure and right" in shown
+    section = {"heldout_size": 10, "near_duplicates": {}, "decontaminate": {"benchmarks": [str(bench)], "similarity": 0.7}}
+    tables = []
+    for seed in ("1", "2"):
+        asked = recipe(tmp_path / seed, source, **section)
+        (tmp_path / "r.yaml").write_text(asked.model_dump_json(exclude_defaults=True))
+        words = [sys.executable, "-m", "distill", "prompts", str(tmp_path / "r.yaml")]
+        done = subprocess.run(words, env={"PYTHONHASHSEED": seed, "PATH": ""}, cwd=commands.ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        drops = read_manifest(tmp_path / seed / "prompts").drops
+        assert all(f"{count} {reason}" in done.stdout for reason, count in drops.items())
+        assert {"in_benchmark", "near_heldout", "near_duplicate"} <= drops.keys()
+        tables.append([read_rows(tmp_path / seed / "prompts", table) for table in ("train", "heldout", "dropped", "matches")])
+    assert tables[0] == tables[1] and not run(asked).grew_from
 
 
-def test_other_tokenizers_are_told_in_bits_a_byte(tmp_path: Path) -> None:
-    notes = " ".join(found(tmp_path, compared=30).notes)
-    assert "75.0 % of the tokens are tokens of both" in notes and "base 0.481, student 0.048" in notes
-
-
-def test_a_teacher_that_tells_nothing_has_no_divergence(tmp_path: Path) -> None:
-    alike = found(tmp_path, told=False)
-    assert alike.rows[0][1:3] == ["", "75.0 % [75.0, 75.0]"]
-    assert alike.sentence.endswith("is the written one 75.0 % of the time; before training it was 75.0 %.")
-    assert any("tells nothing of what it thinks" in note for note in alike.notes)
-
-
-def test_pages_show_both(tmp_path: Path) -> None:
-    alike = found(tmp_path)
-    for page in ("alike.md.j2", "alike.html.j2"):
-        text = render(page, summary=SimpleNamespace(alike=alike), reliability_svg=reliability(alike.bins))
-        assert all(words in text for words in ("Likeness to the teacher", "Sure and right", "nats a token", "student"))
-    nothing = render("alike.md.j2", summary=SimpleNamespace(alike=None))
-    assert not nothing.strip()
+def test_runs_of_words_know_no_process(tmp_path: Path) -> None:
+    """Places are those of the first other text that has the run."""
+    with Texts(tmp_path) as kept:
+        kept.add(["a b c d e f", "x a b c d", "zero a b c d y", "c d e f g"])
+        found, common = Search(kept, [0, 1], [4, 3]).find(np.array([2, 3]), 0.01)
+    assert [tuple(each) for each in found] == [(2, 0, 4, "a b c d"), (3, 0, 4, "c d e f")] and common == 0

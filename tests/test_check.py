@@ -62,6 +62,7 @@ print(json.dumps(sorted({{"torch", "transformers", "datasets", "trl", "peft", "a
         (lambda _: {"prompts__columns__prompt": "questoin"}, "Did you mean 'question'"),
         (lambda _: {"prompts__answer_pattern": "= (.*)"}, "none of the first 72 rows can be used: 72 no_answer_match"),
         (lambda _: {"prompts__columns": "{prompt: question, reference: answer.value}"}, "there is nothing in 'answer'"),
+        (lambda _: {"prompts__decontaminate": "{benchmarks: [{source: embedded:arithmetic, column: text}]}"}, "there is no column 'text'"),
         (lambda _: {"run_dir": "/proc/nowhere"}, "run folder"),
     ],
 )

@@ -117,5 +117,5 @@ def test_who_picks_the_teachers_second_best_does_not_agree_with_it() -> None:
     kept = unpacked(packed([traces()[0]], [spread(told, np.array([0, 2]), 3, TopK(k=3))]))[0]
     assert kept is not None
     row = Row(np.array([1, 7, 7, 7], np.int32), np.array([IGNORE, 7, 7, 7], np.int32), kept)
-    found = sums(row, Opinion(np.full(3, -0.1), np.full(3, 7, np.int32), np.array([0.2, np.nan, 0.2])))
+    found = sums(row, Opinion(np.full(3, -0.1), np.full(3, 7, np.int32), np.ones(3, np.int32), np.array([0.2, np.nan, 0.2])))
     assert found["compared"] == 2 and found["agreed"] == 1

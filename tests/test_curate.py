@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 
 from distill.checks import Verdict
@@ -222,21 +219,17 @@ def test_a_killed_curation_ends_with_the_same_rows_and_redoes_no_finished_batch(
     (tmp_path / "recipe.yaml").write_text(
         "name: test\nstudent: {model: none}\nprompts: {source: x.jsonl}\ntraces: {source: x.jsonl}\nevaluate: null\n"
     )
-    command = [sys.executable, "-m", "distill", "curate", str(tmp_path / "recipe.yaml"), "--curate.workers", "1"]
+    words = ["-m", "distill", "curate", tmp_path / "recipe.yaml", "--curate.workers", "1", "--run_dir"]
     shutil.copytree(tmp_path / "run", tmp_path / "whole")
-    subprocess.run([*command, "--run_dir", str(tmp_path / "whole")], cwd=ROOT, check=True, capture_output=True)
-    killed = [*command, "--run_dir", str(tmp_path / "run")]
-    process = subprocess.Popen(killed, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert commands.run([*words, tmp_path / "whole"]).returncode == 0
     journal = tmp_path / "run" / "curated" / JOURNAL
-    while process.poll() is None and not (journal.exists() and b"\n" in journal.read_bytes()):
-        pass
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    with commands.Command([*words, tmp_path / "run"]) as process:
+        process.until(lambda: journal.exists() and b"\n" in journal.read_bytes())
     assert not (tmp_path / "run" / "curated" / MANIFEST).exists(), "it ended before it was killed"
     before = journal.read_bytes()
     finished = before[: before.rfind(b"\n") + 1].count(b"\n")
     assert 0 < finished < 7
-    result = subprocess.run(killed, cwd=ROOT, capture_output=True, text=True)
+    result = commands.run([*words, tmp_path / "run"])
     assert result.returncode == 0, result.stderr[-2000:]
     counted = [int(found[0] or found[1]) for found in re.findall(r"going on from (\d+)|(\d+) of 400 traces", result.stderr)]
     assert (counted[0], counted[-1]) == (64 * finished, 400)

@@ -238,3 +238,18 @@ def test_a_misspelt_key_of_a_set_is_guessed(each: dict[str, Any], meant: str, tm
     (tmp_path / "r.yaml").write_text(RECIPE.replace("RUN", str(tmp_path / "run")))
     with pytest.raises(RecipeError, match=rf"Did you mean {re.escape(meant)}\?"):
         load_recipe(tmp_path / "r.yaml", {"evaluate.sets.more": {"source": "x"} | each})
+
+
+def test_a_set_without_a_column_of_the_runs_template_is_none_of_its_prompts(tmp_path: Path) -> None:
+    from distill.before.findings import Findings
+    from distill.before.judging import check_sets
+    from distill.stages.prompts import survey
+
+    write_rows(tmp_path / "run.jsonl", [{"question": f"{n}?", "answer": n, "unit": "m"} for n in range(4)])
+    write_rows(tmp_path / "more.jsonl", [{"question": f"{n}?", "answer": n} for n in range(2)])
+    main = {"source": str(tmp_path / "run.jsonl"), "heldout_size": 1, "template": "{prompt} In {unit}."}
+    each = {"source": str(tmp_path / "more.jsonl"), "template": "{prompt}"}
+    recipe = recipe_for(tmp_path, prompts=main, evaluate={"sets": {"more": each}})
+    found = Findings()
+    check_sets(recipe, survey(recipe.prompts, 0, 2), found)
+    assert found.refuted == []

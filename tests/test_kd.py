@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -428,17 +425,11 @@ def test_ten_steps_equal_five_and_a_kill_and_five(make: Make) -> None:
     settings = {"max_steps": 10, "save_strategy": "steps", "save_steps": 5, "lr_scheduler_type": "linear"}
     undisturbed, killed = make("undisturbed", trainer_args=settings), make("killed", trainer_args=settings)
     student = killed.parent / "run" / "student"
-    line = [sys.executable, str(ROOT / "distill" / "train.py"), "--config"]
-    process = subprocess.Popen([*line, str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (student / "checkpoints" / "checkpoint-5" / "whole").exists():
-        assert time.monotonic() < deadline
-        with pytest.raises(subprocess.TimeoutExpired):  # it has not ended; without taking a core from it
-            process.wait(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    words = [ROOT / "distill" / "train.py", "--config", killed]
+    with commands.Command(words) as process:
+        process.until((student / "checkpoints" / "checkpoint-5" / "whole").exists)
     assert not (student / "manifest.json").exists()
-    result = subprocess.run([*line, str(killed)], capture_output=True, text=True, timeout=900)
+    result = commands.run(words)
     assert result.returncode == 0 and "going on from step 5" in result.stdout, result.stderr[-2000:]
     expected = train(undisturbed)
     assert losses(student) == losses(expected)  # to the last bit, and no step twice

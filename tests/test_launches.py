@@ -69,7 +69,7 @@ def same(found: Found, expected: Found) -> None:
         assert sizes == of_all, method
 
 
-SOME = [("fsdp2", "qlora", ("sft", "on_policy")), ("zero3-offload", "full", ("kd",))]
+SOME = [("fsdp2", "qlora", ("sft", "on_policy")), ("zero3", "full", ("kd",))]  # offloading has DeepSpeed compile for a minute
 
 
 def can(file: str, kind: str) -> bool:

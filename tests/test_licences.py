@@ -1,10 +1,11 @@
-"""Terms of teachers and students. What each family demands is written out here from its licence text, not from the table."""
+"""Terms of teachers and students. What each family demands is written out here from its licence text, not from the catalogue."""
 
 from __future__ import annotations
 
 import pytest
 
-from distill.data.licences import UNKNOWN, check_terms, hub_licence, licence_of
+from distill.data.catalogue import UNKNOWN
+from distill.data.licences import check_terms, hub_licence, licence_of
 from distill.errors import LicenceError
 
 
@@ -17,7 +18,7 @@ from distill.errors import LicenceError
         ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "MIT"),
         ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "llama3.1"),
         ("deepseek-ai/DeepSeek-R1-Distill-Llama-70B", "llama3.3"),
-        ("deepseek-ai/DeepSeek-V3", UNKNOWN),
+        ("deepseek-ai/DeepSeek-V3", "deepseek"),
         ("deepseek-ai/DeepSeek-V3.2-Exp", "MIT"),
         ("meta-llama/Llama-3.2-1B-Instruct", "llama3.2"),
         ("meta-llama/Meta-Llama-3-8B-Instruct", "llama3"),

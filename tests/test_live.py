@@ -5,12 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import re
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,11 +108,11 @@ def recipe(tmp_path: Path, tiny_model_dir: Path, teacher_dir: Path) -> Make:
 
 
 def command(recipe: Path) -> list[str]:
-    return [sys.executable, str(ROOT / "distill" / "train.py"), "--config", str(recipe)]
+    return [str(ROOT / "distill" / "train.py"), "--config", str(recipe)]
 
 
 def trained(recipe: Path) -> subprocess.CompletedProcess[str]:
-    return commands.run(command(recipe)[1:], timeout_s=900)
+    return commands.run(command(recipe), timeout_s=900)
 
 
 def train(recipe: Path) -> Path:
@@ -186,12 +182,8 @@ def test_a_killed_run_ends_with_the_losses_of_an_undisturbed_one(recipe: Make) -
     undisturbed = train(recipe("undisturbed", **settings))
     path = recipe("killed", **settings)
     student = path.with_suffix("") / "student"
-    process = subprocess.Popen(command(path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while not (student / "checkpoints" / "checkpoint-3" / "whole").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    with commands.Command(command(path)) as process:
+        process.until((student / "checkpoints" / "checkpoint-3" / "whole").exists)
     assert not (student / "manifest.json").exists()
     result = trained(path)
     assert result.returncode == 0 and "going on from step 3" in result.stdout, result.stderr[-2000:]
@@ -438,8 +430,7 @@ def test_a_recipe_without_traces_goes_from_check_to_export(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_two_processes_write_different_answers_and_learn_one_student(recipe: Make) -> None:
     path = recipe("two", per_device_train_batch_size=4, max_steps=3)
-    launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
-    result = subprocess.run([*launch, *command(path)[1:]], capture_output=True, text=True, timeout=900)
+    result = commands.launch(command(path), 2)
     assert result.returncode == 0, result.stderr[-3000:]
     student = path.with_suffix("") / "student"
     assert read_manifest(student).facts["world_size"] == 2 and all(map(math.isfinite, logged(student)))

@@ -51,6 +51,14 @@ def test_a_reference_becomes_text(value: Any, reference: str | None) -> None:
     assert prompt_row({"question": "?", "answer": value})[0]["reference"] == reference
 
 
+def test_a_list_of_one_answer_is_that_answer() -> None:
+    for value, reference in ((["4"], "4"), ([4.0], "4"), ([None], None), ([True], "True")):
+        assert prompt_row({"question": "?", "answer": value})[0]["reference"] == reference
+    assert prompt_row({"question": "?", "answer": ["4"]}, json_reference=True)[0]["reference"] == '["4"]'
+    with pytest.raises(DataError, match=r"answer must be text or a number, got list: .* set prompts\.json_reference"):
+        prompt_row({"question": "?", "answer": ["4", "5"]})
+
+
 def test_the_last_match_of_the_answer_pattern_is_the_reference() -> None:
     row, reason = prompt_row({"question": "?", "answer": "a #### 1\nb #### 2,000 \n"}, answer_pattern=r"####\s*(.+)")
     assert (row["reference"], reason) == ("2,000", None)

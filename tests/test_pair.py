@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 from conftest import build_tiny_model
@@ -103,8 +102,8 @@ def test_the_command_measures_once(tmp_path: Path, tiny_model_dir: Path) -> None
         f"prompts: {{source: {tmp_path / 'problems.jsonl'}, heldout_size: 2}}\n"
         "generate: {max_new_tokens: 12, temperature: 1.0, top_p: 1.0}\n"
     )
-    command = [sys.executable, "-m", "distill", "pair", str(recipe), "--prompts", "5"]
-    first = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    words = ["-m", "distill", "pair", recipe, "--prompts"]
+    first = commands.run([*words, "5"])
     assert first.returncode in (0, 3), first.stderr[-2000:]
     assert "answers to 5 prompts" in first.stdout and "teacher's advantage, part 4 of 4" in first.stdout
     kept = tmp_path / "run" / "pair" / "findings.json"
@@ -112,10 +111,10 @@ def test_the_command_measures_once(tmp_path: Path, tiny_model_dir: Path) -> None
     assert found["aligned_share"] == 1 and found["on_student"]["tokens"] > 0 and found["verdict"][0] in first.stdout
     assert first.returncode == (0 if found["good"] else 3)
     written = kept.stat().st_mtime_ns
-    second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    second = commands.run([*words, "5"])
     assert second.returncode == first.returncode and kept.stat().st_mtime_ns == written and "writes" not in second.stderr
     assert found["verdict"][0] in second.stdout
-    other = subprocess.run([*command[:-1], "4"], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    other = commands.run([*words, "4"])
     assert other.returncode == 1 and "num_prompts is 5 there and 4 here" in other.stderr and "--redo" in other.stderr
-    again = subprocess.run([*command[:-1], "4", "--redo"], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    again = commands.run([*words, "4", "--redo"])
     assert again.returncode in (0, 3) and "answers to 4 prompts" in again.stdout

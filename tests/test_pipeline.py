@@ -124,19 +124,11 @@ def test_a_killed_stage_ends_with_the_same_rows(stage: str, finished: tuple[Path
     rng = random.Random(f"{stage}/kill")
     killed = 0
     for _ in range(2):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "distill", stage, str(recipe), "--run_dir", str(copy)],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
         threshold = rng.uniform(0.0, 0.5) * final_size
-        while process.poll() is None:
-            if size_of(copy / name) > threshold:
-                os.kill(process.pid, signal.SIGKILL)
-                killed += 1
-                break
-        process.wait()
+        with commands.Command(["-m", "distill", stage, recipe, "--run_dir", copy]) as process:
+            while process.runs(0.001) and size_of(copy / name) <= threshold:
+                pass
+            killed += process.kill() == -signal.SIGKILL
     if stage in ("generate", "train", "evaluate"):
         assert killed and not (copy / name / MANIFEST).exists(), "the kill came too late to test anything"
     result = distill(stage, recipe, "--run_dir", copy)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import torch
 from test_kd import command
@@ -236,10 +234,8 @@ def piece(path: Path, processes: int, *, stop: bool = False) -> str:
     """Trains in so many processes, to the end or up to the first checkpoint; returns what was said."""
     script = path.with_name("piece.py")
     script.write_text(PIECE)
-    launcher = [sys.executable] if processes == 1 else [*LAUNCH, str(processes)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    words = [*launcher, str(script), str(path), "stop" if stop else "end"]
-    result = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=900)
+    words = [script, path, "stop" if stop else "end"]
+    result = commands.run(words) if processes == 1 else commands.launch(words, processes)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 

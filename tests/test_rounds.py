@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import commands
@@ -108,15 +104,11 @@ def test_a_finished_run_does_no_work(finished: Path) -> None:
 def test_killed_rounds_end_with_the_same_weights(finished: Path, tmp_path: Path) -> None:
     """Killed as soon as each of the second round's stages has begun, and run again."""
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "distill", "run", str(finished), "--no-check", "--run_dir", str(run)]
+    words = ["run", finished, "--no-check", "--run_dir", run]
     for stage in ("rollouts", "targets", "student"):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 300
-        while not (run / "rounds" / "02" / stage / "plan.json").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=600).returncode == 0
+        with commands.Command(["-m", "distill", *words]) as command:
+            command.until((run / "rounds" / "02" / stage / "plan.json").exists)
+    assert distill(*words).returncode == 0
     undisturbed = adapter(student_folder(load_recipe(finished)))
     for name, value in adapter(run / "rounds" / "02" / "student").items():
         assert torch.equal(value, undisturbed[name]), name

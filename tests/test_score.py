@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -118,19 +117,11 @@ def distill(*arguments: str | Path) -> Said:
     raise AssertionError("the command did not exit")
 
 
-def launch(*arguments: str | Path, processes: int = 0) -> subprocess.Popen[str]:
-    """The command in a process of its own, or in several by accelerate."""
-    launcher = [*LAUNCH, str(processes)] if processes else [sys.executable]
-    command = [*launcher, "-m", "distill", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-
-
 def score(recipe: Path, *arguments: str, processes: int = 0) -> str:
     """Scores through the command line, and returns what it said."""
     if processes:
-        process = launch("score", recipe, *arguments, processes=processes)
-        stdout, stderr = process.communicate(timeout=300)
-        code = process.returncode
+        result = commands.launch(["-m", "distill", "score", recipe, *arguments], processes)
+        code, stdout, stderr = result.returncode, result.stdout, result.stderr
     else:
         code, stdout, stderr = distill("score", recipe, *arguments)
     assert code == 0, stderr[-3000:]
@@ -308,16 +299,6 @@ def test_other_kinds_are_verified_too(target: str, recipe: Callable[..., Path]) 
     assert ("of the draws are equal" if "sampled" in target else "largest difference 0.0") in score(path)
 
 
-def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
-    """Kills a process as soon as a condition holds."""
-    while process.poll() is None:
-        if reached():
-            os.kill(process.pid, signal.SIGKILL)
-            break
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "the kill came too late to test anything"
-
-
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bytes(recipe: Callable[..., Path]) -> None:
     rows = traces(160)
@@ -326,7 +307,9 @@ def test_a_killed_run_ends_with_the_same_bytes(recipe: Callable[..., Path]) -> N
     final = sum(map(len, contents(folder_of(undisturbed)).values()))
     part = folder_of(path) / "targets-00000-of-00001.targets.part"
     for share in (0.15, 0.5):
-        kill_when(launch("score", path), lambda share=share: part.exists() and part.stat().st_size > share * final)  # type: ignore[misc]
+        with commands.Command(["-m", "distill", "score", path]) as command:
+            command.until(lambda share=share: part.exists() and part.stat().st_size > share * final)  # type: ignore[misc]
+            assert command.kill() == -signal.SIGKILL, "the kill came too late to test anything"
     assert not (folder_of(path) / "manifest.json").exists() and part.exists()
     refused = distill("score", path, "--train.max_length", "128")
     assert refused.returncode == 1 and "train.max_length is 256 there and 128 here" in refused.stderr
@@ -423,9 +406,10 @@ def test_shards_equal_one_process(recipe: Callable[..., Path]) -> None:
 @pytest.mark.slow
 def test_parts_are_written_side_by_side(recipe: Callable[..., Path]) -> None:
     path = recipe("side-by-side")
-    tasks = [launch("score", path, "--shard", f"{part}/3") for part in (1, 2, 3)]
-    said = [task.communicate(timeout=300)[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0, 0]
+    tasks = [commands.Command(["-m", "distill", "score", path, "--shard", f"{part}/3"]) for part in (1, 2, 3)]
+    ended = [task.wait() for task in tasks]
+    said = [task.stdout for task in ended]
+    assert [task.returncode for task in ended] == [0, 0, 0]
     assert "".join(said).count("24 traces kept") == 1
     assert len(rows_of(path)) == 24
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 from faulty import Faulty
 from filelock import FileLock
@@ -117,23 +115,21 @@ def test_parts_on_the_command_line_survive_kills(kills: int, count: int, tmp_pat
         asked = recipe(tmp_path / "parts", tiny_model_dir, server.url, count=count, concurrency=2)
         prompts.run(asked)
         (tmp_path / "parts/recipe.yaml").write_text(recipe_text(asked))
-        command = [sys.executable, "-m", "distill", "generate", str(tmp_path / "parts/recipe.yaml"), "--shard"]
+        words = ["-m", "distill", "generate", tmp_path / "parts/recipe.yaml", "--shard"]
         journal = Part(0, 2).folder(tmp_path / "parts/run/traces") / "journal.jsonl"
         for kill in range(kills):
-            with subprocess.Popen([*command, "1/2"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
-                deadline = time.monotonic() + 120
+            with commands.Command([*words, "1/2"]) as process:
                 # By what is on disk: when the server has answered, the answer may be on its way there.
-                while (not journal.exists() or journal.read_bytes().count(b"\n") < 4 * (kill + 1)) and time.monotonic() < deadline:
-                    time.sleep(0.02)
-                process.kill()
-            assert process.returncode == -signal.SIGKILL and len(server.asked) < count - 9, "it was to be killed while it writes"
+                process.until(lambda lines=4 * (kill + 1): journal.exists() and journal.read_bytes().count(b"\n") >= lines)
+                code = process.kill()
+            assert code == -signal.SIGKILL and len(server.asked) < count - 9, "it was to be killed while it writes"
         server.delay_s = 0.0
-        ended = [subprocess.run([*command, part], capture_output=True, text=True, timeout=300) for part in ("2/2", "1/2")]
+        ended = [commands.run([*words, part]) for part in ("2/2", "1/2")]
         assert [each.returncode for each in ended] == [0, 0], ended[0].stderr + ended[1].stderr
         again = sum(count - 1 for count in server.asked.values())
     found = read_manifest(tmp_path / "parts/run/traces")
     assert found.digest == made.digest and again <= 4 * kills  # two in flight, two answered while a line was written
-    assert "nothing to do" in subprocess.run(command[:-1], capture_output=True, text=True, timeout=300).stdout
+    assert "nothing to do" in commands.run(words[:-1]).stdout
 
 
 def test_parts_of_a_stage_that_was_begun_as_a_whole_are_refused_before_its_first_shard(tmp_path: Path, tiny_model_dir: Path) -> None:

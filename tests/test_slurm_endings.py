@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from slurm_cluster import Cluster
@@ -33,16 +33,6 @@ from distill.run.parts import Part
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
-LAUNCH = [
-    str(Path(sys.executable).parent / "accelerate"),
-    "launch",
-    "--multi_gpu",
-    "--num_processes",
-    "2",
-    "-m",
-    "distill.train",
-    "--config",
-]
 STEPS = 40
 
 
@@ -104,7 +94,7 @@ def test_training_goes_on_through_a_signal_preemption_and_a_dead_node(slurm: Clu
     """On two nodes, the three after each other; the weights are those of two processes that nothing disturbed, to the bit."""
     path = recipe(tmp_path / "small.yaml", whole=False, steps=STEPS)
     plain, run = (copied(alone, tmp_path / name, "prompts", "traces", "curated", "targets") for name in ("plain", "run"))
-    subprocess.run([*LAUNCH, path, "--run_dir", plain], check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert commands.launch(["-m", "distill.train", "--config", path, "--run_dir", plain], 2).returncode == 0
     numbers = submit(slurm, path, run, "--nodes", "2", SITE_FOLLOW_UPS=2)["train"]
     assert len(numbers) == 3
     metrics = run / "student" / "metrics.jsonl"
@@ -134,7 +124,7 @@ def test_training_goes_on_behind_its_time_limit(slurm: Cluster, alone: Path, tmp
     """The limit is a minute, Slurm's least, and the signal comes half a minute before it."""
     path = recipe(tmp_path / "small.yaml", whole=False, steps=400)
     plain, run = (copied(alone, tmp_path / name, "prompts", "traces", "curated", "targets") for name in ("plain", "run"))
-    subprocess.run([*LAUNCH, path, "--run_dir", plain], check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert commands.launch(["-m", "distill.train", "--config", path, "--run_dir", plain], 2).returncode == 0
     numbers = submit(slurm, path, run, "--nodes", "2", SITE_FOLLOW_UPS=9, SITE_SIGNAL_S=30, SBATCH_TIMELIMIT="1")["train"]
     jobs = slurm.until_ended()
     assert slurm.job(numbers[0])["ExitCode"] == "75:0" and states(jobs, numbers)[str(numbers[-1])] == "COMPLETED", said(run)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 from fabricated import make_run, recipe_for
 from faulty import Faulty
@@ -246,14 +247,11 @@ def test_a_stage_is_watched_at_work_and_behind_a_kill(tmp_path: Path, tiny_model
         prompts.run(asked)
         (tmp_path / "asked.yaml").write_text(recipe_text(asked))
         run = tmp_path / "run"
-        command = [sys.executable, "-m", "distill", "generate", str(tmp_path / "asked.yaml")]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
-            deadline = time.monotonic() + 120
-            while sum(server.asked.values()) < 12 and time.monotonic() < deadline:
-                time.sleep(0.02)
+        with commands.Command(["-m", "distill", "generate", tmp_path / "asked.yaml"]) as process:
+            process.until(lambda: sum(server.asked.values()) >= 12)
             found = step(run, "generate")
             process.kill()
-            said = process.stderr.read() if process.stderr else ""
+            said = process.wait().stderr
         assert found.state == "at work" and 2 <= found.work.rows < found.work.total == 42 and "\r" not in said
         left = step(run, "generate")
         assert left.state == "begun" and found.work.rows <= left.work.rows < 42

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
 import pytest
 from families import FAMILIES, family
 
+from distill.before.supervised import conversations, is_conversation
 from distill.errors import ModelError
 from distill.models.chat import IGNORE, ChatFormat
 from distill.models.rendering import Manner, manner_of
+from distill.models.vocabulary import align, vocabulary_map
 from distill.run.calls import Call, parted, with_calls, written
 from distill.run.schema import Message
 
@@ -216,3 +219,87 @@ def test_calls_are_parted_from_what_only_looks_like_them() -> None:
         completion = with_calls(text, [written(call), written(CALL)])
         assert parted(completion)[1] == [call, CALL] and parted(completion)[0].rstrip() == text.rstrip()
     assert with_calls("Hi", []) == "Hi" and parted(f"<think>\n{HERMES}")[1] == []
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"), [("qwen3", "llama3.1"), ("llama3.1", "mistral"), ("deepseek-v3", "qwen2.5"), ("qwen2.5", "glm")]
+)
+def test_a_teacher_reads_calls_in_its_own_form_and_what_both_write_is_aligned(teacher: str, student: str) -> None:
+    chats = family(teacher), family(student)
+    lead = thought(chats[0], [USER]) or thought(chats[1], [USER])
+    calls = [Call("get_order", {"id": "7", "why": "é"})]
+    trace = {"messages": [USER], "completion": with_calls(lead + "I look.", list(map(written, calls)))}
+    row = align({"prompt_id": "p", "sample_index": 0, **trace}, *chats, vocabulary_map(*chats))
+    theirs = chats[0].trace_row(trace)[0]
+    assert row.teacher_ids.tolist() == theirs[: len(row.teacher_ids)], "its own row"
+    texts = [chat.tokenizer.convert_ids_to_tokens for chat in chats]
+    pairs = [(texts[0](theirs[place]), texts[1](int(index))) for place, index in zip(row.positions, row.written, strict=True) if place >= 0]
+    assert all(left == right for left, right in pairs[:-1]) and row.positions[-1] == len(theirs) - 1
+    shared = "".join(right for _, right in pairs)
+    assert ("So." in shared) == bool(lead) and "I\u0120look." in shared and "get_order" in shared
+    if student != "glm":  # which writes each argument apart
+        assert '{"id":\u0120"7",\u0120"why":\u0120"\u00c3\u00a9"}' in shared
+    aligned = row.positions[row.positions >= 0].tolist()
+    assert aligned == sorted(set(aligned)) and len(aligned) < len(row.positions)
+
+
+# What `distill check` proves of them
+
+
+def traces(chat: ChatFormat, *, tools: bool) -> list[dict[str, Any]]:
+    lead = thought(chat, [USER])
+    more = {"role": "user", "content": "Thanks!"}
+    rows = [
+        {"messages": [USER], "completion": lead + "At home."},
+        {"messages": [USER, {"role": "assistant", "content": lead + "At home."}, more], "completion": lead + "Bye."},
+    ]
+    if tools:
+        wanted = Call("get_order", {"id": "7", "full": True, "n": [1, None], "text": "a\nb <|im_end|> </think>"})
+        rows += [
+            {"messages": [WITH_TOOLS], "completion": with_calls(lead + "I look.", [written(wanted)])},
+            {"messages": [WITH_TOOLS], "completion": with_calls(lead, [written(CALL)])},
+            {"messages": [WITH_TOOLS, CALLED, ANSWERED], "completion": "It was sent."},
+        ]
+    return rows
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_of_conversations_are_proved(name: str) -> None:
+    chat = family(name)
+    tools = name in ("qwen2.5", "qwen3", "llama3.1", "mistral", "glm")
+    rows = traces(chat, tools=tools)
+    told = conversations(chat, rows, len(rows))
+    assert told.startswith(f"{len(rows) - 1} rows are parts of conversations, each with one supervised turn, ")
+    assert f"{2 * tools} call tools and {1 * tools} answer their results" in told
+    assert [is_conversation(row) for row in rows] == [False, *[True] * (len(rows) - 1)]
+
+
+class Spoilt(ChatFormat):
+    """Learns what it should not."""
+
+    spoil: Any
+
+    def trace_row(self, trace: dict[str, Any]) -> tuple[list[int], list[int]]:
+        input_ids, labels = super().trace_row(trace)
+        return Spoilt.spoil(input_ids, labels)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"),
+    [
+        (lambda ids, labels: (ids, ids), "or something of that is learned, too"),
+        (lambda ids, labels: (ids, [*ids[:1], *labels[1:]]), "or something of that is learned, too"),
+        (lambda ids, labels: ([*ids[:3], *ids[4:]], [*labels[:3], *labels[4:]]), "is not learned behind the prompt of inference"),
+        (lambda ids, labels: (ids, [*labels[:-1], IGNORE]), "is not learned as a whole"),
+        (lambda ids, labels: (ids[:-1], labels[:-1]), "has no end"),
+        (lambda ids, labels: ([*ids[:-2], ids[-1]], [*labels[:-2], labels[-1]]), "is learned as other text|are not these calls"),
+    ],
+)
+def test_what_is_learned_otherwise_is_found(spoil: Any, fault: str) -> None:
+    chat = family("qwen3")
+    for row in traces(chat, tools=True)[1:]:
+        assert "1 rows" in conversations(chat, [row], 1)
+        spoilt = Spoilt(**{field.name: getattr(chat, field.name) for field in dataclasses.fields(chat)})
+        Spoilt.spoil = staticmethod(spoil)
+        with pytest.raises(ModelError, match=fault):
+            conversations(spoilt, [row], 1)

@@ -6,10 +6,8 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,14 +67,13 @@ def recipe(tmp_path: Path, tiny_model_dir: Path) -> Callable[..., Path]:
     return make
 
 
-def train(recipe: Path, *, processes: int = 0, overrides: list[str] | None = None, without: str = "") -> Path:
-    """Trains through the command line, and returns the student's folder."""
+def train(recipe: Path, *, processes: int = 0, overrides: list[str] | None = None) -> Path:
+    """Trains through the command line, and returns the student's folder; in several processes as a user starts them, from nothing."""
     words = [str(ROOT / "distill" / "train.py"), "--config", str(recipe), *(overrides or [])]
-    environment = {name: value for name, value in os.environ.items() if name != without}
     if processes:
-        result = subprocess.run([*LAUNCH, str(processes), *words], capture_output=True, text=True, env=environment, timeout=900)
+        result = subprocess.run([*LAUNCH, str(processes), *words], capture_output=True, text=True, timeout=900)
     else:
-        result = commands.run(words, environment=environment, timeout_s=900)
+        result = commands.run(words, timeout_s=900)
     assert result.returncode == 0, result.stderr[-3000:]
     return recipe.with_suffix("") / "student"
 
@@ -145,8 +142,7 @@ def test_all_ranks_end_with_the_same_parameters(recipe: Callable[..., Path], tmp
         "transformers.Trainer.train = train\n"
         "run_stage('train', load_recipe(sys.argv[1]))\n"
     )
-    command = [*LAUNCH, "2", str(script), str(path), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=900)
+    result = commands.launch([script, path, tmp_path], 2)
     assert result.returncode == 0, result.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert first.keys() == second.keys() and any("lora" in name for name in first)
@@ -178,8 +174,7 @@ def test_processes_wait_for_the_first_as_long_as_it_takes(recipe: Callable[..., 
         "PartialState(cpu=True, timeout=timedelta(seconds=8))\n"
         "run_stage('train', load_recipe(sys.argv[1]))\n"
     )
-    command = [*LAUNCH, "2", str(script), str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=900)
+    result = commands.launch([script, path], 2)
     assert result.returncode == 0, result.stderr[-3000:]
     assert read_manifest(path.with_suffix("") / "student").facts["world_size"] == 2
 
@@ -188,7 +183,10 @@ def test_processes_wait_for_the_first_as_long_as_it_takes(recipe: Callable[..., 
 def test_processes_on_cpus_find_each_other_without_a_setting(recipe: Callable[..., Path]) -> None:
     """Without `use_cpu` each process of a launch on CPUs trains alone, and nothing in the libraries complains."""
     path = recipe("together", trainer_args={"max_steps": 1})
-    assert read_manifest(train(path, processes=2, without="ACCELERATE_USE_CPU")).facts["world_size"] == 2
+    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    result = commands.launch([ROOT / "distill" / "train.py", "--config", path], 2, environment=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert read_manifest(path.with_suffix("") / "student").facts["world_size"] == 2
 
 
 def test_a_launch_that_would_train_alone_is_refused() -> None:
@@ -238,15 +236,11 @@ def test_ten_steps_equal_five_and_a_kill_and_five(recipe: Callable[..., Path]) -
     undisturbed = train(recipe("undisturbed", trainer_args=settings))
     path = recipe("killed", trainer_args=settings)
     student = path.with_suffix("") / "student"
-    command = [sys.executable, str(ROOT / "distill" / "train.py"), "--config", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 600
-    while not (student / "checkpoints" / "checkpoint-5" / "whole").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    words = [ROOT / "distill" / "train.py", "--config", path]
+    with commands.Command(words) as command:
+        command.until((student / "checkpoints" / "checkpoint-5" / "whole").exists)
     assert not (student / "manifest.json").exists()
-    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    result = commands.run(words)
     assert result.returncode == 0 and "going on from step 5" in result.stdout, result.stderr[-2000:]
     assert losses(student) == losses(undisturbed)  # to the last bit, and no step twice
     assert logged(student, "num_tokens") == logged(undisturbed, "num_tokens")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -58,6 +61,9 @@ _MARKED = "<|begin_of_thought|>\n\nthree\n<|end_of_thought|>\n\n<|begin_of_solut
 FORMS: dict[str, Row] = {
     "openai": openai({"content": SAID, "tool_calls": [CALL]}),
     "arguments as text": openai({"content": SAID, "tool_calls": [_OPENAI_CALL]}),
+    "arguments as text of text": openai(
+        {"content": SAID, "tool_calls": [{"name": "stock", "parameters": json.dumps(json.dumps(_PLAIN_CALL["arguments"]))}]}
+    ),
     "calls as text": openai({"content": SAID, "tool_calls": json.dumps([_OPENAI_CALL])}),
     "an older call": openai(
         {"content": SAID, "function_call": _OPENAI_CALL["function"]}, {"role": "function"}, functions=[TOOL], tools=None
@@ -150,6 +156,8 @@ def test_a_prompt_ends_where_an_assistant_answers() -> None:
     assert read({"messages": turns, "best": "f"}, completion="best")[0] == (turns[:3], "f", None)
     assert read({"messages": turns}, completion="messages.-1")[0] == (turns[:3], "<think>d</think>e", None)
     assert read({"messages": turns, "best": turns[-1:]}, completion="best")[0][1] == "<think>d</think>e"
+    before = [turns[0], {"role": "assistant", "content": "<think>\nr</think>b"}]
+    assert read({"messages": [turns[0], {"role": "assistant", "content": "r</think>b<|im_end|>"}, *turns[2:]]})[0][0][:2] == before
     for nothing in ([], turns[1:2], [{"role": "system", "content": "s"}], [{"role": "user", "content": " "}, turns[1]]):
         assert read({"messages": nothing})[0][2] == "empty_prompt"
 
@@ -169,6 +177,9 @@ def test_a_system_turn_and_tools_beside_the_conversation() -> None:
     with pytest.raises(DataError, match="x:1: the conversation has a system turn of its own, and rules says another"):
         named = Columns(messages="messages", system="rules")
         PromptMapping(Prompts(source="x", columns=named), named, "x").asked({"messages": own, "rules": "R"}, "x:1")
+    for columns in (Columns(prompt="q", system="rules"), Columns(messages="messages", system="rules")):
+        with pytest.raises(DataError, match=r"x:1: rules has a system turn of its own, and prompts\.system_prompt is set"):
+            PromptMapping(section, columns, "x").asked({"q": "?", "messages": turns, "rules": "R", "api": TOOLS}, "x:1")
     with pytest.raises(ValueError, match=r"columns\.system and system_prompt exclude each other"):
         Prompts(source="x", columns=columns, system_prompt="S")
 
@@ -181,10 +192,11 @@ USER = {"role": "user", "content": "?"}
     [
         ("no list", "m must be a list of turns"),
         ("[{", "m holds text that is no JSON"),
-        ([USER, {"role": "asistant", "content": "a"}], r"m\.1: has the role 'asistant', which is none of system, "),
+        ([USER, {"role": "asistant", "content": "a"}], r"m\.1: has the role 'asistant'\. It must be system, user, a"),
         ([USER, {"role": "assistant", "content": {"a": 1}}], r"m\.1: content must be text, or a list of parts"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"m\.0: content must be text, or a list of parts"),
         ([USER, {"role": "assistant", "content": "<think>a</think>b", "reasoning": "c"}], r"m\.1: has a reasoning in its text and another"),
+        ([{"role": "user", "contents": "?"}], r"m\.0: has no content, only 'role', 'contents'"),
         ([USER | {"tools": [{"type": "function"}]}], r"m\.0: tools must hold tools, each with a name"),
         ([USER | {"tools": "[{"}], r"m\.0: tools must hold tools, as a list or as JSON"),
     ],
@@ -202,6 +214,7 @@ def test_what_is_no_conversation_says_row_and_turn(turns: Any, message: str) -> 
             "not_text",
         ),
         ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, "not_text"),
+        ({"role": "assistant", "content": None, "audio": {"id": "x"}}, "not_text"),
         ({"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": '{"a": '}}]}, "call_not_readable"),
         ({"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": {}}}]}, "call_not_readable"),
         ({"from": "function_call", "value": "stock(lamp)"}, "call_not_readable"),
@@ -212,6 +225,44 @@ def test_what_no_recipe_could_make_right_is_dropped_for_a_reason(turn: Row, reas
         turns_of([turn], "m", "x")
     talk = [USER, turn, {"role": "assistant", "content": "a"}]
     assert read({"messages": talk}) == [([], "", reason)]
+
+
+@pytest.mark.parametrize(
+    ("turn", "content"),
+    [
+        ({"role": "assistant", "content": None, "refusal": "No."}, "No."),
+        ({"role": "assistant", "content": None, "function_call": {"name": None, "arguments": None}}, ""),
+        ({"role": "assistant", "content": "a", "reasoning": {"effort": "high"}}, "a"),
+        ({"role": "assistant", "content": "a", "thinking": "<thinking>r</thinking>"}, "<think>\nr\n</think>\n\na"),
+        ({"role": "assistant", "content": [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "r"}]}, "a"]},
+         "<think>\nr\n</think>\n\na"),
+        ({"role": "tool", "content": [{"left": 3}, None]}, '[{"left": 3}, null]'),
+        ({"role": "tool", "content": ["a", "b"]}, '["a", "b"]'),
+        ({"role": "tool", "content": 0.5}, "0.5"),
+        ({"role": "tool", "content": text("a") + text("b")}, "a\nb"),
+        ({"role": "developer", "value": "a"}, "a"),
+        ({"from": "Human", "content": {"type": "text", "text": "a"}}, "a"),
+    ],
+)  # fmt: skip
+def test_what_a_turn_says(turn: Row, content: str) -> None:
+    [found] = turns_of([turn], "m", "x")
+    assert found["content"] == content and not found.keys() & {"tool_calls", "tools"}
+
+
+def test_what_is_named_inside_a_conversation_may_have_parts() -> None:
+    row = {"messages": [{"role": "user", "content": text("q")}, {"role": "assistant", "content": text("<thinking>r</thinking>a")}]}
+    columns = Columns(prompt="messages.0.content", reference="messages.-1.content")
+    mapping, traces = (
+        PromptMapping(Prompts(source="x", columns=columns), columns, "x"),
+        Traces(source="x", completion="messages.-1.content"),
+    )
+    [(prompt, reason)] = mapping.prompt_rows(row, "x:1")
+    assert (prompt["messages"], prompt["reference"], reason) == ([{"role": "user", "content": "q"}], "<thinking>r</thinking>a", None)
+    [(_, found)] = traces_of(traces, mapping, row, "x:1")
+    assert (found.text, found.marked) == ("<think>\nr\n</think>\n\na", True)
+    for place in (0, 1):
+        seen = [turn | {"content": [{"type": "image"}]} if place == number else turn for number, turn in enumerate(row["messages"])]
+        assert mapping.prompt_rows({"messages": seen}, "x:1")[0][1] == "not_text"
 
 
 def test_parts_stand_on_lines_of_their_own() -> None:
@@ -230,6 +281,7 @@ def test_parts_stand_on_lines_of_their_own() -> None:
         ("\u25c1think\u25b71\u25c1/think\u25b72", "<think>\n1\n</think>\n\n2"),
         ("[THINK]1[/THINK]2", "<think>\n1\n</think>\n\n2"),
         ("<seed:think>1</seed:think>2", "<think>\n1\n</think>\n\n2"),
+        ("<thinking>1 </think> 1</thinking>2", "<think>\n1  1\n</think>\n\n2"),
         ("<thinking>1 is cut", "<think>\n1 is cut"),
         ("<|channel|>analysis<|message|>1<|end|><|start|>assistant<|channel|>final<|message|>2", "<think>\n1\n</think>\n\n2"),
         ("<|channel|>analysis<|message|>1<|channel|>final<|message|>2", "<think>\n1\n</think>\n\n2"),
@@ -253,5 +305,42 @@ def test_tools_and_calls() -> None:
     assert [tools_of(nothing, "x") for nothing in (None, "", [], "[]")] == [None] * 4
     whole = "Now:\n" + in_hermes_form([CALL, CALL])
     assert without_calls(whole) == ("Now:", [CALL, CALL])
-    for broken in ("Now: <tool_call>\n{\n</tool_call>", "<tool_call>", f"{whole} and more", "plain"):
+    many = in_hermes_form([CALL] * 200)
+    assert without_calls(f"{many}\n.") == (f"{many}\n.", []) and without_calls(many)[1] == [CALL] * 200  # in no time
+    for broken in ("Now: <tool_call>\n{\n</tool_call>", "<tool_call>", f"{whole} and more", "plain", f"<think>a\n{whole}"):
         assert without_calls(broken) == (broken, [])
+
+
+_IMAGE = {"type": "image", "image": "x"}
+JUNK: list[Any] = [None, True, 0.5, "", "a", "[", "[]", "{}", [], {}, [None], [[]], [{}], {"role": 3}, ["a"], {"function": "f"}, "\ud83d"]
+JUNK += [{"type": "text"}, _IMAGE, [_IMAGE]]
+
+
+def damaged(value: Any, rng: random.Random) -> Any:
+    """The value, of which something inside is something else."""
+    if isinstance(value, dict | list) and value and rng.random() < 0.85:
+        value = copy.copy(value)
+        key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        value[key] = damaged(value[key], rng)
+        return value
+    return rng.choice(JUNK)
+
+
+def test_whatever_a_row_holds_is_read_dropped_or_one_error() -> None:
+    rng = random.Random(0)
+    seen: Counter[str] = Counter()
+    for _ in range(3000):
+        row = rng.choice([row for row in FORMS.values() if "messages" in row])
+        column = rng.choice(["messages", "messages", *row])
+        row = row | {column: damaged(row[column], rng)}
+        try:
+            for messages, text, reason in read(row, completion=rng.choice([None, None, "messages.-1", "messages.-1.content"])):
+                seen[reason or "read"] += 1
+                assert reason or (messages and text.strip())
+                assert all(isinstance(value, str) for message in messages for value in message.values())
+                assert [place for place, message in enumerate(messages) if "tools" in message] in ([], [0])
+                json.dumps(messages, ensure_ascii=False).encode()
+        except DataError as error:
+            seen["error"] += 1
+            assert str(error).startswith("x.jsonl:3: ")
+    assert min(seen[kind] for kind in ("read", "error", "empty_prompt", "call_not_readable", "empty_completion", "not_text")) > 10, seen

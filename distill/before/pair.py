@@ -8,7 +8,7 @@ the run's folder `pair`, which resumes and is not made twice, like a stage.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
+from distill.before import teachers
 from distill.checks.fields import as_fields
 from distill.checks.judging import Judges, given_of
 from distill.engines import requests_for, write_traces
@@ -54,20 +55,26 @@ Row = dict[str, Any]
 _FOLDER, _FINDINGS = "pair", "findings.json"
 _WRITES = ("traces-*.parquet", _FINDINGS, "batches*.json")
 _CONFIDENCE = 0.95
+_PROMPTS, _TRACES = 32, 200  # that are looked at, unless another number is asked for; of 200 traces the ratios are as good as of all
 _WIDTH = 100  # of the tables, where the output is no terminal
 
 
-def run(recipe: Recipe, num_prompts: int, *, redo: bool = False) -> bool:
+def run(recipe: Recipe, prompts: int | None = None, traces: Sequence[str] = (), *, redo: bool = False) -> bool:
     """Measures, prints, and keeps what was found; whether this teacher can teach this student.
 
     Args:
         recipe: The recipe.
-        num_prompts: Training prompts to look at.
+        prompts: Training prompts to look at; null for the usual number.
+        traces: Compare the teachers that wrote these instead, see `teachers`; whether one can teach is then left open.
         redo: Delete what an earlier call found.
 
     Raises:
         RecipeError: it has no teacher.
     """
+    if traces:
+        teachers.run(recipe, traces, prompts or _TRACES, redo=redo)
+        return True
+    num_prompts = prompts or _PROMPTS
     if recipe.teacher is None:
         raise RecipeError(f"{recipe.name}: has no teacher to pair the student with. Add a section teacher.")
     server = recipe.teacher.server

@@ -9,22 +9,27 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from distill.before.advice import check_advice
 from distill.before.findings import Findings
 from distill.before.likeness import check_likeness
 from distill.before.outlook import outlook
 from distill.before.packages import check_packages
 from distill.before.servers import check_without_asking, warn_of_keys
+from distill.data.alike import question_mapping
 from distill.data.completions import columns_of, traces_of
 from distill.data.files import Placed
 from distill.data.licences import check_terms
 from distill.data.mapping import PromptMapping
-from distill.data.sources import Source, brought_traces, heldout_problems, heldout_set, problems
+from distill.data.sources import Source, benchmark_source, brought_traces, heldout_problems, heldout_set, problems
 from distill.errors import DataError, visible
+from distill.recipe.alike import Benchmark
 from distill.recipe.experiment import Recipe
 from distill.recipe.launches import kind_here, kind_of, refuse_launch
+from distill.recipe.prompts import Prompts
 from distill.recipe.sets import AskedSet
 from distill.stages import run_dir, steps_of
 
@@ -65,6 +70,7 @@ def common(recipe: Recipe, found: Findings, launch: Path | None = None) -> None:
     found.prove("launch", lambda: _launch(recipe, launch))
     _check_folder(recipe, found)
     found.prove("terms of the traces", lambda: _terms(recipe))
+    check_advice(recipe, found)
     check_without_asking(recipe, found)
 
 
@@ -92,12 +98,13 @@ def _launch(recipe: Recipe, file: Path | None) -> str:
 
 
 def _terms(recipe: Recipe) -> str:
-    teacher = (recipe.teacher.model, recipe.teacher.licence) if recipe.teacher else (None, None)
-    brought = (recipe.traces.author_model, recipe.traces.licence) if recipe.traces else None
+    teacher, traces = recipe.teacher, recipe.traces
     name = recipe.export.model_name if recipe.export and recipe.export.model_name else recipe.name
+    held = partial(check_terms, student_name=name, student=recipe.student.model)
     # Brought traces have an author of their own; the teacher is learned from where it writes, scores or judges.
-    sources = [*([brought] if brought else []), *([teacher] if not brought or recipe.score is not None else [])]
-    notes = [note for author, licence in sources for note in check_terms(author, name, licence=licence, student=recipe.student.model)]
+    notes = held(traces.author_model, licence=traces.licence) if traces is not None else []
+    if traces is None or recipe.score is not None or recipe.train.is_live:
+        notes += held(teacher.model, licence=teacher.licence, spec=teacher) if teacher is not None else held(None)
     return "; ".join(dict.fromkeys(notes)) or "nothing to note"
 
 
@@ -124,6 +131,8 @@ def _check_sources(recipe: Recipe, found: Findings) -> None:
     _check_source("prompts", lambda: problems(prompts), of_prompt, mapping.columns, found)
     if prompts.heldout_source is not None:
         _check_source("held-out prompts", lambda: heldout_problems(prompts), of_prompt, mapping.columns, found)
+    for benchmark in prompts.decontaminate.benchmarks if prompts.decontaminate is not None else []:
+        _check_benchmark(prompts, benchmark, found)
     for name, asked in list(recipe.asked_sets().items())[1:]:
         _check_set(recipe, name, asked, found)
     if traces is None:
@@ -135,6 +144,16 @@ def _check_sources(recipe: Recipe, found: Findings) -> None:
 
     columns = [*mapping_of_traces.columns, *columns_of(traces)]
     _check_source("traces", lambda: brought_traces(traces), of_trace, columns, found)
+
+
+def _check_benchmark(prompts: Prompts, benchmark: Benchmark, found: Findings) -> None:
+    """A benchmark whose questions are kept out of training."""
+    mapping = question_mapping(prompts, benchmark)
+
+    def of_question(placed: Placed) -> list[str | None]:
+        return [reason for _, reason in mapping.prompt_rows(placed[1], placed[0])]
+
+    _check_source(f"benchmark {benchmark.called}", lambda: benchmark_source(benchmark), of_question, mapping.columns, found)
 
 
 def _check_set(recipe: Recipe, name: str, asked: AskedSet, found: Findings) -> None:

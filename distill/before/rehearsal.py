@@ -190,6 +190,8 @@ def _small(recipe: Recipe, place: Path, targets: list[str] | None) -> Recipe:
             changed[section] |= {"max_new_tokens": longest, "samples_per_prompt": 1, "batch_size": _BATCH}
     if changed["generate"] is not None:
         changed["generate"]["logprobs"] = None  # which no model in this process keeps
+    # Of one sample there is nothing to choose.
+    changed["curate"] |= {"prefer": "first", "long_share": None, "min_pass_rate": None, "max_pass_rate": None}
     if recipe.rollouts is not None:
         changed["rollouts"] |= {"first_max_new_tokens": None, "prompts_per_round": None}
         changed["rollouts"] |= dict.fromkeys(("stop_truncation_rate", "stop_mean_tokens", "stop_kl"))

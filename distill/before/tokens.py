@@ -15,9 +15,11 @@ from rich.text import Text
 from distill.before.brought import check_traces
 from distill.before.findings import Findings
 from distill.before.servers import is_loaded
+from distill.before.supervised import conversations, is_conversation
 from distill.errors import visible
 from distill.recipe.experiment import Recipe
 from distill.recipe.models import ModelSpec
+from distill.run.calls import parted
 from distill.run.log import progress
 from distill.run.schema import THINK_CLOSE, THINK_OPEN
 
@@ -88,6 +90,8 @@ def check_rows(recipe: Recipe, chats: dict[str, ChatFormat], survey: Survey, fou
     example = rows[0] if rows else made_up(survey.sample[0], recipe, student)
     if found.prove("supervised tokens", lambda: _supervision(student, example)):
         _print_example(student, example, found.console)
+    if any(is_conversation(row) for row in rows):
+        found.prove("conversations", lambda: conversations(student, rows, of_all))
     if recipe.score is not None and recipe.score.source != "generation" and rows and "teacher" in chats:
         found.prove("targets", lambda: _targets(recipe, chats, rows))
     _check_lengths(recipe, student, rows, survey, of_all, found)
@@ -212,13 +216,14 @@ def _supervision(chat: ChatFormat, example: Row) -> str:
     supervised = [token for token, label in zip(input_ids, labels, strict=True) if label != IGNORE]
     text = _same_form(str(chat.tokenizer.decode(supervised)))
     reasoning = _same_form(example["completion"].partition(THINK_OPEN)[2].partition(THINK_CLOSE)[0].strip())
-    if not supervised or supervised[-1] != chat.end_of_turn_id:
+    if not supervised or supervised[-1] not in (chat.end_of_turn_id, chat.calls.end_id):
         raise ModelError("the end of the turn is not among them: the student would never stop.")
     if chat.pad_id in chat.stop_ids:
         raise ModelError("padding and the end of a turn are the same token.")
     if reasoning and reasoning not in text:
         raise ModelError("the reasoning is not among them: the student would learn answers without thinking.")
-    if _same_form(example["completion"].split(THINK_CLOSE)[-1].strip()) not in text:
+    answer = parted(example["completion"])[0].rpartition(THINK_CLOSE)[2]
+    if _same_form(answer.strip()) not in text:
         raise ModelError("the answer is not among them, or not as it was written.")
     return f"{len(supervised)} of {len(input_ids)}: {'the reasoning, ' if reasoning else ''}the answer and the end of the turn"
 

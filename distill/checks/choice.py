@@ -6,7 +6,7 @@ A trace takes 24 bytes and 2 for each check, however long its text is.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ Codes = NDArray[np.uint16]
 _MOST_VERDICTS = 1000  # different ones, that are told apart
 NOT_ASKED = (None, "not_asked")
 """What a check found that was asked only of what passes all others."""
-_KEPT, _DUPLICATE, _OVER, _STRAY = range(4)
+_KEPT, _DUPLICATE, _OVER, _STRAY, _HARD, _EASY = range(6)
 
 
 class Evidence:
@@ -127,15 +127,63 @@ class Choice(NamedTuple):
         return {reason: count for reason, count in zip(self.reasons, counts, strict=True) if reason is not None and count}
 
 
-def choose(evidence: Evidence, curate: Curate) -> Choice:
-    """The first failing check is the reason; then a control token inside, a text that its prompt has before, and what is over the
-    number for a prompt.
+class PassRates(NamedTuple):
+    """Of each prompt with a judged trace, how many there are and how many of them pass every check.
+
+    A trace is judged where a check has failed it, or all have passed it. What was drawn with a control token inside is no answer, whatever
+    was found of its text, and fails.
+    """
+
+    prompts_P: NDArray[np.uint64]
+    judged_P: NDArray[np.int64]
+    passed_P: NDArray[np.int64]
+
+    @property
+    def rates_P(self) -> NDArray[np.float64]:
+        """Share of the judged traces that pass: 1 of a prompt that is easy for whoever wrote them, 0 of one that is too hard."""
+        rates_P: NDArray[np.float64] = self.passed_P / self.judged_P
+        return rates_P
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Numbers of prompts: with a rate, with one that is 0 or 1, with one judged trace alone; and the mean rate."""
+        rates_P = self.rates_P
+        return {
+            "prompts": len(rates_P),
+            "never": int((rates_P == 0).sum()),
+            "always": int((rates_P == 1).sum()),
+            "one_sample": int((self.judged_P == 1).sum()),
+            "mean": float(rates_P.mean()) if len(rates_P) else None,
+        }
+
+
+def pass_rates(evidence: Evidence) -> PassRates:
+    """How hard each prompt is, by what the checks have found; when they all have."""
+    worst_V = np.array([0, *({True: 0, None: 1, False: 2}[verdict.passed] for verdict in evidence.verdicts)], np.uint8)
+    worst_R = np.zeros(len(evidence.prompts_R), np.uint8)
+    for found_R in evidence.codes_CR:
+        np.maximum(worst_R, worst_V[found_R], out=worst_R)
+    worst_R[evidence.stray_R] = 2
+    judged_R = worst_R != 1
+    prompts_P, place_J, judged_P = np.unique(evidence.prompts_R[judged_R], return_inverse=True, return_counts=True)
+    passed_P = np.bincount(place_J[worst_R[judged_R] == 0], minlength=len(prompts_P))
+    return PassRates(prompts_P, judged_P, passed_P)
+
+
+Values = Callable[[NDArray[np.bool_]], NDArray[np.float64]]
+"""Of the traces that compete for their prompt's places a number each, `(R,)`: the lowest are kept, and NaN last."""
+
+
+def choose(evidence: Evidence, curate: Curate, values: Values | None = None) -> Choice:
+    """The first failing check is the reason; then a control token inside, a prompt that is too hard or too easy, a text that its prompt
+    has before, and what is over the number for a prompt.
 
     Args:
         evidence: Of all traces.
         curate: How many of a prompt are kept, which first, and whether those that could not be judged.
+        values: By which they are preferred; null takes their lengths, where those are asked for, and else their numbers alone.
     """
-    reasons: list[str | None] = [None, "duplicate", "over_max_per_prompt", "control_token_inside"]
+    reasons: list[str | None] = [None, "duplicate", "over_max_per_prompt", "control_token_inside", "too_hard", "too_easy"]
     reason_V = np.zeros(len(evidence.verdicts) + 1, np.uint16)
     for code, verdict in enumerate(evidence.verdicts, start=1):
         if _fails(verdict, curate):
@@ -146,9 +194,22 @@ def choose(evidence: Evidence, curate: Curate) -> Choice:
         failed_R = reason_V[found_R]
         np.copyto(codes_R, failed_R, where=failed_R != 0)
     np.copyto(codes_R, _STRAY, where=(codes_R == _KEPT) & evidence.stray_R)
+    _drop_by_difficulty(codes_R, evidence, curate)
     _drop_duplicates(codes_R, evidence)
-    _drop_surplus(codes_R, evidence, curate)
+    _drop_surplus(codes_R, evidence, curate, values)
     return Choice(codes_R, reasons)
+
+
+def _drop_by_difficulty(codes_R: Codes, evidence: Evidence, curate: Curate) -> None:
+    if not curate.bounds_difficulty:
+        return
+    found = pass_rates(evidence)
+    for bound, outside_P, reason in (
+        (curate.min_pass_rate, found.rates_P < (curate.min_pass_rate or 0), _HARD),
+        (curate.max_pass_rate, found.rates_P > (curate.max_pass_rate or 1), _EASY),
+    ):
+        if bound is not None:
+            np.copyto(codes_R, reason, where=(codes_R == _KEPT) & np.isin(evidence.prompts_R, found.prompts_P[outside_P]))
 
 
 def _drop_duplicates(codes_R: Codes, evidence: Evidence) -> None:
@@ -158,14 +219,21 @@ def _drop_duplicates(codes_R: Codes, evidence: Evidence) -> None:
     codes_R[passing[repeats]] = _DUPLICATE
 
 
-def _drop_surplus(codes_R: Codes, evidence: Evidence, curate: Curate) -> None:
+def _drop_surplus(codes_R: Codes, evidence: Evidence, curate: Curate, values: Values | None) -> None:
     passing = np.flatnonzero(codes_R == _KEPT)
-    sign = {"first": 0, "shortest": 1, "longest": -1}[curate.prefer]
-    lengths = evidence.lengths_R[passing].astype(np.int64) * sign
-    passing = passing[np.lexsort((evidence.samples_R[passing], lengths, evidence.prompts_R[passing]))]  # the last key counts first
-    firsts = np.flatnonzero(~_equals_before(evidence.prompts_R[passing]))
-    rank = np.arange(len(passing)) - np.repeat(firsts, np.diff(firsts, append=len(passing)))
-    codes_R[passing[rank >= curate.max_per_prompt]] = _OVER
+    _, place, counts_P = np.unique(evidence.prompts_R[passing], return_inverse=True, return_counts=True)
+    competing = passing[counts_P[place] > curate.max_per_prompt]
+    if not len(competing):
+        return
+    competing_R = np.zeros(len(codes_R), np.bool_)
+    competing_R[competing] = True
+    sign = {"shortest": 1, "longest": -1}.get(curate.prefer, 0)
+    values_c = sign * evidence.lengths_R[competing].astype(np.float64) if values is None else values(competing_R)[competing]
+    order = np.lexsort((evidence.samples_R[competing], values_c, evidence.prompts_R[competing]))  # the last key counts first, NaN last
+    competing = competing[order]
+    firsts = np.flatnonzero(~_equals_before(evidence.prompts_R[competing]))
+    rank = np.arange(len(competing)) - np.repeat(firsts, np.diff(firsts, append=len(competing)))
+    codes_R[competing[rank >= curate.max_per_prompt]] = _OVER
 
 
 def _equals_before(values: NDArray[np.uint64]) -> NDArray[np.bool_]:

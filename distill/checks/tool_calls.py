@@ -6,13 +6,14 @@ import ast
 import json
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from distill.checks import Found, Given
 from distill.checks.form import answer_of
 from distill.checks.json_answer import equal, find_json, is_missing, loaded, schema_problem
 from distill.data.calls import schema_of
 from distill.recipe.kinds import ToolCalls
+from distill.run.calls import Call
 
 _HERMES = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _BAR, _BLOCK = "\uff5c", "\u2581"  # in DeepSeek's control tokens
@@ -25,9 +26,14 @@ _LLAMA_OBJECT = re.compile(r'\A\{\s*"(?:type|name)"')
 _PYTHONIC = re.compile(r"\A\[\s*[A-Za-z_][\w.]*\(.*\)\s*\]\Z", re.DOTALL)
 
 
-class _Call(NamedTuple):
-    name: str
-    arguments: dict[str, Any]
+_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*?)</function>\s*", re.DOTALL)
+_PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+_NAME = re.compile(r"\s*([\w.-]+)(?:\n|(?=<arg_key>))")
+_KEY_AND_VALUE = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+
+
+class AsWritten(str):
+    """A value as a form writes it that has no types: text as it stands, all else as JSON."""
 
 
 class _UnreadableError(ValueError):
@@ -39,7 +45,7 @@ def check_tool_calls(given: Given, settings: ToolCalls) -> Found:
     tools = _tools_of(given.fields.get(settings.tools))
     if tools is None:
         return None, "tools_not_readable"
-    wanted: list[_Call] | None = None
+    wanted: list[Call] | None = None
     if settings.reference == "equal":
         if given.reference is None:
             return None, "no_reference"
@@ -52,7 +58,7 @@ def check_tool_calls(given: Given, settings: ToolCalls) -> Found:
     if answer is None:
         return False, "no_answer"
     try:
-        calls = _READERS[settings.form](answer.strip())
+        calls = [_typed(call, tools) for call in _READERS[settings.form](answer.strip())]
     except _UnreadableError:
         return False, "call_not_readable"
     if not calls and wanted is None:
@@ -61,6 +67,29 @@ def check_tool_calls(given: Given, settings: ToolCalls) -> Found:
     if problem is not None or wanted is None:
         return problem or (True, "fits")
     return (True, "right") if _same(calls, wanted, settings.ordered) else (False, "other_calls")
+
+
+def calls_in(answer: str) -> list[Call] | None:
+    """The calls of an answer, in the form of whatever family; null where one is begun and can't be read."""
+    try:
+        return _any(answer.strip())
+    except _UnreadableError:
+        return None
+
+
+def _typed(call: Call, tools: dict[str, Any]) -> Call:
+    """A call whose values have the types that its tool takes."""
+    schema = tools.get(call.name)
+    known = schema.get("properties", {}) if isinstance(schema, dict) else {}
+
+    def value_of(name: str, written: Any) -> Any:
+        kind = known[name].get("type") if isinstance(known, dict) and isinstance(known.get(name), dict) else None
+        if not isinstance(written, AsWritten):
+            return written
+        value = loaded(written) if kind != "string" else str(written)
+        return str(written) if is_missing(value) else value
+
+    return Call(call.name, {name: value_of(name, written) for name, written in call.arguments.items()})
 
 
 def _tools_of(value: Any) -> dict[str, Any] | None:
@@ -77,7 +106,7 @@ def _tools_of(value: Any) -> dict[str, Any] | None:
     return found
 
 
-def _problem(call: _Call, tools: dict[str, Any]) -> Found | None:
+def _problem(call: Call, tools: dict[str, Any]) -> Found | None:
     if call.name not in tools:
         return False, "unknown_tool"
     schema = tools[call.name]
@@ -89,7 +118,7 @@ def _problem(call: _Call, tools: dict[str, Any]) -> Found | None:
     return (False, "unknown_argument") if known is not None and not call.arguments.keys() <= known.keys() else None
 
 
-def _same(calls: list[_Call], wanted: list[_Call], ordered: bool) -> bool:
+def _same(calls: list[Call], wanted: list[Call], ordered: bool) -> bool:
     if ordered:
         return len(calls) == len(wanted) and all(map(_equal, calls, wanted))
     left = list(calls)
@@ -101,11 +130,11 @@ def _same(calls: list[_Call], wanted: list[_Call], ordered: bool) -> bool:
     return not left
 
 
-def _equal(left: _Call, right: _Call) -> bool:
+def _equal(left: Call, right: Call) -> bool:
     return left.name == right.name and equal(left.arguments, right.arguments)
 
 
-def _of_reference(reference: str) -> list[_Call] | None:
+def _of_reference(reference: str) -> list[Call] | None:
     value = loaded(reference)
     try:
         return None if is_missing(value) else _calls(value)
@@ -113,14 +142,14 @@ def _of_reference(reference: str) -> list[_Call] | None:
         return None
 
 
-def _calls(value: Any) -> list[_Call]:
+def _calls(value: Any) -> list[Call]:
     """Calls as data: a list of them, one, or a turn that has them under `tool_calls`."""
     if isinstance(value, dict) and isinstance(value.get("tool_calls"), list):
         value = value["tool_calls"]
     return [_call(item) for item in (value if isinstance(value, list) else [value])]
 
 
-def _call(value: Any) -> _Call:
+def _call(value: Any) -> Call:
     described = value.get("function", value) if isinstance(value, dict) else None
     if not isinstance(described, dict):
         raise _UnreadableError
@@ -130,7 +159,7 @@ def _call(value: Any) -> _Call:
         arguments = loaded(arguments)
     if not isinstance(name, str) or not isinstance(arguments, dict):
         raise _UnreadableError
-    return _Call(name, arguments)
+    return Call(name, arguments)
 
 
 def _value(text: str) -> Any:
@@ -140,13 +169,25 @@ def _value(text: str) -> Any:
     return value
 
 
-def _hermes(text: str) -> list[_Call]:
+def _hermes(text: str) -> list[Call]:
     if "<tool_call>" in text and text.count("<tool_call>") != text.count("</tool_call>"):
         raise _UnreadableError
-    return [_call(_value(found)) for found in _HERMES.findall(text)]
+    return [_tagged(found) or _call(_value(found)) for found in _HERMES.findall(text)]
 
 
-def _deepseek(text: str) -> list[_Call]:
+def _tagged(text: str) -> Call | None:
+    """What stands between those tags at GLM's, or at newer Qwens': every argument between tags of its own."""
+    function = _FUNCTION.fullmatch(text)
+    if function is not None:
+        return Call(function[1].strip(), {name: AsWritten(value) for name, value in _PARAMETER.findall(function[2])})
+    named = _NAME.match(text)
+    rest = text[named.end() :] if named is not None else text
+    if named is None or _KEY_AND_VALUE.sub("", rest).strip():
+        return None
+    return Call(named[1], {key.strip(): AsWritten(value) for key, value in _KEY_AND_VALUE.findall(rest)})
+
+
+def _deepseek(text: str) -> list[Call]:
     """`function`, the name and fenced arguments, as V3 and R1 write them; name and arguments, as V3.1 does."""
     found = []
     for part in text.split(_DEEPSEEK_CALL)[1:]:
@@ -159,7 +200,7 @@ def _deepseek(text: str) -> list[_Call]:
     return found
 
 
-def _mistral(text: str) -> list[_Call]:
+def _mistral(text: str) -> list[Call]:
     """A list behind the mark, or, as newer ones write, the mark, the name and the arguments of each."""
     _, *parts = text.split(_MISTRAL)
     if len(parts) == 1 and _MISTRAL_PARTS not in parts[0]:
@@ -171,7 +212,7 @@ def _mistral(text: str) -> list[_Call]:
     return found
 
 
-def _llama(text: str) -> list[_Call]:
+def _llama(text: str) -> list[Call]:
     """Objects apart by `;`, or a Python list of calls, behind the mark or alone."""
     text = text.removeprefix(_LLAMA).strip()
     if _PYTHONIC.match(text):
@@ -189,7 +230,7 @@ def _llama(text: str) -> list[_Call]:
     return found
 
 
-def _pythonic(text: str) -> list[_Call]:
+def _pythonic(text: str) -> list[Call]:
     try:
         nodes = ast.parse(text, mode="eval").body
         return [_pythonic_call(node) for node in nodes.elts] if isinstance(nodes, ast.List) else []
@@ -197,13 +238,13 @@ def _pythonic(text: str) -> list[_Call]:
         raise _UnreadableError from None
 
 
-def _pythonic_call(node: ast.expr) -> _Call:
+def _pythonic_call(node: ast.expr) -> Call:
     if not isinstance(node, ast.Call) or node.args or any(word.arg is None for word in node.keywords):
         raise _UnreadableError
-    return _Call(ast.unparse(node.func), {str(word.arg): ast.literal_eval(word.value) for word in node.keywords})
+    return Call(ast.unparse(node.func), {str(word.arg): ast.literal_eval(word.value) for word in node.keywords})
 
 
-def _structured(text: str) -> list[_Call]:
+def _structured(text: str) -> list[Call]:
     value = find_json(text)
     looks_so = (isinstance(value, dict) and value.keys() & {"name", "function", "tool_calls"}) or (
         isinstance(value, list) and all(isinstance(item, dict) and item.keys() & {"name", "function"} for item in value)
@@ -211,7 +252,7 @@ def _structured(text: str) -> list[_Call]:
     return _calls(value) if looks_so else []
 
 
-def _any(text: str) -> list[_Call]:
+def _any(text: str) -> list[Call]:
     """By the mark of a family; without any, as data."""
     if "<tool_call>" in text or "</tool_call>" in text:
         return _hermes(text)
@@ -223,7 +264,7 @@ def _any(text: str) -> list[_Call]:
     return _llama(text) if is_llama else _structured(text)
 
 
-_READERS: dict[str, Callable[[str], list[_Call]]] = {
+_READERS: dict[str, Callable[[str], list[Call]]] = {
     "any": _any,
     "hermes": _hermes,
     "deepseek": _deepseek,

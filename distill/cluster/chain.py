@@ -212,6 +212,8 @@ def _work(recipe: Recipe, file: Path, step: Step, wanted: Wanted, site: Site, *,
 
 def _asks_elsewhere(recipe: Recipe, step: Step) -> bool:
     """Whether a step needs no GPU: it has no model, or its model is a host's, or behind a server that is there."""
+    if step.stage == "curate" and recipe.curate.prefer == "rank_surprisal":  # the student reads
+        return False
     if step.stage in WITHOUT_GPU or (step.stage == "generate" and recipe.traces is not None):
         return True
     spec = recipe.student if step.stage == "rollouts" else recipe.teacher

@@ -11,10 +11,12 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from distill.data.names import json_text
 from distill.errors import DataError, shown
+from distill.run.schema import THINK_CLOSE, THINK_OPEN
 
 Call = dict[str, Any]
-_BLOCKS = re.compile(r"(?:\s*<tool_call>\s*(?:(?!</?tool_call>).)*</tool_call>)+\s*\Z", re.DOTALL)
+_BLOCKS = re.compile(r"(?:\s*<tool_call>(?:(?!</?tool_call>).)*</tool_call>)+\s*\Z", re.DOTALL)
 _BLOCK = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
 _MEANT_NULL = frozenset({"default", "const", "enum"})
@@ -46,7 +48,7 @@ def calls_of(value: Any) -> list[Call]:
     value = _loaded(value)
     if value is None or value == "":
         return []
-    return [_call(item) for item in (value if isinstance(value, list) else [value])]
+    return [_call(item) for item in (value if isinstance(value, list) else [value]) if not _is_padding(item)]
 
 
 def in_hermes_form(calls: Iterable[Call]) -> str:
@@ -58,7 +60,7 @@ def in_hermes_form(calls: Iterable[Call]) -> str:
 def without_calls(text: str) -> tuple[str, list[Call]]:
     """A text, and the calls in blocks of Hermes' form at its end; all is text where one can't be read."""
     found = _BLOCKS.search(text) if "<tool_call>" in text else None
-    if found is None:
+    if found is None or THINK_OPEN in text[: found.start()].rpartition(THINK_CLOSE)[2]:  # none, or within a thought
         return text, []
     try:
         return text[: found.start()], [call for block in _BLOCK.findall(found[0]) for call in calls_of(block.strip() or "?")]
@@ -80,7 +82,7 @@ def tools_of(value: Any, where: str) -> str | None:
     if loaded is None or loaded in ("", [], {}):
         return None
     tools = [_tool(_loaded(tool, where), where) for tool in (loaded if isinstance(loaded, list) else [loaded])]
-    return json.dumps(tools, ensure_ascii=False, default=str)
+    return json_text(tools, "tools", where)
 
 
 def schema_of(parameters: Any) -> Any:
@@ -118,10 +120,21 @@ def _call(value: Any) -> Call:
         raise UnusableError("call_not_readable")
     given = next((described[key] for key in _ARGUMENTS if described.get(key) is not None), None)
     arguments = _without_nulls(given) if isinstance(given, dict) else _loaded(given) if given not in (None, "") else {}
+    arguments = _loaded(arguments)  # some wrote a text of a text
     if not isinstance(arguments, dict):
         raise UnusableError("call_not_readable")
     identity = next((value[key] for key in ("id", "tool_call_id") if isinstance(value.get(key), str) and value[key]), None)
-    return ({"id": identity} if identity else {}) | {"type": "function", "function": {"name": name, "arguments": arguments}}
+    call = ({"id": identity} if identity else {}) | {"type": "function", "function": {"name": name, "arguments": arguments}}
+    try:
+        json.dumps(call, ensure_ascii=False).encode()
+    except (ValueError, TypeError, RecursionError):  # half a character, a date
+        raise UnusableError("call_not_readable") from None
+    return call
+
+
+def _is_padding(value: Any) -> bool:
+    """Whether an object is there only because others of its column are."""
+    return value is None or (isinstance(value, dict) and all(item is None for item in value.values()))
 
 
 def _loaded(value: Any, where: str | None = None) -> Any:

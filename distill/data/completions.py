@@ -11,9 +11,9 @@ from distill.data.calls import UnusableError
 from distill.data.files import Row
 from distill.data.mapping import Asked, PromptMapping
 from distill.data.marks import with_think
-from distill.data.names import text_at, value_at
+from distill.data.names import Spare, spare_at, text_at, value_at
 from distill.data.texts import is_blank, without_end
-from distill.data.turns import completion_of, is_turn, settled, turns_of
+from distill.data.turns import calls_apart, completion_of, is_parts, is_turn, turns_of
 from distill.errors import DataError, visible
 from distill.recipe.traces import Traces
 from distill.run.schema import THINK_CLOSE, THINK_OPEN, Message
@@ -56,7 +56,8 @@ class Brought(NamedTuple):
 
 def columns_of(traces: Traces) -> list[str]:
     """Names that are looked up in a row, besides those of its prompt."""
-    return [name for name in (traces.column_of_answers, traces.reasoning, traces.finish_reason, traces.verdict) if name is not None]
+    answers = Spare(traces.column_of_answers) if traces.takes_last_turns else traces.column_of_answers
+    return [name for name in (answers, traces.reasoning, traces.finish_reason, traces.verdict) if name is not None]
 
 
 def traces_of(traces: Traces, mapping: PromptMapping, row: Row, where: str) -> list[tuple[Asked, Brought]]:
@@ -69,7 +70,8 @@ def traces_of(traces: Traces, mapping: PromptMapping, row: Row, where: str) -> l
         where: It stands, for errors.
     """
     asked = mapping.asked(row, where)
-    if traces.column_of_answers is not None:
+    beside = traces.takes_last_turns and asked[-1].answer is None and spare_at(row, Spare(traces.column_of_answers)) is not None
+    if beside or not traces.takes_last_turns:
         return [(asked[-1], found) for found in brought(traces, row, where)]
     found = []
     for each in asked:
@@ -88,11 +90,11 @@ def brought(traces: Traces, row: Row, where: str) -> list[Brought]:
         where: It stands, for errors.
     """
     name = traces.column_of_answers
-    assert name is not None
     value = value_at(row, name, where)
     if value == []:
         return [Brought("", reason="empty_completion")]
-    given = value if isinstance(value, list) else [value]
+    several = isinstance(value, list) and not is_parts(value)
+    given = value if several else [value]
     if len(given) > 1 and all(map(is_turn, given)) and any(map(_asks, given)):
         raise DataError(
             f"{where}: {name} holds a conversation of {len(given)} turns, not an answer. Name it in traces.columns.messages, and leave "
@@ -100,7 +102,7 @@ def brought(traces: Traces, row: Row, where: str) -> list[Brought]:
         )
     found = []
     for place, (each, told) in enumerate(zip(given, _told(traces, row, len(given), where), strict=True)):
-        here = f"{name}.{place}" if isinstance(value, list) else name
+        here = f"{name}.{place}" if several else name
         answer = _answer(each, here, where)
         found.append(answer if isinstance(answer, Brought) else _of(traces, answer, told, where))
     return found
@@ -116,6 +118,8 @@ def _asks(turn: Row) -> bool:
 
 def _answer(value: Any, name: str, where: str) -> str | Message | Brought:
     """An answer as text or as an assistant's turn, or why there is none."""
+    if is_parts(value):
+        value = {"role": "assistant", "content": value}
     turns = [value] if is_turn(value) else value if isinstance(value, list) and len(value) == 1 and is_turn(value[0]) else None
     if turns is None:
         return text_at({name: value}, name, where) or ""
@@ -134,9 +138,9 @@ def _told(traces: Traces, row: Row, count: int, where: str) -> list[Row]:
     for name in (traces.reasoning, traces.finish_reason, traces.verdict):
         value = value_at(row, name, where) if name is not None else None
         if isinstance(value, list) and len(value) != count:
+            answers = "the conversation" if traces.takes_last_turns else traces.column_of_answers
             raise DataError(
-                f"{where}: {name} has {len(value)} entries, and {traces.column_of_answers or 'the conversation'} {count}. Give one "
-                "for each answer, or one value for all."
+                f"{where}: {name} has {len(value)} entries, and {answers} has {count}. Give one for each answer, or one value for all."
             )
         for place, each in enumerate(told):
             each[name or ""] = value[place] if isinstance(value, list) else value
@@ -156,7 +160,7 @@ def _of(traces: Traces, answer: str | Message, told: Row, where: str) -> Brought
         verdict=_verdict(traces, told, where),
     )
     if not isinstance(answer, str):
-        text = completion_of(settled(answer | {"content": text}))
+        text = completion_of(calls_apart(answer, text))
         found = found._replace(text=text)
     if is_blank(text):
         return found._replace(text="", reason="empty_completion")

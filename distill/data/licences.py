@@ -1,72 +1,50 @@
 """Whose outputs a student learns from, under which terms, and what these demand. Not legal advice: a record.
 
-A recipe's `licence` key says what is recorded; it adds demands where it names terms of the table, and removes none.
+Everything that is known of models and terms is in `catalogue.yaml`. A recipe's `licence` key says what is recorded; it adds demands
+where it names terms of the catalogue, and removes none.
+
+The gate holds whatever is named: the model, what a server calls it, the host that serves it. Three things decide:
+
+- A closed model whose terms forbid it teaches nobody, in any spelling, behind any gateway. A name that also states an open family and a
+  size in its last part (`Mistral-7B-Claude-chat`), and a folder that is here, are open weights which learned from it: they are noted.
+- A host that serves closed models is taken for what it serves, unless the name there is one of open weights.
+- Behind a server that was there before, `model` must say which model answers. An endpoint's own name tells nothing, and a licence beside
+  it no more: it takes a name of the catalogue, an id on the Hub, a folder, or `terms`, which say where the terms can be read.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
+from distill.data.catalogue import UNKNOWN, Found, Terms, catalogue, families, spelled, states_size, terms_named
 from distill.errors import LicenceError
-
-UNKNOWN = "unknown"
-_ANY, _NONE = "", r"(?!)"  # regular expressions that find something in every text, and in none
-_BUILT_WITH_LLAMA = "Give a copy of the Llama licence along, and show 'Built with Llama'."
-
-
-class Terms(NamedTuple):
-    """What a family's terms say of models trained on its outputs, or from its weights."""
-
-    pattern: str
-    """Regular expression on the name of a model or a licence, case ignored; the first that matches counts."""
-    licence: str
-    r"""Its name; `\1` is what the pattern's group found."""
-    name_prefix: str | None = None
-    """How the name of a model that is made with it must begin; spaces, `-`, `_` and `.` in it don't count."""
-    note: str | None = None
-    """What else it asks for."""
-    students: str = _ANY
-    """Regular expression on the models that may be trained on its outputs."""
-
-
-_FAMILIES = (
-    Terms(r"^embedded:", "Apache-2.0"),
-    # Model cards of DeepSeek-R1-Distill-*: MIT for what DeepSeek added, and the Llama licence of the weights below.
-    Terms(r"deepseek-r1-distill-llama-8b", "llama3.1", "Llama", _BUILT_WITH_LLAMA),
-    Terms(r"deepseek-r1-distill-llama", "llama3.3", "Llama", _BUILT_WITH_LLAMA),
-    # Model card of DeepSeek-R1 ("distillation for training other LLMs" is allowed in words), V3-0324, V3.1, V3.2: MIT.
-    Terms(r"deepseek-(r1|v3\.\d|v3-0324)", "MIT"),
-    # Llama 3.1, 3.2, 3.3 and 4 Community License Agreement, 1.b.i: weights or outputs used for training.
-    Terms(r"\bllama[- ]?(3\.[1-9]|4)", r"llama\1", "Llama", _BUILT_WITH_LLAMA),
-    # Meta Llama 3 Community License Agreement, 1.b.i and 1.b.v: outputs improve no other language model.
-    Terms(r"\bllama[- ]?3", "llama3", "Llama 3", "Show 'Built with Meta Llama 3'.", students=r"llama[- ]?3(?!\.)"),
-    # Model cards of Qwen2.5: Qwen Research License (3B), Qwen License (72B), Apache-2.0 (the rest). Qwen3: Apache-2.0.
-    Terms(r"qwen2\.5-(\w+-)?3b|qwen-research", "qwen-research", note="Not for commercial use."),
-    Terms(r"qwen2\.5-(\w+-)?72b", "qwen", note="Show 'Built with Qwen' or 'Improved using Qwen'."),
-    Terms(r"qwen-?3|qwen2\.5-(\w+-)?(0\.5|1\.5|7|14|32)b", "Apache-2.0"),
-    Terms(r"gpt-oss", "Apache-2.0"),
-    Terms(r"gemma-?4", "Apache-2.0"),
-    # Gemma Terms of Use, 1.1 (e) and 3.1: a model distilled from its outputs is a derivative.
-    Terms(r"gemma", "gemma", note="Pass the Gemma Terms of Use and their restrictions on; they hold for models trained on its outputs."),
-    Terms(r"glm-4\.[56]", "MIT"),
-    # Modified MIT License of Kimi K2 and of MiniMax-M2: a clause on display.
-    Terms(r"kimi-k2|minimax-m2|modified-mit", "modified-MIT", note="Above a size of business, show the name of the traces' author."),
-    # OpenAI Terms of Use: "Use Output to develop models that compete with OpenAI" is among the forbidden uses.
-    Terms(r"^(openai/)?(gpt-?[345]|o[134](-|$)|chatgpt)|openai-terms", "OpenAI-terms", students=_NONE),
-)
+from distill.recipe.models import ModelSpec
 
 # Licences that the Hub knows by name, of those that this kit meets; others are `license: other` with a name there.
 _HUB = {"apache-2.0", "mit", "gemma", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", UNKNOWN}
 _ASKS_NOTHING_OF_STUDENTS = {"apache-2.0", "mit"}
 
 
+class _Held(NamedTuple):
+    """Terms that hold for what was learned from, and why."""
+
+    source: str
+    licence: str
+    terms: Terms
+
+
 def licence_of(model: str | None, stated: str | None) -> str:
     """The licence a recipe states, else the one known for the model, else `unknown`."""
-    return stated or (_terms_of(model) or Terms("", UNKNOWN)).licence
+    return stated or next((found.family.terms for found in families(model)), UNKNOWN)
 
 
-def check_terms(author: str | None, student_name: str, *, licence: str | None = None, student: str | None = None) -> list[str]:
+def check_terms(
+    author: str | None, student_name: str, *, licence: str | None = None, student: str | None = None, spec: ModelSpec | None = None
+) -> list[str]:
     """What must be noted of a student trained on a model's outputs.
 
     Args:
@@ -74,26 +52,28 @@ def check_terms(author: str | None, student_name: str, *, licence: str | None = 
         student_name: Name under which the student goes out.
         licence: Terms of the traces, as recorded.
         student: Model that the student started from.
+        spec: How a recipe has the author, where it is one of its models: behind which server, under which terms.
 
     Raises:
-        LicenceError: the terms exclude it, or ask for another name.
+        LicenceError: the terms exclude it, ask for another name, or can't be known.
     """
-    of_traces = [terms for terms in (_terms_of(author), _terms_of(licence)) if terms]
-    for terms in of_traces:
-        if not re.search(terms.students, student or "", re.IGNORECASE):
+    _refuse_what_tells_nothing(spec)
+    notes: list[str] = []
+    held = list(_terms_of_traces(author, licence, spec, notes))
+    for one in held:
+        if not _may_train(one.terms, student):
             raise LicenceError(
-                f"{author or licence}: its terms ({terms.licence}) do not allow training {student or 'other models'} on its outputs. "
+                f"{one.source}: its terms ({one.licence}) do not allow training {student or 'other models'} on its outputs. "
                 "Use another teacher, or other traces."
             )
-    of_student = _terms_of(student)
-    notes = []
-    for name, terms in [(author or licence, terms) for terms in of_traces] + ([(student, of_student)] if of_student else []):
-        _check_name(str(name), terms, student_name)
-        if terms.note and terms.note not in notes:
-            notes.append(terms.note)
-    if not of_traces and licence in (None, UNKNOWN):
+    for one in [*held, *_terms_of(student)]:
+        _check_name(one, student_name)
+        notes += one.terms.asks
+    if spec is not None and spec.terms:
+        notes.append(f"The terms of {author}: {spec.terms}")
+    elif licence in (None, UNKNOWN) and (not held or any(one.terms.trains == UNKNOWN for one in held)):
         notes.append(f"The terms of {author or 'the traces'} are not known to the kit: check them before you publish.")
-    return notes
+    return list(dict.fromkeys(notes))
 
 
 def hub_licence(student: str, traces: str) -> dict[str, str]:
@@ -104,20 +84,103 @@ def hub_licence(student: str, traces: str) -> dict[str, str]:
     return {"license": "other", "license_name": "-and-".join(re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") for name in names)}
 
 
-def _terms_of(name: str | None) -> Terms | None:
-    """The terms of a model, or of a licence, by its name; null where it is not in the table."""
-    for terms in _FAMILIES:
-        found = re.search(terms.pattern, name or "", re.IGNORECASE)
-        if found:
-            return terms._replace(licence=found.expand(terms.licence))
-    return None
+def _terms_of_traces(author: str | None, licence: str | None, spec: ModelSpec | None, notes: list[str]) -> Iterator[_Held]:
+    """What holds for the traces: by who wrote them, what a server calls it, who serves it, and what the recipe states."""
+    names = [author] if spec is None or spec.server is None or spec.server.model is None else [author, spec.server.model]
+    for name in filter(None, names):
+        for found in families(name):
+            if found.family.weights == "closed" and _learned_from_it(name, found, spec):
+                notes.append(_trained_on(name, found))
+            else:
+                yield from _held(name, found)
+    yield from _terms_of_hosts(spec)
+    stated = terms_named(licence)
+    if stated is not None:
+        yield _Held(str(author or licence), *stated)
+    else:
+        yield from _terms_of(licence)
 
 
-def _check_name(source: str, terms: Terms, student_name: str) -> None:
-    prefix = terms.name_prefix
+def _terms_of(name: str | None) -> Iterator[_Held]:
+    for found in families(name):
+        yield from _held(str(name), found)
+
+
+def _held(name: str, found: Found) -> Iterator[_Held]:
+    key = found.family.terms
+    if key in catalogue().terms:
+        yield _Held(name, key, catalogue().terms[key])
+
+
+def _learned_from_it(name: str, closed: Found, spec: ModelSpec | None) -> bool:
+    """Whether a name in which a closed model is named is that of open weights, by what else it says, or because they are here."""
+    if (spec is None or spec.server is None or spec.server.is_started) and Path(name).exists():
+        return True
+    last = name.rstrip("/").rsplit("/", 1)[-1]
+    return states_size(last) and any(found.family.weights == "open" for found in families(last)) and not closed.is_maker
+
+
+def _trained_on(name: str, found: Found) -> str:
+    return (
+        f"{name} is by its name a model that learned from {found.name}, whose terms ({found.family.terms}) forbid that: "
+        "its own licence can't give what these took. Look how it was made before you publish."
+    )
+
+
+def _terms_of_hosts(spec: ModelSpec | None) -> Iterator[_Held]:
+    """What whoever serves closed models asks for, of whatever is behind a name that is not one of open weights."""
+    if spec is None or spec.server is None:
+        return
+    hosts = {urlsplit(url).hostname or "" for url in spec.server.urls}
+    known = {found.family.weights for found in families(spec.server.model or spec.model)}
+    for key, family in catalogue().families.items():
+        serves = [
+            host for host in hosts if any(host == one or host.endswith(f".{one}") or host.endswith(f"-{one}") for one in family.hosts)
+        ]
+        terms = catalogue().terms.get(family.terms)
+        if serves and terms is not None and (terms.trains != "none" or "open" not in known):
+            yield _Held(f"{spec.server.model or spec.model} at {serves[0]} ({key})", family.terms, terms)
+
+
+def _refuse_what_tells_nothing(spec: ModelSpec | None) -> None:
+    """Whether a served model says which it is.
+
+    Raises:
+        LicenceError: nothing that can be looked up is named.
+    """
+    if spec is None or spec.server is None or spec.server.is_started or spec.terms:
+        return
+    if families(spec.model) or families(spec.server.model) or _can_be_looked_up(spec.model):
+        return
+    raise LicenceError(
+        f"teacher.model: {spec.model!r} is an endpoint's name and does not say which model answers there, so nobody can know its terms"
+        f"{f' (licence {spec.licence} alone says nothing of whose)' if spec.licence else ''}. Put that name into teacher.server.model, and "
+        "into teacher.model what answers: a name of `distill models`, an id on the Hub, or a folder. If it can be read about nowhere, "
+        "say in teacher.terms where its terms are."
+    )
+
+
+def _can_be_looked_up(model: str) -> bool:
+    """Whether a name is a folder or file here, or an id on the Hub, whose page has the terms; a gateway is no owner there."""
+    routes = {spelled(route) for route in catalogue().routes}
+    owner, _, own = model.partition("/")
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and spelled(owner) not in routes and bool(own)
+    return hub or Path(model).exists()
+
+
+def _may_train(terms: Terms, student: str | None) -> bool:
+    """Whether a model may be trained on outputs under these terms; what is unknown is noted, not refused."""
+    if isinstance(terms.trains, str):
+        return terms.trains != "none"
+    wanted = {spelled(name) for name in terms.trains}
+    return any(wanted & {spelled(name) for name in found.family.names} for found in families(student))
+
+
+def _check_name(held: _Held, student_name: str) -> None:
+    prefix = held.terms.name_prefix
     if prefix and not _plain(student_name.rpartition("/")[2]).startswith(_plain(prefix)):
         raise LicenceError(
-            f"{source}: its licence ({terms.licence}) asks that the name of a model made with it begins with {prefix!r}, "
+            f"{held.source}: its licence ({held.licence}) asks that the name of a model made with it begins with {prefix!r}, "
             f"got {student_name!r}. Set export.model_name."
         )
 

@@ -12,7 +12,7 @@ from distill.data.calls import UnusableError, tools_of
 from distill.data.files import Row
 from distill.data.names import Spare, json_text, lines_at, reference_at, spare_at, text_at, value_at, whole_text
 from distill.data.normal import normal_numbers
-from distill.data.turns import answered, marked, reference_of, settled, turns_of, unmarked, with_tools
+from distill.data.turns import answered, is_parts, is_turn, marked, reference_of, settled, text_of, turns_of, unmarked, with_tools
 from distill.errors import DataError
 from distill.recipe.prompts import Columns, Prompts, pieces_of
 from distill.run.schema import Message, prompt_id
@@ -77,7 +77,7 @@ class PromptMapping:
                 beginning = None if self._prompts.turns == "last" else _beginning(turns)
                 return [asked._replace(beginning=beginning) for asked in found] or [Asked([], None, "no_supervised_turn", beginning)]
             assert self._columns.prompt is not None  # the recipe was validated
-            text = text_at(row, self._columns.prompt, where)
+            text = self._text(row, self._columns.prompt, where)
             turns = self._with_context(row, [{"role": "user", "content": text}], where) if text else []
         except UnusableError as error:
             return [Asked([], reason=error.reason)]
@@ -92,7 +92,10 @@ class PromptMapping:
         rows: list[tuple[Row, str | None]] = []
         parts = self.asked(row, where)
         for asked in parts:
-            reference, reason = self._reference(row, asked, where, is_last=asked is parts[-1])
+            try:
+                reference, reason = self._reference(row, asked, where, is_last=asked is parts[-1])
+            except UnusableError as error:
+                reference, reason = None, error.reason
             mapped: Row = {"prompt_id": prompt_id(asked.messages), "messages": asked.messages, "reference": reference, **told}
             if asked.beginning is not None:
                 mapped[BEGINNING] = asked.beginning
@@ -106,7 +109,8 @@ class PromptMapping:
         if self._prompts.answer_as_reference:
             found = reference_of(asked.answer) if asked.answer is not None else None
         elif name is not None and is_last:
-            found = reference_at(row, name, where, as_json=self._prompts.json_reference)
+            value, as_json = value_at(row, name, where), self._prompts.json_reference
+            found = text_of(value, name, where) if is_parts(value) and not as_json else reference_at(row, name, where, as_json=as_json)
         if found is None or self._prompts.answer_pattern is None:
             return (found.strip() if found else None), None
         matches = [match.strip() for match in re.findall(self._prompts.answer_pattern, found)]
@@ -137,6 +141,9 @@ class PromptMapping:
         templated = last | {"content": self._templated(last["content"], row, where)}
         messages = [*map(settled, before), templated, *map(settled, behind)]
         if self._prompts.system_prompt is not None:
+            if messages[0]["role"] == "system":
+                name = self._system or self._columns.messages
+                raise DataError(f"{where}: {name} has a system turn of its own, and prompts.system_prompt is set. Leave one of them out.")
             tools = messages[0].pop("tools", None)
             messages = with_tools([{"role": "system", "content": self._prompts.system_prompt}, *messages], tools)
         return Asked(messages, answer)
@@ -152,12 +159,15 @@ class PromptMapping:
                     raise DataError(f"{error} The template names {piece.text}; as text it is written {{{piece.text}}}.") from None
         return "".join(piece.text if piece.name is None else values[piece.name] for piece in self._pieces)
 
+    def _text(self, row: Row, name: str, where: str) -> str | None:
+        value = value_at(row, name, where)
+        if isinstance(value, list) and value and all(map(is_turn, value)):
+            raise DataError(f"{where}: {name} is a conversation, not text. Name it in columns.messages, in place of columns.prompt.")
+        return text_of(value, name, where) if is_parts(value) else text_at(row, name, where)
+
     def _turns(self, row: Row, name: str, where: str) -> list[Message]:
         """A row's conversation, with the system turn and the tools that it has beside that."""
-        turns = turns_of(value_at(row, name, where), name, where)
-        if turns and turns[0]["role"] == "system" and self._prompts.system_prompt is not None:
-            raise DataError(f"{where}: {name} has a system turn of its own, and prompts.system_prompt is set. Leave one of them out.")
-        return self._with_context(row, turns, where)
+        return self._with_context(row, turns_of(value_at(row, name, where), name, where), where)
 
     def _with_context(self, row: Row, turns: list[Message], where: str) -> list[Message]:
         name = self._system

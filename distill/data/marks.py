@@ -46,12 +46,13 @@ def with_think(text: str) -> str:
     closing = re.compile(re.escape(_PAIRS[found[1].lower()]), re.IGNORECASE)
     reasoning, *rest = closing.split(text[found.end() :], maxsplit=1)
     if not rest:  # cut, which the checks will say
-        return f"{THINK_OPEN}\n{reasoning.strip()}"
-    return f"{THINK_OPEN}\n{reasoning.strip()}\n{THINK_CLOSE}\n\n{_without_answer_marks(rest[0].strip())}"
+        return f"{THINK_OPEN}\n{reasoning.replace(THINK_CLOSE, '').strip()}"
+    return thought(reasoning, _without_answer_marks(rest[0].strip()))
 
 
 def thought(reasoning: str, answer: str) -> str:
-    """Reasoning and answer in the kit's form."""
+    """Reasoning and answer in the kit's form; whatever marks the reasoning holds itself are no others."""
+    reasoning = reasoning.replace(THINK_OPEN, "").replace(THINK_CLOSE, "")
     return f"{THINK_OPEN}\n{reasoning.strip()}\n{THINK_CLOSE}\n\n{answer.strip()}"
 
 

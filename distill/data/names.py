@@ -72,6 +72,8 @@ def reference_at(row: dict[str, Any], name: str, where: str, *, as_json: bool) -
         DataError: there is no such value, or it is something else, or half a character.
     """
     value = value_at(row, name, where)
+    if not as_json and isinstance(value, list) and len(value) == 1 and not isinstance(value[0], list | dict):  # one right answer
+        value, row = value[0], {name: value[0]}
     if not isinstance(value, list | dict | bool):
         return text_at(row, name, where)
     if as_json:

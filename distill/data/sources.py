@@ -11,6 +11,7 @@ from distill import embedded
 from distill.data.files import KINDS, PACKED, DataFile, Placed, Row, kind_of
 from distill.data.names import top_levels
 from distill.errors import DataError, of_system, shown, visible
+from distill.recipe.alike import Benchmark
 from distill.recipe.base import expanded
 from distill.recipe.prompts import Prompts
 from distill.recipe.sets import HeldOutSet
@@ -175,7 +176,19 @@ def heldout_set(name: str, each: HeldOutSet) -> Source:
     return _refuse_hub_key(source, each, where, "split")
 
 
-def _refuse_hub_key(source: Source, section: Prompts | Traces | HeldOutSet, name: str, key: str) -> Source:
+def benchmark_source(benchmark: Benchmark) -> Source:
+    """Where the questions of a benchmark come from that prompts are kept apart from.
+
+    Raises:
+        DataError: there are no such files, or a key for the Hub is given with a file.
+    """
+    source = Source(benchmark.source, benchmark.subset, benchmark.split)
+    for key in ("subset", "split"):
+        _refuse_hub_key(source, benchmark, "prompts.decontaminate.benchmarks", key)
+    return source
+
+
+def _refuse_hub_key(source: Source, section: Prompts | Traces | HeldOutSet | Benchmark, name: str, key: str) -> Source:
     """A key that chooses a part of a Hub data set would be ignored with a file, which has no parts."""
     value, default = getattr(section, key), type(section).model_fields[key].default
     if source.is_local and value != default:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from distill.data.alike import Alike
 from distill.data.calls import UNUSABLE
 from distill.data.files import Row
 from distill.data.identities import Identities, Ids, Places, as_numbers, rank
@@ -33,6 +34,9 @@ REASONS = [
     "twin_of_heldout",
     "part_of_heldout",
     "no_supervised_turn",
+    "in_benchmark",
+    "near_heldout",
+    "near_duplicate",
     "not_drawn",
     *UNUSABLE,
 ]
@@ -44,6 +48,8 @@ _REMEDIES = {
     "part_of_heldout": "Give a prompts.source with conversations that begin otherwise than held-out ones.",
     "no_supervised_turn": "Mark turns that are to be learned, or take last or all for prompts.turns.",
     "twin_of_heldout": "Give a prompts.source with prompts that differ from held-out ones in more than spaces, case and digits.",
+    "in_benchmark": "Look at what prompts.decontaminate compares with, and how.",
+    "near_heldout": "Raise the similarity of prompts.near_duplicates, or ask less of prompts.decontaminate.",
 }
 
 Fates = npt.NDArray[np.uint8]
@@ -98,13 +104,14 @@ class Index:
         """A number for each row's conversation in normal form."""
         return np.frombuffer(self._normals, dtype=np.uint64)
 
-    def split(self, prompts: Prompts, seed: int, before: Before | None = None) -> Split:
+    def split(self, prompts: Prompts, seed: int, before: Before | None = None, alike: Alike | None = None) -> Split:
         """What becomes of each row.
 
         Args:
             prompts: The recipe's section.
             seed: The recipe's.
             before: The prompts that were there, where there are to be more: they stay what they are.
+            alike: Says which are too much like others, where that is asked for.
 
         Raises:
             DataError: there are fewer prompts than asked for, or none is left to train on.
@@ -120,6 +127,9 @@ class Index:
         if self._beginnings:
             parts = np.flatnonzero(np.isin(self.beginnings[main], self.beginnings[apart]) & (fates[main] == TRAIN))
             fates[np.setdiff1d(parts, kept)] = _CODES["part_of_heldout"]
+        if alike is not None:
+            for place, reason in alike.judged(np.flatnonzero(fates[main] == TRAIN), apart, kept):
+                fates[place] = _CODES[reason]
         if prompts.max_prompts is not None and prompts.max_prompts < (fates[main] == TRAIN).sum():
             _, rest = self._draw(fates, main, prompts.max_prompts, f"train/{seed}", prompts.source, kept)
             fates[rest] = _CODES["not_drawn"]

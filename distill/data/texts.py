@@ -38,7 +38,7 @@ _TAIL = 400
 
 def without_end(text: str) -> str:
     """The text without marks of any family that its turn has ended, and the white space around them; else the text as it is."""
-    return _AT_THE_END.sub("", text)
+    return _AT_THE_END.sub("", text) if text.rstrip().endswith(_ENDS) else text  # the pattern alone looks at every blank of a text
 
 
 def mentions_controls(text: str) -> bool:

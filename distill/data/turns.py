@@ -14,7 +14,7 @@ from typing import Any
 from distill.data.calls import UnusableError, calls_of, in_hermes_form, tools_of, without_calls
 from distill.data.marks import thought, with_think
 from distill.data.names import json_text, whole_text
-from distill.data.texts import is_blank
+from distill.data.texts import is_blank, without_end
 from distill.errors import DataError, shown
 from distill.run.schema import THINK_CLOSE, THINK_OPEN, Message
 
@@ -27,13 +27,14 @@ _ROLES = {
     **dict.fromkeys(("function_response", "tool_response", "function_result", "tool_result", "tool_output"), "tool"),
     **dict.fromkeys(("function_call", "tool_call", "tool_calls"), _CALLING),
 }
-_WHO, _WHAT = ("role", "from"), ("content", "value", "text")
+_WHO, _WHAT = ("role", "from"), ("content", "value", "text", "refusal")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
-_TEXTS = frozenset({"text", "input_text", "output_text"})
+_TEXTS = frozenset({"text", "input_text", "output_text", "summary_text", "reasoning_text"})
+_PARTS = _TEXTS | {"image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url", "file", "tool_use"}
 _MARKS = ("weight", "train", "supervised")  # by which a source says whether an assistant's turn is to be learned
 MARKED = "marked"
 """What it says, `yes` or `no`, until a conversation is parted; no part of a prompt."""
-_RESPONSE = re.compile(r"\s*<tool_response>\s*((?:(?!</?tool_response>).)*?)\s*</tool_response>\s*", re.DOTALL)
+_RESPONSE = re.compile(r"<tool_response>((?:(?!</?tool_response>).)*)</tool_response>", re.DOTALL)
 
 
 def turns_of(value: Any, name: str, where: str) -> list[Message]:
@@ -59,7 +60,7 @@ def turns_of(value: Any, name: str, where: str) -> list[Message]:
             )
         role = _ROLES.get(re.sub(r"[\s-]+", "_", who.strip().lower()))
         if role is None:
-            raise DataError(f"{here}: has the role {shown(who)}, which is none of {', '.join(_ROLES)}. Correct or remove the row.")
+            raise DataError(f"{here}: has the role {shown(who)}. It must be system, user, assistant or tool, or ShareGPT's name for one.")
         tools = tools or tools_of(_first(turn, ("tools", "functions")), f"{here}: tools")
         for message in _messages(role, turn, here):
             message |= _mark(turn, here) if message["role"] == "assistant" else {}
@@ -77,10 +78,16 @@ def with_tools(turns: list[Message], tools: str | None) -> list[Message]:
 
 
 def settled(turn: Message) -> Message:
-    """A turn of an assistant whose reasoning stands between the kit's marks, and whose calls are no part of its text."""
+    """A turn as it stands in a prompt: an assistant's reasoning between the kit's marks, its calls apart, no mark of its end."""
     if turn["role"] != "assistant":
         return turn
-    text, calls = without_calls(with_think(turn["content"]))
+    text = with_think(without_end(turn["content"]))
+    return calls_apart(turn, f"{THINK_OPEN}\n{text}" if THINK_CLOSE in text and THINK_OPEN not in text else text)
+
+
+def calls_apart(turn: Message, text: str) -> Message:
+    """A turn with another text, of which the calls at its end become calls of the turn."""
+    text, calls = without_calls(text)
     if not calls:
         return turn | {"content": text}
     known = json.loads(turn.get("tool_calls", "[]"))
@@ -142,6 +149,17 @@ def is_turn(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(_first(value, _WHO), str)
 
 
+def is_parts(value: Any) -> bool:
+    """Whether a value is the content of a turn in parts, each of a type."""
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in value] if isinstance(value, list) else []
+    return all(isinstance(kind, str) for kind in kinds) and not _PARTS.isdisjoint(kinds)
+
+
+def text_of(parts: list[Any], name: str, where: str) -> str:
+    """The text of parts; raises as `turns_of` does."""
+    return _joined([item for kind, item in _parts(parts, "user", f"{where}: {name}") if kind == "text"])
+
+
 def _listed(value: Any, name: str, where: str) -> list[Any]:
     """The turns of a list, of JSON, or of an object of lists, as `datasets` keeps a list of objects."""
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
@@ -163,31 +181,33 @@ def _messages(role: str, turn: dict[str, Any], here: str) -> Iterator[Message]:
         calls = _called(content)
         yield {"role": "assistant", "content": "", "tool_calls": json.dumps(calls, ensure_ascii=False)}
         return
-    calls = calls_of(turn.get("tool_calls")) + calls_of(turn.get("function_call"))
-    extras = {key: whole_text(turn[key], key, here) for key in ("tool_call_id", "name") if isinstance(turn.get(key), str) and turn[key]}
-    texts, thoughts, others = [], [], 0
+    held: dict[str, list[Any]] = {"text": [], "thought": [], "call": [], "result": []}
     for kind, item in _parts(content, role, here):
-        others += 1
-        if kind == "text":
-            texts.append(item)
-        elif kind == "thought":
-            thoughts.append(item)
-        elif kind == "call":
-            calls += calls_of(item)
-        else:
-            others -= 1
-            result = {"tool_call_id": item["tool_use_id"]} if isinstance(item.get("tool_use_id"), str) else {}
-            yield {"role": "tool", "content": _text(item.get("content"), "tool", here), **result}
-    if not others and isinstance(content, list) and content:
-        return  # of results alone
-    text = _joined(texts)
-    if role == "tool" and (unwrapped := _RESPONSE.fullmatch(text)):
-        text = unwrapped[1]
-    if role == "assistant":
-        text = _with_thought(text, _thought_beside(turn, here) or "\n\n".join(thoughts), here)
+        held[kind].append(item)
+    for result in held["result"]:
+        answers = {"tool_call_id": result["tool_use_id"]} if isinstance(result.get("tool_use_id"), str) else {}
+        yield {"role": "tool", "content": _text(result.get("content"), "tool", here), **answers}
+    calls = [call for given in (turn.get("tool_calls"), turn.get("function_call"), held["call"]) for call in calls_of(given)]
+    if content is None and turn.get("audio") is not None:
+        raise UnusableError("not_text")
+    if not calls and not any(name in turn for name in (*_WHAT, *_THOUGHTS)):
+        raise DataError(f"{here}: has no content, only {', '.join(map(shown, turn))}. Correct or remove the row.")
+    if not held["result"] or len(held["result"]) < sum(map(len, held.values())):
+        yield {"role": role, "content": _content(role, turn, held, here), **_extras(turn, calls, here)}
+
+
+def _content(role: str, turn: dict[str, Any], held: dict[str, list[Any]], here: str) -> str:
+    text = _joined(held["text"])
+    if role == "tool" and (unwrapped := _RESPONSE.fullmatch(text.strip())):
+        return unwrapped[1].strip()
+    return _with_thought(text, _thought_beside(turn, here) or "\n\n".join(held["thought"]), here) if role == "assistant" else text
+
+
+def _extras(turn: dict[str, Any], calls: list[Any], here: str) -> Message:
+    extras = {key: turn[key] for key in ("tool_call_id", "name") if isinstance(turn.get(key), str) and turn[key]}
     if calls:
-        extras["tool_calls"] = whole_text(json.dumps(calls, ensure_ascii=False), "tool_calls", here)
-    yield {"role": role, "content": text, **extras}
+        extras["tool_calls"] = json.dumps(calls, ensure_ascii=False)
+    return {key: whole_text(value, key, here) for key, value in extras.items()}
 
 
 def _called(content: Any) -> list[dict[str, Any]]:
@@ -207,7 +227,7 @@ def _parts(content: Any, role: str, here: str) -> Iterator[tuple[str, Any]]:
     if content is None:
         return
     parts = content if isinstance(content, list) else [content]
-    if role == "tool" and not all(isinstance(part, str) or _kind(part) in _TEXTS for part in parts):
+    if role == "tool" and not isinstance(content, str) and not all(_kind(part) in _TEXTS for part in parts):
         yield "text", json_text(content, "content", here)
         return
     for part in parts:
@@ -215,7 +235,7 @@ def _parts(content: Any, role: str, here: str) -> Iterator[tuple[str, Any]]:
         if text is not None:
             yield "text", whole_text(text, "content", here)
         elif kind in ("thinking", "reasoning"):
-            yield "thought", _text(_first(part, (kind, "text", "content")), "assistant", here)
+            yield "thought", _text(_first(part, (kind, "text", "content", "summary")), "assistant", here)
         elif kind == "tool_use":
             yield "call", part
         elif kind == "tool_result":
@@ -258,7 +278,7 @@ def _thought_beside(turn: dict[str, Any], here: str) -> str:
 
 def _with_thought(text: str, reasoning: str, here: str) -> str:
     """The text behind its reasoning; as it is where it holds that itself."""
-    reasoning = reasoning.replace(THINK_OPEN, "").replace(THINK_CLOSE, "").strip()
+    reasoning = with_think(reasoning).replace(THINK_OPEN, "").replace(THINK_CLOSE, "").strip()
     if is_blank(reasoning):
         return text
     own = with_think(text)

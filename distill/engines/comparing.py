@@ -49,6 +49,8 @@ class Opinion(NamedTuple):
     """Of the written tokens, in nats."""
     best: Ids
     """The most probable tokens."""
+    ranks: Ids
+    """Of the written tokens among all: 1 more than there are tokens with a larger logit, so that equal ones share the best rank."""
     kl_nats: Numbers
     """KL(teacher ‖ model) over the teacher's candidates and one outcome for all other tokens; NaN where the teacher has no candidate."""
 
@@ -101,11 +103,11 @@ class Comparer:
         for start in range(0, len(written_n), self._chunk):
             part = slice(start, start + self._chunk)
             parts.append(self._compare(hidden_nH[part], written_n[part], ids_nK[part], log_p_nO[part]))
-        numbers = [np.concatenate(columns) for columns in zip(*parts, strict=True)] if parts else [np.empty(0)] * 3
+        numbers = [np.concatenate(columns) for columns in zip(*parts, strict=True)] if parts else [np.empty(0)] * 4
         cuts = np.cumsum([len(found) for found in places])[:-1]
         refuse_broken(torch.from_numpy(np.isnan(numbers[0])))
-        log_probs, best, kl_nats = (np.split(column, cuts) for column in numbers)
-        return [Opinion(*opinion) for opinion in zip(log_probs, best, kl_nats, strict=True)]
+        columns = (np.split(column, cuts) for column in numbers)
+        return [Opinion(*opinion) for opinion in zip(*columns, strict=True)]
 
     def _hidden(self, rows: list[Row], places: list[NDArray[np.int64]]) -> Tensor:
         """(n, H) hidden states that predict the tokens looked at; padded on the right, where a causal model never looks."""
@@ -135,19 +137,20 @@ class Comparer:
 
     def _compare(
         self, hidden_nH: Tensor, written_n: NDArray[np.int64], ids_nK: NDArray[np.int64], log_p_nO: Numbers
-    ) -> tuple[Numbers, Ids, Numbers]:
+    ) -> tuple[Numbers, Ids, Ids, Numbers]:
         logits_nV = logits_of(hidden_nH, self._head).float()
         log_total_n1 = logits_nV.logsumexp(-1, keepdim=True)
         written_n1 = torch.from_numpy(written_n.astype(np.int64)).to(self._device)[:, None]
-        log_probs_n = (logits_nV.gather(1, written_n1) - log_total_n1)[:, 0]
-        best_n = logits_nV.argmax(-1).int()
+        logits_n1 = logits_nV.gather(1, written_n1)
+        log_probs_n = (logits_n1 - log_total_n1)[:, 0]
+        best_n, ranks_n = logits_nV.argmax(-1).int(), (logits_nV > logits_n1).sum(-1).int() + 1
         kl_n = torch.full_like(log_probs_n, torch.nan)
         has_n = torch.from_numpy((ids_nK >= 0).any(1)).to(self._device)
         if ids_nK.shape[1] and bool(has_n.any()):
             ids = torch.from_numpy(ids_nK).to(self._device)[has_n]
             log_p = torch.from_numpy(log_p_nO).to(self._device, exact_type(self._device))[has_n]
             kl_n[has_n] = _divergence(logits_nV[has_n], log_total_n1[has_n], ids, log_p).to(kl_n.dtype)
-        return log_probs_n.cpu().double().numpy(), best_n.cpu().numpy(), kl_n.cpu().double().numpy()
+        return log_probs_n.cpu().double().numpy(), best_n.cpu().numpy(), ranks_n.cpu().numpy(), kl_n.cpu().double().numpy()
 
 
 def _divergence(logits_nV: Tensor, log_total_n1: Tensor, ids_nK: Tensor, log_p_nO: Tensor) -> Tensor:

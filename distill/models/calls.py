@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,3 +102,24 @@ def pattern_of(controls: dict[str, int]) -> re.Pattern[str]:
     """Matches control tokens where they stand in a text, the longest first."""
     longest_first = sorted(controls, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def same_parts(left: bytes, right: bytes, calls: Sequence[Call]) -> list[tuple[int, int, int]]:
+    """Where two forms of some calls write the same, which is names and arguments: places in both, and lengths, in their order."""
+    pairs = zip(_parts(left, calls), _parts(right, calls), strict=False)
+    return [(one[0], other[0], one[1]) for one, other in pairs if one is not None and other is not None]
+
+
+def _parts(text: bytes, calls: Sequence[Call]) -> Iterator[tuple[int, int] | None]:
+    """Place and length of each call's name and arguments; null for a name that stands there several times. Ends where one is not found."""
+    cursor = 0
+    for call in calls:
+        name, arguments = call.name.encode(), json.dumps(call.arguments, ensure_ascii=False).encode()
+        place = text.find(arguments, cursor)
+        before = text[cursor:place] if place >= 0 else text[cursor:]
+        named = [found.start() for found in re.finditer(rb"(?<![\w.-])" + re.escape(name) + rb"(?![\w.-])", before)]
+        yield (cursor + named[0], len(name)) if len(named) == 1 else None
+        if place < 0:
+            return
+        yield place, len(arguments)
+        cursor = place + len(arguments)

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-from distill.errors import DistillError, ModelError, RecipeError
+from distill.errors import DistillError, ModelError, RecipeError, ServerError
 from distill.run import early
 
 WRITTEN = ("generate", "rollouts", "evaluate")
@@ -96,13 +96,15 @@ class Processes:
         try:
             yield
         except Exception as error:
-            if early.asked():  # others have gone, it seems, and this process ends like them
+            foreseen = isinstance(error, DistillError) and not isinstance(error, ServerError)
+            if early.asked() and not foreseen:  # others have gone, it seems, and this process ends like them
                 raise
             if self.group is None or self._is_first("failed"):
                 if isinstance(error, DistillError):
                     error.tells_for_all = True
                 raise
-            time.sleep(_ENDED_WITHIN_S)  # would it end at once, so might the first, before it has spoken
+            if not early.asked():  # as the launcher does when the first has ended, and so has spoken
+                time.sleep(_ENDED_WITHIN_S)
             sys.exit(1)
 
     def _is_first(self, event: str) -> bool:

@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from distill.models.calls import same_parts
 from distill.models.chat import IGNORE, ChatFormat
+from distill.run.calls import parted
 from distill.run.schema import THINK_OPEN, trace_key
 
 NONE = -1
@@ -177,7 +179,9 @@ def align(trace: dict[str, Any], teacher: ChatFormat, student: ChatFormat, vocab
     thinks = trace["completion"].lstrip().startswith(THINK_OPEN)
     leads = [chat.opening(trace["messages"]) if thinks else "" for chat in (teacher, student)]
     prompt = teacher.prompt_ids(trace["messages"])
-    read = _token_by_token(written, teacher, leads, vocabulary)
+    # What the student wrote itself is read as it stands; a call that was brought each reads as its own template writes it.
+    same_form = teacher.calls.spelled(trace["completion"]) == student.calls.spelled(trace["completion"])
+    read = _token_by_token(written, teacher, leads, vocabulary) if same_form else None
     if read is None:
         completion, places = _by_bytes(trace["completion"], written, (teacher, student), leads, vocabulary)
     else:
@@ -277,7 +281,8 @@ def _by_bytes(
     their_bytes, their_ends = _spans(leads[0], theirs, vocabulary.teacher.texts)
     our_bytes, our_ends = _spans(leads[1], ours, vocabulary.student.texts)
     places = np.full(len(written), NONE)
-    found = _matching(their_bytes, their_ends, our_bytes, our_ends)
+    calls = parted(text)[1] if their_bytes != our_bytes else []
+    found = _matching(their_bytes, their_ends, our_bytes, our_ends, same_parts(their_bytes, our_bytes, calls))
     same = [place >= 0 and vocabulary.student_ids[theirs[place]] == index for place, index in zip(found.tolist(), ours, strict=True)]
     places[: len(ours)] = np.where(same, found, NONE)
     if ends:
@@ -311,16 +316,18 @@ def ids_by_text(tokens: Tokens, end_of_turn: int) -> dict[bytes, int]:
     return plain | {name.encode(): index for name, index in named.items()} | ends
 
 
-def _matching(their_bytes: bytes, their_ends: list[int], our_bytes: bytes, our_ends: list[int]) -> NDArray[np.int64]:
+def _matching(
+    their_bytes: bytes, their_ends: list[int], our_bytes: bytes, our_ends: list[int], inside: Sequence[tuple[int, int, int]] = ()
+) -> NDArray[np.int64]:
     same_start, same_end = _common(their_bytes, our_bytes)
     spans = {span: place for place, span in enumerate(pairwise(their_ends))}
-    shift = len(their_bytes) - len(our_bytes)
+    ends = (len(their_bytes) - same_end, len(our_bytes) - same_end, same_end)
     places = np.full(len(our_ends) - 1, NONE, np.int64)
-    for index, (start, end) in enumerate(pairwise(our_ends)):
-        if end <= same_start:
-            places[index] = spans.get((start, end), NONE)
-        elif start >= len(our_bytes) - same_end:
-            places[index] = spans.get((start + shift, end + shift), NONE)
+    for theirs, ours, length in ((0, 0, same_start), *inside, ends):
+        first, last = np.searchsorted(our_ends, [ours, ours + length + 1]).tolist()
+        for index in range(first, last - 1):
+            span = our_ends[index] - ours + theirs, our_ends[index + 1] - ours + theirs
+            places[index] = spans.get(span, NONE)
     return places
 
 

@@ -246,6 +246,8 @@ class Recipe(Section):
         one = self.generate is not None and self.generate.samples_per_prompt == 1
         if one and any(check.agreement is not None for check in self.curate.checks):
             raise ValueError("curate.checks has agreement, and there is one sample of each prompt: raise generate.samples_per_prompt")
+        if self.learns_from_traces:
+            self.curate.check_traces(self.generate)
         return self
 
     @model_validator(mode="after")

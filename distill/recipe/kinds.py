@@ -178,7 +178,8 @@ class ToolCalls(CheckSection):
     of_answers = True
 
     form: Literal["any", "hermes", "deepseek", "llama", "mistral", "structured"] = "any"
-    """How calls are written: hermes (Qwen too), deepseek, llama, mistral, or structured (a JSON list of calls)."""
+    """How calls are written: hermes (all between `<tool_call>` tags: Qwen's, GLM's), deepseek, llama, mistral, or structured (a JSON list
+    of calls). A student writes them as its chat template does, whoever wrote what it learned from; any reads all of these."""
     tools: Column = "tools"
     """Column of `prompts.fields` with the tools that there are, as the OpenAI protocol has them."""
     reference: Literal["equal", "ignore"] = "ignore"

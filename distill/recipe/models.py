@@ -44,7 +44,7 @@ _OF_THE_CALL = frozenset(
 class ModelSpec(Section):
     """A model by name, with everything needed to load it and to speak to it."""
 
-    decides_no_row = frozenset({"attn_implementation", "public_name"})
+    decides_no_row = frozenset({"attn_implementation", "public_name", "terms"})
 
     model: PathOrName
     """Hub id, local folder, or `embedded:teacher` / `embedded:student` (the tiny pair shipped with the kit)."""
@@ -68,7 +68,10 @@ class ModelSpec(Section):
     pad_token: str | None = None
     """Padding token, only where none that differs from the end of a turn can be found in the vocabulary."""
     licence: str | None = None
-    """SPDX id or name of the terms; null looks the model up in the kit's own table and else records "unknown"."""
+    """SPDX id or name of the terms; null looks the model up in the kit's catalogue (`distill models`) and else records "unknown"."""
+    terms: str | None = None
+    """Where its terms can be read, or by which agreement its outputs may be learned from: a page, a contract with its date. Asked for where
+    a server's name for it is all there is; it stands on the model card."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention kernel; auto takes what transformers takes."""
     trust_remote_code: bool = False

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
+from distill.recipe.alike import Decontaminate, NearDuplicates
 from distill.recipe.base import PathOrName, PositiveInt, Section
 
 
@@ -139,6 +140,11 @@ class Prompts(Section):
     """Take the held-out prompts from this source instead of splitting them off; prompts in both are not trained on."""
     heldout_split: str = "test"
     """Split of `heldout_source` on the Hub; not for files."""
+    near_duplicates: NearDuplicates | None = None
+    """Of prompts that are nearly the same only the first is trained on; null drops those alone that are the same."""
+    decontaminate: Decontaminate | None = None
+    """What else is kept out of training: prompts in which questions of benchmarks, or held-out ones, are found. What was found stands in
+    the table prompts/matches."""
 
     _pattern = field_validator("answer_pattern")(check_pattern)
 
@@ -162,7 +168,7 @@ class Prompts(Section):
         """The settings that decide the rows; of those that an earlier kit did not know only what is asked for."""
         plain = super().identity() | {"columns": self.columns.identity()}
         plain |= {"turns": None if self.turns == "last" else self.turns}
-        later = ("fields", "json_reference", "turns", "answer_as_reference")
+        later = ("fields", "json_reference", "turns", "answer_as_reference", "near_duplicates", "decontaminate")
         return {name: value for name, value in plain.items() if name not in later or value}
 
     @property

@@ -124,5 +124,7 @@ class HeldOutSet(Section):
                 "max_prompts": self.max_prompts,
                 "heldout_size": 0,
                 "heldout_source": None,
+                "near_duplicates": None,
+                "decontaminate": None,
             }
         )

@@ -24,9 +24,9 @@ class Traces(Section):
     """Column names of the prompt; a trace belongs to the prompt whose text is the same."""
     completion: str | None = None
     """Column with the answer (the reasoning inside it, or in a column of its own), by a name as in `prompts.columns`; with a list of
-    answers, each is a trace. Null takes the last turn of `columns.messages`, or the column `completion` where there are none. Ends of turns
-    of any family (`<|im_end|>`) are taken off; other marks of reasoning become `<think>` and `</think>`, which where it stands alone, as
-    R1 leaves it, is given the first."""
+    answers, each is a trace. Null takes the last turn of `columns.messages` where it is an assistant's, else the column `completion`. Ends
+    of turns of any family (`<|im_end|>`) are taken off; other marks of reasoning become `<think>` and `</think>`; where the latter stands
+    alone, as R1 leaves it, it is given the first."""
     reasoning: str | None = None
     """Column with the reasoning, where it is apart; it is put between `<think>` and `</think>`. This, `finish_reason` and `verdict` have an
     entry for each answer where `completion` has a list, or say the same of all."""
@@ -56,9 +56,14 @@ class Traces(Section):
         return {name: value for name, value in plain.items() if name != "verdict" or value is not None}
 
     @property
-    def column_of_answers(self) -> str | None:
-        """Where they are; null where each is the last turn of its conversation."""
-        return self.completion or ("completion" if self.columns.messages is None else None)
+    def column_of_answers(self) -> str:
+        """Where they are, unless each is the last turn of its conversation."""
+        return self.completion or "completion"
+
+    @property
+    def takes_last_turns(self) -> bool:
+        """Whether the last turn of a conversation is the answer, where it is an assistant's."""
+        return self.completion is None and self.columns.messages is not None
 
 
 class Generate(Sampling):
@@ -74,6 +79,9 @@ class Generate(Sampling):
         return {name: value for name, value in plain.items() if name != "logprobs" or value is not None}
 
 
+_LATER = ("min_pass_rate", "max_pass_rate", "long_share")
+
+
 class Curate(Section):
     """Which traces are good enough to learn from."""
 
@@ -84,10 +92,21 @@ class Curate(Section):
     (`label: {choices: [yes, no]}`)."""
     keep_unjudged: bool = False
     """Keep traces that a check could not judge (no reference, or the checker ran out of time)."""
+    min_pass_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Drop the traces of prompts that are too hard: of whose judged traces a smaller share passes every check. One that a check could not
+    judge, and none failed, is not counted; a prompt that is left with none has no rate, and stays. Text that was cut counts as failed."""
+    max_pass_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Drop the traces of prompts that are too easy: of whose judged traces a larger share passes every check."""
     max_per_prompt: PositiveInt = 4
     """Traces kept for each prompt."""
-    prefer: Literal["first", "shortest", "longest"] = "first"
-    """Which of a prompt's passing traces are kept."""
+    prefer: Literal["first", "shortest", "longest", "mixed", "varied", "likeliest", "rank_surprisal"] = "first"
+    """Which of a prompt's passing traces are kept, where there are more than `max_per_prompt`. mixed: the longest of a share of the prompts
+    (`long_share`), the shortest of the others. varied: the first, then always the one whose text is least like those taken (Jaccard
+    distance of pieces of eight characters). likeliest: those whose tokens the teacher found most probable on average; needs
+    generate.logprobs. rank_surprisal: those with the lowest Rank-Surprisal Ratio, which the student reads for in this process: what
+    surprises it, by tokens that it ranks high all the same (arXiv 2601.14249)."""
+    long_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the prompts that keep their longest traces, drawn by prompt and seed; for prefer mixed."""
     check_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """Hard limit for one check of one trace, in seconds; the checking process is killed at it, and nothing is judged."""
     workers: PositiveInt | None = None
@@ -98,6 +117,49 @@ class Curate(Section):
         """What the checks say of reasoning."""
         return next((check.think.reasoning for check in self.checks if check.think is not None), "optional")
 
+    @property
+    def bounds_difficulty(self) -> bool:
+        """Whether prompts can be too hard or too easy."""
+        return self.min_pass_rate is not None or self.max_pass_rate is not None
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Curate:
+        if (self.prefer == "mixed") != (self.long_share is not None):
+            raise ValueError("prefer mixed and long_share go together: give both or neither")
+        if self.bounds_difficulty and not self.checks:
+            raise ValueError("min_pass_rate and max_pass_rate would be ignored: without checks every trace passes")
+        if self.min_pass_rate is not None and self.max_pass_rate is not None and self.min_pass_rate > self.max_pass_rate:
+            raise ValueError(
+                f"min_pass_rate ({self.min_pass_rate:g}) is above max_pass_rate ({self.max_pass_rate:g}): no prompt is between"
+            )
+        return self
+
+    def check_traces(self, generate: Generate | None) -> None:
+        """Refuses what can't be chosen by among the traces that there will be.
+
+        Args:
+            generate: How they are written; null where they are brought.
+
+        Raises:
+            ValueError: naming the keys.
+        """
+        if self.prefer == "likeliest" and (generate is None or generate.logprobs is None):
+            advice = "set generate.logprobs: 1" if generate is not None else "take rank_surprisal, for which the student reads them"
+            raise ValueError(f"curate.prefer likeliest needs the log-probabilities of the tokens that the teacher wrote: {advice}")
+        if generate is None:
+            return
+        if generate.samples_per_prompt == 1 and self.bounds_difficulty:
+            raise ValueError(
+                "curate.min_pass_rate and max_pass_rate look at how many of a prompt's traces pass, and there is one: raise "
+                "generate.samples_per_prompt"
+            )
+        if generate.samples_per_prompt <= self.max_per_prompt and self.prefer in ("mixed", "varied", "likeliest", "rank_surprisal"):
+            raise ValueError(
+                f"curate.prefer {self.prefer} would be ignored: generate.samples_per_prompt ({generate.samples_per_prompt}) is not above "
+                f"curate.max_per_prompt ({self.max_per_prompt}), so all that pass are kept"
+            )
+
     def identity(self) -> dict[str, Any]:
-        """The settings that decide which rows are kept."""
-        return super().identity() | {"checks": [check.identity() for check in self.checks]}
+        """The settings that decide which rows are kept; of those that an earlier kit did not know only what is asked for."""
+        plain = super().identity() | {"checks": [check.identity() for check in self.checks]}
+        return {name: value for name, value in plain.items() if name not in _LATER or value is not None}

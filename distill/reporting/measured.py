@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill.data.licences import UNKNOWN
+from distill.data.catalogue import UNKNOWN
 from distill.measure.intervals import Estimate
 from distill.measure.marks import in_doubt
 from distill.measure.scores import DIFFERENCE, P_VALUE, PAIRS

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill.data.licences import UNKNOWN, licence_of
+from distill.data.catalogue import UNKNOWN
+from distill.data.licences import licence_of
 from distill.measure.intervals import Estimate
 from distill.recipe.experiment import Recipe
 from distill.reporting.alike import Alike, alike_of

@@ -68,6 +68,21 @@ ALTERNATIVES = pa.schema(
 
 DROPPED_PROMPT = PROMPT.append(pa.field("reason", pa.string()))
 
+# What a training prompt was too much like to stay one; both texts in normal form, without system prompt and template.
+MATCH = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("reason", pa.string()),  # in_benchmark, near_heldout or near_duplicate
+        ("kind", pa.string()),  # exact, similar, or as 13-gram
+        ("set", pa.string()),  # the benchmark, heldout or train
+        ("row", pa.int64()),  # of the other in its source, from 1
+        ("text", pa.string()),
+        ("other_text", pa.string()),
+        ("shared", pa.string()),  # words in both; null where nothing was looked for but the whole
+        ("similarity", pa.float64()),  # share of runs of five characters; null where it was not computed
+    ]
+)
+
 # Further columns of the source for the checks to look at, as a JSON object; the tables of prompts have it where prompts.fields names some.
 FIELDS = pa.field("fields", pa.string())
 
@@ -78,6 +93,17 @@ VERDICT = pa.schema(
         ("check", pa.string()),
         ("passed", pa.bool_()),  # null: could not be judged
         ("reason", pa.string()),
+    ]
+)
+
+# What the student made of a trace that competed with others of its prompt, summed over its tokens; null where it would not train on it.
+RANKS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample_index", pa.int32()),
+        ("tokens", pa.int32()),  # in its own vocabulary, without the end of the turn
+        ("rank", pa.float64()),  # of the written token among all, at most 100 each; rank / surprisal is the Rank-Surprisal Ratio
+        ("surprisal", pa.float64()),  # nats
     ]
 )
 

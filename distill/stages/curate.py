@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,11 +18,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from distill.checks import Given, Verdict, judge
-from distill.checks.choice import NOT_ASKED, Choice, Evidence, agree, choose, evidence_for, unfailed
+from distill.checks.choice import NOT_ASKED, Choice, Evidence, agree, choose, evidence_for, pass_rates, unfailed
 from distill.checks.fields import PromptFields
 from distill.checks.functions import digest_of
 from distill.checks.judge import Case
 from distill.checks.judging import Judges, columns_read, given_of
+from distill.checks.preferred import by_likelihood, by_mixed_length, by_variety
 from distill.checks.tokens import Counted
 from distill.errors import DataError, visible
 from distill.recipe.experiment import Recipe
@@ -33,21 +34,32 @@ from distill.run.folder import StageFolder
 from distill.run.log import Progress, progress, say
 from distill.run.manifest import Manifest, read_manifest
 from distill.run.plan import Growth, StagePlan
-from distill.run.schema import DROPPED_TRACE, TOLD, TRACE, VERDICT
-from distill.run.tables import iter_pieces, rows_of
+from distill.run.schema import DROPPED_TRACE, RANKS, TOLD, TRACE, VERDICT
+from distill.run.tables import iter_pieces, iter_rows, rows_at, rows_of
 from distill.servers.judging import CASE, Asked, case_of, grade, with_judges
 from distill.stages import Step, folder, open_stage, plan_of, run_dir
 
+if TYPE_CHECKING:
+    from distill.engines.ranking import Ranks
+
 _READ = ["prompt_id", "sample_index", "reference", "completion", "finish_reason"]
+_BY_VALUE = ("mixed", "varied", "likeliest", "rank_surprisal")  # rather than by number or length alone
 _BLOCK = 64  # verdicts of slow checks between two writes to the journal
 
 
 def plan(recipe: Recipe) -> StagePlan:
     """What the stage is asked to make; with more traces, or where more of them may be kept, it chooses anew."""
-    growth = Growth({"curate.max_per_prompt": 0, "curate.keep_unjudged": 0})
-    settings: dict[str, Any] = {"curate": recipe.curate.identity()}
-    if _counts_tokens(recipe.curate):  # whose tokens may be counted
+    curate = recipe.curate
+    growth = Growth({"curate.max_per_prompt": 0, "curate.keep_unjudged": 0, "curate.max_pass_rate": 1})
+    settings: dict[str, Any] = {"curate": curate.identity()}
+    if _counts_tokens(curate):  # whose tokens may be counted
         settings["student"] = recipe.student.identity()
+    if curate.prefer == "rank_surprisal":
+        # Which of a trace the student will see.
+        train = {"max_length": recipe.train.max_length, "overlong": recipe.train.overlong}
+        settings |= {"student": recipe.student.identity_here(), "train": train}
+    if curate.prefer == "mixed":
+        settings["seed"] = recipe.seed
     if (digest := digest_of(recipe.curate.checks)) is not None:
         settings["python_sha256"] = digest
     if (digest := judge.digest_of(recipe.curate.checks)) is not None:
@@ -57,7 +69,9 @@ def plan(recipe: Recipe) -> StagePlan:
 
 
 def run(recipe: Recipe) -> Manifest:
-    """Writes the tables `curated`, `dropped` and `verdicts`; resumes after the last block of slow checks."""
+    """Writes the tables `curated`, `dropped` and `verdicts`, and `ranks` where the student read traces; resumes after the last block of
+    slow checks, or of traces read.
+    """
     traces = folder(recipe, "generate")
     with open_stage(recipe, plan(recipe)) as out:
         if out.manifest:
@@ -67,13 +81,19 @@ def run(recipe: Recipe) -> Manifest:
         _examine(recipe, out, evidence)
         judges = _ask_judges(recipe, out, evidence)
         _find_strays(traces, evidence, source.facts.get("control_ids", []))
-        choice = choose(evidence, recipe.curate)
+        rates = pass_rates(evidence).facts
+        if recipe.curate.bounds_difficulty:
+            say(_told(rates))
+        preferred = _Preferred(recipe, out, evidence)
+        choice = choose(evidence, recipe.curate, preferred.values if recipe.curate.prefer in _BY_VALUE else None)
         rows_in, drops = len(choice.codes_R), choice.drops
         if not choice.num_kept:
             raise DataError(_nothing_kept(out, rows_in, drops))
         with out.in_one_go():
             tokens = _write(out, traces, evidence, choice)
-            facts = with_judges(clock.facts(verdicts=evidence.summary(), **_carried(source.facts, tokens)), judges)
+            preferred.write()
+            found = {"verdicts": evidence.summary(), "pass_rates": rates}
+            facts = with_judges(clock.facts(**found, **_carried(source.facts, tokens)), judges)
             return out.finish(rows_in=rows_in, rows_kept=choice.num_kept, drops=drops, facts=facts)
 
 
@@ -91,7 +111,10 @@ def _examine(recipe: Recipe, out: StageFolder, evidence: Evidence) -> None:
     """Fills the evidence; what slow checks of an earlier run have found is in the journal, in whatever order it came."""
     curate, journal = recipe.curate, out.journal()
     done = 0
-    for done, entry in enumerate(journal.rows(), start=1):  # noqa: B007
+    for entry in journal.rows():
+        if "surprisal" in entry:  # of a trace that was read
+            continue
+        done += 1
         # A kit that knew one slow check alone did not write down which.
         evidence.note(entry["row"], Verdict(entry.get("check", "math"), entry["passed"], entry["reason"]))
     block: list[dict[str, Any]] = []
@@ -196,6 +219,68 @@ def _find_strays(traces: Path, evidence: Evidence, control_ids: list[int]) -> No
         start += len(piece)
 
 
+class _Preferred:
+    """By what a prompt's passing traces are preferred to each other, and what the student made of those that it read for that."""
+
+    def __init__(self, recipe: Recipe, out: StageFolder, evidence: Evidence) -> None:
+        self._recipe, self._out, self._evidence = recipe, out, evidence
+        self._traces = folder(recipe, "generate")
+        self._read: dict[int, Ranks | None] = {}
+
+    def values(self, competing_R: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Of each trace that competes for a place a number, `(R,)`: the lowest are kept, and those without one last."""
+        curate, number = self._recipe.curate, len(competing_R)
+        if curate.prefer == "mixed":
+            assert curate.long_share is not None  # the recipe was validated
+            return by_mixed_length(self._evidence, curate.long_share, self._recipe.seed)
+        if curate.prefer == "varied":
+            return by_variety(self._traces, self._evidence, competing_R, curate.max_per_prompt)
+        values_R = by_likelihood(self._traces, number) if curate.prefer == "likeliest" else self._ratios(competing_R)
+        unknown = int(np.isnan(values_R[competing_R]).sum())
+        if unknown:
+            why = "their server told no log-probabilities" if curate.prefer == "likeliest" else "the student would not train on them"
+            say(f"choose    {unknown:,} of {int(competing_R.sum()):,} traces come last: {why}")
+        return values_R
+
+    def _ratios(self, competing_R: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Their Rank-Surprisal Ratios; what was read before a stop is in the journal, and before a growth in the table."""
+        from distill.engines.ranking import RankReader
+        from distill.engines.reading import COLUMNS
+
+        rows, before = np.flatnonzero(competing_R).tolist(), self._before()
+        traces = (trace | {"row": row} for row, trace in zip(rows, rows_at(self._traces, "traces", rows, COLUMNS), strict=True))
+        reader = RankReader(self._recipe)
+        self._read = reader.read_numbered(traces, len(rows), self._out.journal(), lambda trace: before.get(_key(trace)))
+        values_R = np.full(len(competing_R), np.nan)
+        for row in rows:
+            ranks = self._read[row]
+            values_R[row] = np.nan if ranks is None else ranks.ratio
+        return values_R
+
+    def _before(self) -> dict[tuple[str, int], Ranks]:
+        """What the student made of traces before the stage grew."""
+        from distill.engines.ranking import Ranks
+
+        earlier = self._out.earlier
+        if earlier is None or "ranks" not in read_manifest(earlier).tables:
+            return {}
+        return {_key(row): found for row in iter_rows(earlier, "ranks") if (found := Ranks.of(row)) is not None}
+
+    def write(self) -> None:
+        """Writes the table `ranks`, where the student read."""
+        if self._recipe.curate.prefer != "rank_surprisal":
+            return
+        from distill.engines.ranking import Ranks
+
+        rows = sorted(self._read)
+        names = rows_at(self._traces, "traces", rows, ["prompt_id", "sample_index"])
+        self._out.write_table("ranks", (name | Ranks.entry(self._read[row]) for row, name in zip(rows, names, strict=True)), RANKS)
+
+
+def _key(row: dict[str, Any]) -> tuple[str, int]:
+    return row["prompt_id"], row["sample_index"]
+
+
 def _write(out: StageFolder, traces: Path, evidence: Evidence, choice: Choice) -> int | None:
     """Writes the tables, and returns the tokens of the traces that are kept; null where those of one are not known."""
     curated, dropped, verdicts = out.table("curated", TRACE), out.table("dropped", DROPPED_TRACE), out.table("verdicts", VERDICT)
@@ -223,11 +308,23 @@ def _verdict_rows(piece: pa.RecordBatch, evidence: Evidence, start: int) -> pa.R
     return pa.RecordBatch.from_arrays(columns, schema=VERDICT)
 
 
+def _told(rates: dict[str, Any]) -> str:
+    """The pass rates in a line."""
+    if not rates["prompts"]:
+        return "pass rate  of no prompt is known: not one trace was judged"
+    single = f"; {rates['one_sample']:,} have one judged trace, whose rate is 0 or 1" if rates["one_sample"] else ""
+    return (
+        f"pass rate  {rates['mean']:.1%} on average over {rates['prompts']:,} prompts: {rates['never']:,} never pass, {rates['always']:,} "
+        f"always{single}"
+    )
+
+
 def _nothing_kept(out: StageFolder, rows_in: int, drops: dict[str, int]) -> str:
     counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(drops.items()))
+    bounds = " or the bounds of its pass rates" if {"too_hard", "too_easy"} & set(drops) else ""
     return (
         f"{out.path}: none of {rows_in:,} traces is kept: {counts}. Look at the traces; then correct what they are made from, "
-        "or change curate.checks, or set curate.keep_unjudged for those that could not be judged, and add --redo."
+        f"or change curate.checks{bounds}, or set curate.keep_unjudged for those that could not be judged, and add --redo."
     )
 
 

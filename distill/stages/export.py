@@ -16,7 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.data.licences import UNKNOWN, check_terms, hub_licence, licence_of
+from distill.data.catalogue import UNKNOWN
+from distill.data.licences import check_terms, hub_licence, licence_of
 from distill.errors import DataError, ModelError
 from distill.recipe.base import Sampling
 from distill.recipe.experiment import Recipe
@@ -129,21 +130,22 @@ def _terms(recipe: Recipe, export: Export) -> tuple[str | None, str, list[str]]:
     Raises:
         LicenceError: the terms of one exclude this student, or ask for another name.
     """
-    sources: list[tuple[str | None, str]] = []
+    sources: list[tuple[str | None, str, ModelSpec | None]] = []
+    teacher = recipe.teacher
     if recipe.learns_from_traces:
         facts = read_manifest(folder(recipe, "generate")).facts
-        sources.append(((facts.get("author") or {}).get("model"), str(facts.get("licence") or UNKNOWN)))
-    teacher = recipe.teacher
+        writer = teacher if recipe.traces is None else None
+        sources.append(((facts.get("author") or {}).get("model"), str(facts.get("licence") or UNKNOWN), writer))
     if teacher is not None and (recipe.score is not None or recipe.train.is_live):
-        sources.append((teacher.model, licence_of(teacher.model, teacher.licence)))
+        sources.append((teacher.model, licence_of(teacher.model, teacher.licence), teacher))
     notes: list[str] = []
     names = public_names(recipe)
-    for author, licence in sources:
-        notes += check_terms(author, model_name(recipe, export), licence=licence, student=recipe.student.model)
+    for author, licence, spec in sources:
+        notes += check_terms(author, model_name(recipe, export), licence=licence, student=recipe.student.model, spec=spec)
         if author in names:  # what it is called elsewhere has terms, too
             notes += check_terms(names[author], model_name(recipe, export), licence=licence, student=names[recipe.student.model])
-    authors = [names.get(author) or file_or_name(author) for author, _ in sources if author is not None]
-    licences = dict.fromkeys(licence for _, licence in sources)
+    authors = [names.get(author) or file_or_name(author) for author, _, _ in sources if author is not None]
+    licences = dict.fromkeys(licence for _, licence, _ in sources)
     return " and ".join(dict.fromkeys(authors)) or None, " and ".join(licences), list(dict.fromkeys(notes))
 
 

@@ -87,7 +87,8 @@ def _import(recipe: Recipe, traces: Traces, source: Source, out: StageFolder) ->
             counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(drops.items()))
             raise DataError(
                 f"{traces.source}: none of {rows_in:,} traces can be used: {counts}. Their prompts must be the same text as "
-                "training prompts of this run: check traces.columns, and the keys of traces that say where reasoning and answer are."
+                "training prompts of this run, system turns and tools included: check traces.columns, and the keys of traces that say "
+                "where reasoning and answer are."
             )
     out.settings["source_sha256"] = source.sha256
     author = {"model": traces.author_model, "revision": None, "parameters": None}

@@ -7,17 +7,22 @@ known only when all were seen; the rows themselves wait in a file.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from typing import IO, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from distill.data.alike import Alike
 from distill.data.files import Row
 from distill.data.identities import Ids
 from distill.data.mapping import PromptMapping
-from distill.data.sources import Source, heldout_problems, problems
+from distill.data.sources import Source, benchmark_source, heldout_problems, problems
 from distill.data.split import HELDOUT, REASONS, TRAIN, Before, Fates, Index, drops_of, number_of
+from distill.recipe.alike import Benchmark
 from distill.recipe.experiment import Recipe
 from distill.recipe.prompts import Prompts
 from distill.run.clock import Clock
@@ -25,7 +30,7 @@ from distill.run.folder import StageFolder
 from distill.run.log import say
 from distill.run.manifest import Manifest
 from distill.run.plan import NO_LIMIT, Growth, StagePlan
-from distill.run.schema import DROPPED_PROMPT, FIELDS, PROMPT
+from distill.run.schema import DROPPED_PROMPT, FIELDS, MATCH, PROMPT
 from distill.stages import Step, folder, open_stage, plan_of
 
 _ROWS = 512  # that wait together
@@ -49,35 +54,58 @@ class Survey(NamedTuple):
     """PROMPT rows of some training prompts."""
 
 
+class _Sources(NamedTuple):
+    """Where rows come from."""
+
+    main: Source
+    heldout: Source | None
+    benchmarks: list[tuple[Benchmark, Source]]
+
+    @classmethod
+    def of(cls, prompts: Prompts) -> _Sources:
+        """Those that a recipe names."""
+        benchmarks = prompts.decontaminate.benchmarks if prompts.decontaminate is not None else []
+        return cls(problems(prompts), heldout_problems(prompts), [(each, benchmark_source(each)) for each in benchmarks])
+
+    def digests(self, digest: Callable[[Source], str | None]) -> dict[str, Any]:
+        """As a stage's settings have them."""
+        of_benchmarks = {each.called: digest(source) for each, source in self.benchmarks}
+        return {
+            "source_sha256": digest(self.main),
+            "heldout_source_sha256": digest(self.heldout) if self.heldout else None,
+            **({"benchmarks_sha256": of_benchmarks} if of_benchmarks else {}),
+        }
+
+    def records(self) -> list[dict[str, Any]]:
+        """What a manifest says of the files."""
+        others = [self.heldout] if self.heldout else []
+        return [record for each in (self.main, *others, *(source for _, source in self.benchmarks)) for record in each.records()]
+
+
 def plan(recipe: Recipe) -> StagePlan:
     """What the stage is asked to make."""
-    prompts, path = recipe.prompts, folder(recipe, "prompts")
-    source, heldout_source = problems(prompts), heldout_problems(prompts)
-    settings = {
-        "prompts": prompts.identity(),
-        "seed": recipe.seed,
-        "source_sha256": source.recall(path),
-        "heldout_source_sha256": heldout_source.recall(path) if heldout_source else None,
-    }
+    path = folder(recipe, "prompts")
+    digests = _Sources.of(recipe.prompts).digests(lambda source: source.recall(path))
+    settings = {"prompts": recipe.prompts.identity(), "seed": recipe.seed, **digests}
     growth = Growth({"prompts.max_prompts": NO_LIMIT}, free=frozenset({"source_sha256"}), looks_itself=True)
     return plan_of(recipe, Step("prompts"), settings, growth=growth)
 
 
 def run(recipe: Recipe) -> Manifest:
-    """Writes the tables `train`, `heldout` and `dropped`."""
-    prompts = recipe.prompts
-    source, heldout_source = problems(prompts), heldout_problems(prompts)
+    """Writes the tables `train`, `heldout` and `dropped`, and `matches` where prompts are compared with others."""
+    prompts, sources = recipe.prompts, _Sources.of(recipe.prompts)
     with open_stage(recipe, plan(recipe)) as out:
         if out.manifest:
             return out.manifest
         clock = Clock(out.path)
-        with out.in_one_go(), tempfile.TemporaryFile(dir=out.path) as waiting:
-            index = _read(prompts, source, heldout_source, waiting)
-            fates, twins_kept = index.split(prompts, recipe.seed, Before.read(out.earlier) if out.earlier else None)
+        with out.in_one_go(), tempfile.TemporaryFile(dir=out.path) as waiting, _compared(prompts, recipe.seed, out.path) as alike:
+            index = _read(prompts, sources, alike, waiting)
+            fates, twins_kept = index.split(prompts, recipe.seed, Before.read(out.earlier) if out.earlier else None, alike)
             out.grow()
             _write(out, waiting, fates, _schema(prompts))
-        out.settings["source_sha256"] = source.sha256
-        out.settings["heldout_source_sha256"] = heldout_source.sha256 if heldout_source else None
+            if alike is not None:
+                out.table("matches", MATCH).extend(alike.rows(index.ids))
+        out.settings.update(sources.digests(lambda source: source.sha256))
         counts = np.bincount(fates, minlength=2)
         if twins_kept:
             say(
@@ -92,10 +120,17 @@ def run(recipe: Recipe) -> Manifest:
                 train=int(counts[TRAIN]),
                 heldout=int(counts[HELDOUT]),
                 control_tokens_as_text=index.num_controls,
-                sources=source.records() + (heldout_source.records() if heldout_source else []),
+                sources=sources.records(),
                 **({"twins_kept": twins_kept} if twins_kept else {}),
+                **(alike.facts() if alike is not None else {}),
             ),
         )
+
+
+def _compared(prompts: Prompts, seed: int, place: Path | None = None) -> AbstractContextManager[Alike | None]:
+    """What compares prompts with others; nothing where that is not asked for."""
+    asked = prompts.near_duplicates is not None or prompts.decontaminate is not None
+    return Alike(prompts, seed, place) if asked else nullcontext()
 
 
 def survey(prompts: Prompts, seed: int, sample: int, *, spread: bool = False) -> Survey:
@@ -110,13 +145,14 @@ def survey(prompts: Prompts, seed: int, sample: int, *, spread: bool = False) ->
     Raises:
         DataError: a source can't be read, or there are fewer prompts than asked for, or none is left to train on.
     """
-    source, heldout_source = problems(prompts), heldout_problems(prompts)
-    index = _read(prompts, source, heldout_source)
-    fates = index.split(prompts, seed).fates
+    sources = _Sources.of(prompts)
+    with _compared(prompts, seed) as alike:
+        index = _read(prompts, sources, alike)
+        fates = index.split(prompts, seed, alike=alike).fates
     chosen = np.flatnonzero(fates == TRAIN)
     ids, references = index.ids[chosen], index.references[chosen]
-    mapping = PromptMapping(prompts, prompts.columns, source.name)
-    rows = (row for where, raw in source.rows(mapping.columns, "sample") for row, _ in mapping.prompt_rows(raw, where))
+    mapping = PromptMapping(prompts, prompts.columns, sources.main.name)
+    rows = (row for where, raw in sources.main.rows(mapping.columns, "sample") for row, _ in mapping.prompt_rows(raw, where))
     wanted = set(chosen[:: -(-len(chosen) // sample) if spread else 1][:sample].tolist())
     last = max(wanted)
     found = [row for number, row in zip(range(last + 1), rows) if number in wanted]
@@ -131,39 +167,35 @@ def survey(prompts: Prompts, seed: int, sample: int, *, spread: bool = False) ->
     )
 
 
-def _read(prompts: Prompts, source: Source, heldout_source: Source | None, waiting: IO[bytes] | None = None) -> Index:
+def _read(prompts: Prompts, sources: _Sources, alike: Alike | None, waiting: IO[bytes] | None = None) -> Index:
     """The index of all rows; the rows themselves go into a file, if one is given."""
     index = Index()
     schema = _schema(prompts)
     writer = pa.ipc.new_stream(waiting, schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) if waiting else None
-    for each in (source, heldout_source) if heldout_source else (source,):
+    for each in (sources.main, sources.heldout) if sources.heldout else (sources.main,):
         mapping = PromptMapping(prompts, prompts.columns, each.name)
-        rows: list[Row] = []
-        reasons: list[str | None] = []
-        for rows, reasons in _mapped(each, mapping):
+        for rows, reasons, numbers in _mapped(each, mapping):
             index.add(rows, reasons)
+            if alike is not None:
+                alike.add(rows, numbers)
             if writer:
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
-        if each is source:
+        if each is sources.main:
             index.num_main = len(index.ids)
     if writer:
         writer.close()
+    if alike is not None:
+        for benchmark, source in sources.benchmarks:
+            alike.add_questions(benchmark, source)
     return index
 
 
-def _mapped(source: Source, mapping: PromptMapping) -> Iterator[tuple[list[Row], list[str | None]]]:
-    """Some hundred rows at a time, and for each the reason to drop it or null."""
-    rows: list[Row] = []
-    reasons: list[str | None] = []
-    for where, raw in source.rows(mapping.columns, "prompts"):
-        for row, reason in mapping.prompt_rows(raw, where):
-            rows.append(row)
-            reasons.append(reason)
-        if len(rows) >= _ROWS:
-            yield rows, reasons
-            rows, reasons = [], []
-    if rows:
-        yield rows, reasons
+def _mapped(source: Source, mapping: PromptMapping) -> Iterator[tuple[list[Row], list[str | None], list[int]]]:
+    """Some hundred rows at a time, and for each the reason to drop it or null, and its number in the source, from 1."""
+    placed = enumerate(source.rows(mapping.columns, "prompts"), start=1)
+    while batch := list(islice(placed, _ROWS)):
+        found = [(row, reason, number) for number, (where, raw) in batch for row, reason in mapping.prompt_rows(raw, where)]
+        yield [row for row, _, _ in found], [reason for _, reason, _ in found], [number for _, _, number in found]
 
 
 def _schema(prompts: Prompts) -> pa.Schema:
