@@ -195,3 +195,18 @@ def test_parameters_may_stand_by_their_names_with_python_types_as_xlam_has_them(
     told = json.loads(tools_of(tools, "x") or "")
     assert told[0]["function"]["parameters"]["properties"] == {"type": {"type": "string", "description": "of it", "default": "all"}}
     assert told[1]["function"]["parameters"]["required"] == ["limit"] and tools_of(json.dumps(told), "x") == json.dumps(told)
+
+
+def test_a_reference_in_words_means_no_call_where_one_says_so() -> None:
+    """As in a conversation, some turns of which call nothing."""
+    call = '<tool_call>\n{"name": "get_order", "arguments": {"id": "17"}}\n</tool_call>'
+    for answer, wanted in (
+        ("I am sorry, I can't.", (True, "right")),
+        (call, (False, "other_calls")),
+        ("<tool_call>{", (False, "call_not_readable")),
+    ):
+        given = Given(answer, "That is not possible.", {"tools": TOOLS})
+        assert check_tool_calls(given, ToolCalls(reference="equal", in_words="no_call")) == wanted
+        assert check_tool_calls(given, ToolCalls(reference="equal")) == (None, "reference_is_no_call")
+    broken = Given("Yes.", '{"id": 3}', {"tools": TOOLS})  # data, but no call
+    assert check_tool_calls(broken, ToolCalls(reference="equal", in_words="no_call")) == (None, "reference_is_no_call")
