@@ -3,6 +3,7 @@ r"""Peak memory and speed of the stages over many brought traces, each stage a p
     python scripts/bench_data.py                                        # 10,000 and 1,000,000 rows: about an hour on 2 cores
     python scripts/bench_data.py --rows 10000 100000 --stages prompts generate --form jsonl
     python scripts/bench_data.py --length short --out table.md
+    python scripts/bench_data.py --rows 10000 100000 --stages prompts --prompts '{"near_duplicates": {}}'
 
 A made-up source holds a question of about 200 characters, a reference, and a trace of 6,600 characters, which is what 1,500 tokens
 of English and LaTeX come to (`--length short`: 300), as `<think>`, word-like text, `</think>` and a `\boxed{}`. Words are drawn by
@@ -81,13 +82,13 @@ def measure(stage: str, words: list[str]) -> Measured | None:
     return Measured(usage.ru_maxrss / 1024, seconds) if process.returncode == 0 else None
 
 
-def write_recipe(folder: Path, source: Path, student: str) -> Path:
-    """The recipe of a run over brought traces."""
+def write_recipe(folder: Path, source: Path, student: str, more: dict[str, Any] | None = None) -> Path:
+    """The recipe of a run over brought traces, with further keys of `prompts` if there are some."""
     recipe = {
         "name": "bench-data",
         "run_dir": str(folder / "run"),
         "student": {"model": student},
-        "prompts": {"source": str(source), "columns": {"prompt": "question", "reference": "answer"}},
+        "prompts": {"source": str(source), "columns": {"prompt": "question", "reference": "answer"}} | (more or {}),
         "traces": {"source": str(source), "columns": {"prompt": "question"}, "author_model": "nobody", "licence": "MIT"},
         "curate": {"checks": ["finish", "think"]},
         "train": {"max_length": MAX_LENGTH, "trainer_args": {"max_steps": 1, "per_device_train_batch_size": 1}},
@@ -154,7 +155,7 @@ def run(count: int, options: argparse.Namespace) -> dict[str, Measured | None]:
         maker = ["--make", str(source), "--rows", str(count), "--length", options.length]
         subprocess.run([sys.executable, __file__, *maker], check=True)  # a process of its own: peaks are inherited by children
         print(f"  source: {source.stat().st_size / 2**20:,.0f} MiB", flush=True)
-        recipe = write_recipe(folder, source, options.student)
+        recipe = write_recipe(folder, source, options.student, options.prompts)
         found: dict[str, Measured | None] = {}
         last = max(STAGES.index(stage) for stage in options.stages)
         needed = {"generate": ["prompts"], "curate": ["generate"], "tokenise": ["curate"], "train": ["curate"], "report": ["curate"]}
@@ -209,6 +210,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--form", choices=["parquet", "jsonl", "jsonl.zst"], default="parquet", help="of the source")
     parser.add_argument("--length", choices=list(CHARACTERS), default="long", help="of a trace")
     parser.add_argument("--student", default="embedded:student", help="whose tokenizer tokenises, and who trains a step")
+    parser.add_argument("--prompts", type=json.loads, help="further keys of the recipe's section of that name, as JSON")
     parser.add_argument("--scratch", help="folder for what is made and removed again; null means the system's")
     parser.add_argument("--out", type=Path, help="file that the table is added to")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
