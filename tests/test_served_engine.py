@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -14,17 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from distill.engines import Completion, Request, requests_for, write_traces
 from distill.models.loading import load_chat_format
 from distill.recipe.base import Sampling
 from distill.recipe.models import ModelSpec
 from distill.recipe.servers import Server
+from distill.run.calls import Call, parted, with_calls, written
 from distill.run.journal import Journal
 from distill.servers import Failure
 from distill.servers.client import Client
 from distill.servers.protocols import protocol_of
 from distill.servers.writing import ServerEngine
+from tests.answering import Answering
 from tests.faulty import faulty
 
 SAMPLING = Sampling(max_new_tokens=12, temperature=1.0, samples_per_prompt=4)
@@ -45,6 +49,50 @@ def rows_of(url: str, journal: Path, number: int, kind: str = "vllm") -> list[di
     with Client(server, [url], pause_s=0.002) as client:
         engine = ServerEngine(client, protocol_of(server, "tiny"), chat, SAMPLING)
         return write_traces(engine, requests_of(number), SAMPLING, Journal(journal), "teacher", "test")
+
+
+class Calling(Answering):
+    """A host whose model calls a tool; its stream tells the arguments piece by piece."""
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        self.asked.append(await request.json())
+        call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "get_order", "arguments": ""}}
+        pieces = [{"index": 0, "function": {"arguments": text}} for text in ('{"id"', ': "7"', "}")]
+        deltas = [{"reasoning_content": "I look."}, {"content": "One moment."}, *({"tool_calls": [piece]} for piece in (call, *pieces))]
+        events: list[dict[str, Any]] = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+        events.append(
+            {"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}], "usage": {"prompt_tokens": 9, "completion_tokens": 5}}
+        )
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for event in events:
+            await response.write(f"data: {json.dumps(event | {'model': self.model})}\n\n".encode())
+        await response.write_eof(b"data: [DONE]\n\n")
+        return response
+
+
+def test_a_host_is_told_of_tools_and_its_calls_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    tools = [{"type": "function", "function": {"name": "get_order", "parameters": {"type": "object", "properties": {}}}}]
+    call = {"id": "c0", "type": "function", "function": {"name": "get_order", "arguments": {"id": "6"}}}
+    messages = [
+        {"role": "user", "content": "Where are orders 6 and 7?", "tools": json.dumps(tools)},
+        {"role": "assistant", "content": "", "tool_calls": json.dumps([call])},
+        {"role": "tool", "content": "sent", "tool_call_id": "c0"},
+    ]
+    sampling = Sampling(max_new_tokens=12, samples_per_prompt=1)
+    with Calling() as host:
+        server = Server.model_validate({"kind": "openai", "url": f"{host.url}/v1"})
+        with Client(server, [f"{host.url}/v1"], pause_s=0.002) as client:
+            engine = ServerEngine(client, protocol_of(server, "tiny"), None, sampling)
+            requests = requests_for([{"prompt_id": "p", "messages": messages, "reference": None}], 1, 0)
+            [row] = write_traces(engine, requests, sampling, Journal(tmp_path / "j"), "teacher", "test")
+    [asked] = host.asked
+    assert asked["tools"] == tools and [turn["role"] for turn in asked["messages"]] == ["user", "assistant", "tool"]
+    assert asked["messages"][1]["tool_calls"][0]["function"]["arguments"] == '{"id": "6"}' and asked["messages"][2]["tool_call_id"] == "c0"
+    thought = "<think>\nI look.\n</think>\n\nOne moment."
+    assert row["completion"] == with_calls(thought, [written(Call("get_order", {"id": "7"}))]) and row["finish_reason"] == "stop"
+    assert parted(row["completion"])[1] == [Call("get_order", {"id": "7"})]
 
 
 def test_rows_have_the_ids_that_were_sent_and_drawn(tmp_path: Path) -> None:

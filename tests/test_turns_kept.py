@@ -11,8 +11,11 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distill.models.chat import chat_format
+from distill.recipe.base import Sampling
+from distill.recipe.servers import Server
 from distill.run.schema import EXTRAS, MESSAGES, PROMPT, Message, extras_of, prompt_id, spoken
 from distill.run.tables import TableWriter, rows_of
+from distill.servers.protocols import protocol_of
 from distill.servers.wire import conversation_of
 
 TOOLS = [
@@ -73,6 +76,19 @@ def test_templates_get_calls_as_objects_and_text_of_them_stays_text(tokenizer: P
     ids = chat.prompt_ids(TALK)
     assert ids.count(chat.end_of_turn_id) == len(TALK), "the one in the argument is read in pieces"
     assert tokenizer.decode(ids) == text
+
+
+def test_deepseek_gets_the_reasoning_of_calls_apart() -> None:
+    said = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nNo."}
+    called = {**TALK[1], "content": "<think>\nI look.\n</think>\n\n"}
+    talk = [TALK[0], said, TALK[0] | {"content": "And now?"}, called, TALK[2]]
+    for kind, sent in (("deepseek", ["No.", None, "", "I look."]), ("openai", [said["content"], None, called["content"], None])):
+        protocol = protocol_of(Server.model_validate({"kind": kind, "url": "http://127.0.0.1:1"}), "m")
+        body = protocol.writing(talk, Sampling(max_new_tokens=8), 1).body
+        assert body is not None
+        turns = body["messages"]
+        found = [turns[1]["content"], turns[1].get("reasoning_content"), turns[3]["content"], turns[3].get("reasoning_content")]
+        assert found == sent and turns[3]["tool_calls"] and "tools" in body
 
 
 def test_hosts_get_arguments_as_text_and_others_as_objects() -> None:

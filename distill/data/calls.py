@@ -13,6 +13,8 @@ from typing import Any
 
 from distill.data.names import json_text
 from distill.errors import DataError, shown
+from distill.run.calls import Call as Named
+from distill.run.calls import written
 from distill.run.schema import THINK_CLOSE, THINK_OPEN
 
 Call = dict[str, Any]
@@ -53,8 +55,7 @@ def calls_of(value: Any) -> list[Call]:
 
 def in_hermes_form(calls: Iterable[Call]) -> str:
     """Calls as text, a block each: the form in which completions have them."""
-    plain = ({name: call["function"][name] for name in ("name", "arguments")} for call in calls)
-    return "\n".join(f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>" for call in plain)
+    return "\n".join(written(Named(call["function"]["name"], call["function"]["arguments"])) for call in calls)
 
 
 def without_calls(text: str) -> tuple[str, list[Call]]:

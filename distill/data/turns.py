@@ -16,6 +16,7 @@ from distill.data.marks import thought, with_think
 from distill.data.names import json_text, whole_text
 from distill.data.texts import is_blank, without_end
 from distill.errors import DataError, shown
+from distill.run.calls import with_calls
 from distill.run.schema import THINK_CLOSE, THINK_OPEN, Message
 
 _CALLING = "calling"  # a turn of its own for calls, as ShareGPT has
@@ -96,11 +97,8 @@ def calls_apart(turn: Message, text: str) -> Message:
 
 def completion_of(turn: Message) -> str:
     """An assistant's turn as a completion: its text, then its calls, a block each."""
-    text = turn["content"].strip()
-    if "tool_calls" not in turn:
-        return text
-    between = "\n\n" if text.endswith(THINK_CLOSE) else "\n" if text else ""
-    return text + between + in_hermes_form(json.loads(turn["tool_calls"]))
+    calls = json.loads(turn["tool_calls"]) if "tool_calls" in turn else []
+    return with_calls(turn["content"].strip(), [in_hermes_form(calls)] if calls else [])
 
 
 def answered(turns: list[Message]) -> Iterator[tuple[list[Message], Message]]:

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from distill.recipe.base import Sampling
 from distill.run.calls import with_calls
+from distill.run.schema import THINK_CLOSE, THINK_OPEN
 from distill.servers import Answer, Call
 from distill.servers.alternatives import Entry, chat_entries, checked, completion_entries
 from distill.servers.answers import (
@@ -52,6 +53,8 @@ class Chat(Protocol):
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if self.server.kind == "deepseek":
+            body["messages"] = thoughts_apart(body["messages"])
         body |= {name: value for name, value in self._sampling(sampling).items() if name in self.facts.sampling}
         if logprobs is not None:
             together = self.server.kind == "together"
@@ -89,6 +92,21 @@ class Chat(Protocol):
         top_k = sampling.top_k or (-1 if self.server.kind == "together" else 0)
         top_p = sampling.top_p if sampling.temperature else 1.0
         return {"temperature": sampling.temperature, "top_p": top_p, "top_k": top_k, "min_p": sampling.min_p}
+
+
+def thoughts_apart(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Turns as DeepSeek wants them: the reasoning behind the last question in a field of its own, without which it refuses results of
+    tools; that before it left out.
+    """
+    asked = max((place for place, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
+    found = []
+    for place, turn in enumerate(turns):
+        thought, closed, text = turn["content"].partition(THINK_CLOSE)
+        if turn["role"] == "assistant" and closed and thought.lstrip().startswith(THINK_OPEN):
+            reasoning = thought.lstrip().removeprefix(THINK_OPEN).strip()
+            turn = turn | {"content": text.lstrip()} | ({"reasoning_content": reasoning} if place > asked else {})
+        found.append(turn)
+    return found
 
 
 def thinking(kind: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
