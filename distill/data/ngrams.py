@@ -16,6 +16,7 @@ import numpy as np
 
 from distill.data.identities import Ids, Places
 from distill.data.kept import Texts
+from distill.data.normal import SIGNS
 from distill.data.windows import windows
 from distill.run.log import progress
 
@@ -23,8 +24,7 @@ _UNSPACED = (
     "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     "\ua9e0-\ua9ff\uaa60-\uaa7f\uf900-\ufaff\U00020000-\U0003ffff"
 )
-_SIGNS = "\\s!-/:-@\\[-`{-~\u00a1-\u00bf\u00d7\u00f7\u060c\u061b\u061f\u06d4\u0964\u0965\u2000-\u2bff\u3000-\u303f\uff00-\uff0f"
-_UNITS = re.compile(f"[{_UNSPACED}]|[^{_UNSPACED}{_SIGNS}]+")
+_UNITS = re.compile(f"[{_UNSPACED}]|[^{_UNSPACED}{SIGNS}\\s]+")
 _IS_UNSPACED = re.compile(f"[{_UNSPACED}]")
 _COMMON = 10  # texts: what is in no more of them is no boilerplate, however few there are
 
