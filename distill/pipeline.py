@@ -20,6 +20,7 @@ from distill.run.log import ledger, nothing_to_do, say
 from distill.run.manifest import MANIFEST, Manifest, check_files, read_manifest
 from distill.run.owned import EARLIER, JOBS, LOGS
 from distill.run.parts import Part, begun, part_of
+from distill.run.plan import relation
 from distill.run.verify import Layout, refuse_damaged_inputs, verify
 from distill.stages import (
     CACHE,
@@ -226,11 +227,21 @@ def _run(steps: Sequence[Step], recipe: Recipe) -> None:
         if step.number and (place == 0 or steps[place - 1].number != step.number):
             say(f"\nround {step.number} of {recipe.rounds}")
         stop = run_stage(step.stage, recipe, number=step.number).facts.get("stop")
+        if step.stage == "curate" and Step("generate") in steps:
+            _solve(recipe)
         if step.number and stop is not None:
             stopped = True
             say(f"\nthe rounds end here: {stop}")
             if step.number < recipe.rounds and recipe.rollouts is not None and recipe.rollouts.schedule_over == "all_rounds":
                 say("the learning rate has not come to the end of its schedule; see rollouts.schedule_over")
+
+
+def _solve(recipe: Recipe) -> None:
+    """Goes from curate back to generate as long as there are prompts that more samples are asked of; see `generate.unsolved`."""
+    while recipe.generate is not None and relation(call(Step("generate"), recipe, "plan")).kind == "grows":
+        for stage in ("generate", "curate"):
+            early.check()
+            run_stage(stage, recipe)
 
 
 def serve(recipe: Recipe, role: str, number: int = 0) -> None:

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from test_prompts import made, recipe, rows, texts, write
 
-from distill.data.kept import TURN, Texts, own_text
+from distill.data.kept import TURN, Texts, around, own_text
 from distill.data.near import Near
 from distill.data.ngrams import Search
 from distill.data.normal import normal_form
@@ -103,15 +104,33 @@ def test_a_conversation_that_goes_on_is_no_near_duplicate() -> None:
     long = " ".join(LATIN[:60])
     one = [{"role": "user", "content": f"<< {long} >>"}]
     more = [{"role": "system", "content": "s"}, {"role": "user", "content": long}, {"role": "assistant", "content": "Yes."}]
-    assert own_text(one, "<< {prompt} >>") == normal_form(long)
+    assert own_text(one, around("<< {prompt} >>")) == normal_form(long)
     longer = [*more, {"role": "user", "content": "<< So? >>"}]
-    assert own_text(longer, "<< {prompt} >>") == f"{normal_form(long)}{TURN}yes.{TURN}so?"
+    assert own_text(longer, around("<< {prompt} >>")) == f"{normal_form(long)}{TURN}yes.{TURN}so?"
     with Texts() as kept:
         near = Near(0.8, 0, kept)
-        for text in (own_text(one, "<< {prompt} >>"), own_text(longer, "<< {prompt} >>"), normal_form(long + " so")):
+        for text in (own_text(one, around("<< {prompt} >>")), own_text(longer, around("<< {prompt} >>")), normal_form(long + " so")):
             kept.add([text])
             near.add([text])
         assert [found[:2] for found in near.among(np.arange(3), 0, 0.8)] == [(2, 0)]
+
+
+def test_what_is_around_is_told_from_what_a_row_fills_in() -> None:
+    assert around("Read.\n{context}\nIn \\boxed{answer}: {prompt}\nEnd {{x1}}.") == ("Read.\n", "\nEnd {x1}.")
+    calls = [{"role": "user", "content": "A <b>"}, {"role": "assistant", "content": "", "tool_calls": '[{"f": 1}]'}]
+    assert own_text(calls, ("", " <b>")) == f'a{TURN}[{{"f":1}}]'
+
+
+def test_a_conversation_of_many_turns_is_no_boilerplate(tmp_path: Path) -> None:
+    asked = " ".join(LATIN[:9])
+    file = write(tmp_path / "bench.jsonl", [{"question": asked}])
+    turns = [{"role": role, "content": f"{asked if not n else 'on'} {n}"} for n in range(30) for role in ("user", "assistant")]
+    other = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    source = write(tmp_path / "p.jsonl", [{"messages": turns}, {"messages": other}])
+    section = {"columns": {"messages": "messages"}, "turns": "all", "heldout_size": 0}
+    section["decontaminate"] = {"benchmarks": [{"source": str(file), "column": "question"}]}
+    found = survey(recipe(tmp_path, source, **section).prompts, 0, 3)
+    assert (found.train, found.drops) == (1, {"in_benchmark": 30})
 
 
 def grams(text: str, count: int) -> set[tuple[str, ...]]:
@@ -256,9 +275,30 @@ def test_the_same_is_found_whatever_the_hash_seed_and_the_command_says_it(tmp_pa
     assert tables[0] == tables[1] and not run(asked).grew_from
 
 
+@pytest.mark.slow
+def test_memory_holds_no_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peak over 2,400 prompts of 800 characters, half of them near-duplicates, against that over 1,200: 450 bytes a prompt more at most."""
+    monkeypatch.setattr("distill.data.near._KNOWN", 10_000)
+    draw = random.Random(11)
+
+    def peak(count: int) -> int:
+        long = [" ".join(f"{draw.getrandbits(28):x}" for _ in range(100)) for _ in range(count // 2)]
+        source = write(tmp_path / f"{count}.jsonl", [question(text + end) for text in long for end in ("", " end")])
+        tracemalloc.start()
+        assert run(recipe(tmp_path / str(count), source, near_duplicates={})).drops["near_duplicate"] >= 0.4 * count
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(100)  # imports and the like
+    few, many = peak(1200), peak(2400)
+    assert many - few < 1200 * 450, (many - few) / 1200
+
+
 def test_runs_of_words_know_no_process(tmp_path: Path) -> None:
     """Places are those of the first other text that has the run."""
     with Texts(tmp_path) as kept:
         kept.add(["a b c d e f", "x a b c d", "zero a b c d y", "c d e f g"])
-        found, common = Search(kept, [0, 1], [4, 3]).find(np.array([2, 3]), 0.01)
-    assert [tuple(each) for each in found] == [(2, 0, 4, "a b c d"), (3, 0, 4, "c d e f")] and common == 0
+        search = Search(kept, [0, 1], [4, 3])
+        found = list(search.find(np.array([2, 3]), 0.01))
+    assert [tuple(each) for each in found] == [(2, 0, 4, "a b c d"), (3, 0, 4, "c d e f")] and search.num_common == 0

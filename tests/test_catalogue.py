@@ -155,7 +155,17 @@ def test_a_spelling_changes_nothing() -> None:
         ),
         *("openai/o1-preview", "prod-o3-mini", "openai/our-deployment", "text-davinci-003", "mistral-7b/gpt-4o", "gpt-oss-gpt-4o"),
         *("anthropic/anything", "us.anthropic.claude-3-haiku-20240307-v1:0", "claude_3", "vertex_ai/claude-3-5-sonnet@20240620"),
-        *("models/gemini-1.5-pro", "google/gemini-2.5-flash", "x-ai/grok-4", "xai/grok-beta", "xai/anything", "CLAUDE OPUS"),
+        *(
+            "models/gemini-1.5-pro",
+            "google/gemini-2.5-flash",
+            "x-ai/grok-4",
+            "xai/grok-beta",
+            "xai/anything",
+            "CLAUDE OPUS",
+            "chatgpt-2025-01-31",
+            "chatgpt-2",
+            "gpt2/gpt-4",
+        ),
         *CLOSED,
     ],
 )
@@ -193,7 +203,16 @@ def test_no_prefix_separator_or_case_opens_the_gate() -> None:
             "AIDC-AI/Marco-o1",
             "nomic-ai/gpt4all-13b-snoozy",
         ),
-        *("openlm-research/open_llama_3b", "GSM8K annotators", "Qwen/QwQ-32B", "foo3-mini", "somebody/own", "Grokking-notes-0.5B"),
+        *(
+            "openlm-research/open_llama_3b",
+            "GSM8K annotators",
+            "Qwen/QwQ-32B",
+            "foo3-mini",
+            "somebody/own",
+            "Grokking-notes-0.5B",
+            "Krystalan/DRT-o1-7B",
+            "GAIR/daVinci-Dev-72B",
+        ),
     ],
 )
 def test_other_names_are_not_taken_for_closed_ones(author: str) -> None:
@@ -205,6 +224,10 @@ def test_open_weights_that_learned_from_a_closed_model_are_noted(author: str) ->
     assert any("learned from" in note and "can't give what these took" in note for note in teaches(author))
 
 
+def test_names_of_two_models_that_both_allow_it_are_no_news() -> None:
+    assert not any("learned from" in note for note in teaches("somebody/Qwen3-8B-deepseek-chat-distill"))
+
+
 def test_a_folder_here_is_no_closed_model(tmp_path: Path) -> None:
     folder = tmp_path / "claude" / "gpt-4o-student"
     folder.mkdir(parents=True)
@@ -214,7 +237,7 @@ def test_a_folder_here_is_no_closed_model(tmp_path: Path) -> None:
 
 
 def test_an_endpoints_name_is_not_enough() -> None:
-    for model in ("prod-7", "azure/prod-7", "litellm_proxy/prod-7"):
+    for model in ("prod-7", "azure/prod-7", "litellm_proxy/prod-7", "acme/g\u0440t-4o"):  # the last with a letter that only looks like p
         with pytest.raises(LicenceError, match=r"does not say which model answers there.*licence MIT alone.*teacher\.server\.model"):
             teaches(model, licence="MIT", spec=served(model, licence="MIT"))
         noted = teaches(model, licence="MIT", spec=served(model, licence="MIT", terms="contract with Acme of 2026-05-01, 4"))

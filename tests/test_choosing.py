@@ -169,7 +169,7 @@ def test_the_likeliest_are_those_of_the_highest_mean_log_probability(tmp_path: P
     [
         (None, {"prefer": "likeliest"}, "take rank_surprisal"),
         (4, {"prefer": "likeliest"}, "set generate.logprobs: 1"),
-        (2, {"prefer": "varied"}, "is not above curate.max_per_prompt"),
+        (2, {"prefer": "varied"}, "not more than curate.max_per_prompt"),
         (1, {"min_pass_rate": 0.5}, "raise generate.samples_per_prompt"),
         (4, {"long_share": 0.5}, "give both or neither"),
         (4, {"prefer": "mixed"}, "give both or neither"),

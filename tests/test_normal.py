@@ -32,11 +32,13 @@ from distill.stages.prompts import run, survey
         ("Stra\u00dfe", "STRASSE"),
         ("\u0663\u0664 + \u096b", "34 + 5"),
         ("\uff21\uff22\u3000\uff11", "ab 1"),
+        ("\ufeffWhat\u200b is 2\ufe0f?", "what is 2?"),
         ("\ufb01ve\u00a0boxes", "five boxes"),
     ],
 )
 def test_what_is_only_spelling_has_one_normal_form(one: str, other: str) -> None:
     assert normal_form(one) == normal_form(other)
+    assert normal_form("\u092f\u0939 \u0915\u0940  \u092c\u093e\u0924 \u0964").count(" ") == 2  # marks are parts of words
     for different in ("whatis 2?", "what is 3?", "what is 2", "cafe", "3 4 + 5"):
         assert normal_form(one) != different
 

@@ -180,6 +180,6 @@ def test_a_recipe_holds_offline_with_the_real_tokenizers(trade: str, shared: Pat
     for role, spec in (("teacher", real.teacher), ("student", real.student)):
         assert spec is not None
         words += [f"--{role}.model", spec.model, f"--{role}.tokenizer", str(tokenizer)]
-        words += [f"--{role}.chat_template_kwargs", json.dumps(spec.chat_template_kwargs)]
+        words += [f"--{role}.chat_template", "null", f"--{role}.chat_template_kwargs", json.dumps(spec.chat_template_kwargs)]
     holds, text = check.run(load_recipe(recipe_of(trade), words)), capsys.readouterr().out
     assert holds and "nothing speaks against" in text and "<|im_end|>««" in text, text

@@ -12,6 +12,7 @@ from distill.data.mapping import PromptMapping
 from distill.errors import DataError
 from distill.recipe.experiment import Recipe
 from distill.recipe.prompts import Columns, Prompts
+from distill.recipe.sets import HeldOutSet
 from distill.run.tables import iter_rows
 from distill.stages import import_traces, prompts
 
@@ -177,3 +178,12 @@ def test_every_answer_of_a_brought_conversation_is_a_trace(tmp_path: Path) -> No
     said = {row["completion"] for row in found}
     assert said < {turn["content"] for row in rows for turn in row["messages"] if turn["role"] == "assistant"}
     assert manifest.drops["in_heldout"] == len(list(iter_rows(tmp_path / "run" / "prompts", "heldout")))
+
+
+def test_a_set_with_columns_of_its_own_has_references_of_its_own() -> None:
+    """It is asked as the run's conversations are only where its columns are theirs."""
+    main = Prompts(source="x", columns=Columns(messages="messages"), turns="all", answer_as_reference=True)
+    own = HeldOutSet(source="y", columns=Columns(prompt="q", reference="a")).as_prompts(main, [])
+    same = HeldOutSet(source="y").as_prompts(main, [])
+    assert (own.turns, own.answer_as_reference, own.has_references) == ("last", False, True)
+    assert (same.turns, same.answer_as_reference, same.has_references) == ("all", True, True)

@@ -161,7 +161,7 @@ def _numbers(recipe: Recipe, survey: Survey, number: int, processes: int) -> str
     if not train.is_live and number:
         at_most = number
     elif not train.is_live and recipe.generate is not None:
-        at_most *= min(recipe.generate.samples_per_prompt, recipe.curate.max_per_prompt)
+        at_most *= min(recipe.generate.most_samples, recipe.curate.max_per_prompt)
     prompts = min(survey.train, at_most)
     if train.validation_prompts >= prompts:
         raise DataError(

@@ -19,6 +19,8 @@ class Job(NamedTuple):
     stage: str
     sampling: Sampling
     answers: int
+    at_most: bool = False
+    """Whether it may be fewer, or none."""
 
 
 class Lengths(NamedTuple):
@@ -40,7 +42,10 @@ def jobs_of(recipe: Recipe, role: str, train: int, heldout: int, further: Mappin
     """
     jobs = []
     if role == "teacher" and recipe.generate is not None:
-        jobs.append(Job("generate", recipe.generate, train * recipe.generate.samples_per_prompt))
+        asked = recipe.generate
+        jobs.append(Job("generate", asked, train * asked.samples_per_prompt))
+        if asked.unsolved is not None:
+            jobs.append(Job("generate.unsolved", asked, train * (asked.most_samples - asked.samples_per_prompt), at_most=True))
     if role == "student" and recipe.rollouts is not None:
         prompts = min(train, recipe.rollouts.prompts_per_round or train)
         share = 1 - recipe.rollouts.teacher_share
@@ -50,9 +55,9 @@ def jobs_of(recipe: Recipe, role: str, train: int, heldout: int, further: Mappin
         prompts = min(heldout, recipe.evaluate.max_prompts or heldout)
         if models:
             jobs.append(Job("evaluate", recipe.evaluate, prompts * recipe.evaluate.samples_per_prompt * len(models)))
-        asked = recipe.asked_sets()
+        sets = recipe.asked_sets()
         for name, count in (further or {}).items() if models else ():
-            sampling = asked[name].sampling
+            sampling = sets[name].sampling
             jobs.append(Job(f"evaluate.sets.{name}", sampling, count * sampling.samples_per_prompt * len(models)))
     return jobs
 
@@ -81,12 +86,13 @@ def expected(job: Job, prompt_tokens: float, answer: Lengths, tokens_per_s: floa
     """
     low, high = (job.answers * min(mean, job.sampling.max_new_tokens) for mean in answer)
     hours = _range(*(duration_text(tokens / max(tokens_per_s, 1e-9)) for tokens in (low, high)))
-    text = f"{job.stage}: {job.answers:,} answers of {_range(f'{answer.low:,.0f}', f'{answer.high:,.0f}')} tokens, {hours}"
+    number = f"up to {job.answers:,}" if job.at_most else f"{job.answers:,}"
+    text = f"{job.stage}: {number} answers of {_range(f'{answer.low:,.0f}', f'{answer.high:,.0f}')} tokens, {hours}"
     if price is None:
         return text, 0.0
     read = job.answers * prompt_tokens * price.input
     costs = [(read + tokens * price.output) / _MILLION for tokens in (low, high)]
-    return f"{text}, {_range(*(f'${cost:,.2f}' for cost in costs))}", costs[0]
+    return f"{text}, {_range(*(f'${cost:,.2f}' for cost in costs))}", 0.0 if job.at_most else costs[0]
 
 
 def _range(low: str, high: str) -> str:

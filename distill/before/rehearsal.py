@@ -189,7 +189,7 @@ def _small(recipe: Recipe, place: Path, targets: list[str] | None) -> Recipe:
             longest = min(changed[section]["max_new_tokens"], _TOKENS)
             changed[section] |= {"max_new_tokens": longest, "samples_per_prompt": 1, "batch_size": _BATCH}
     if changed["generate"] is not None:
-        changed["generate"]["logprobs"] = None  # which no model in this process keeps
+        changed["generate"] |= {"logprobs": None, "unsolved": None}  # no model in this process keeps them; and one sample is all
     # Of one sample there is nothing to choose.
     changed["curate"] |= {"prefer": "first", "long_share": None, "min_pass_rate": None, "max_pass_rate": None}
     if recipe.rollouts is not None:

@@ -48,7 +48,7 @@ class Evidence:
 
     def describe(self, row: int, trace: dict[str, Any]) -> None:
         """Notes what tells a trace from others: prompt and completion by 64 bits each, so no two are alike by chance."""
-        self.prompts_R[row], self.completions_R[row] = _hash(trace["prompt_id"]), _hash(trace["completion"])
+        self.prompts_R[row], self.completions_R[row] = number_of(trace["prompt_id"]), number_of(trace["completion"])
         if self.answers_R is not None:
             self.answers_R[row] = answer_number(trace["completion"])
         self.lengths_R[row], self.samples_R[row] = len(trace["completion"]), trace["sample_index"]
@@ -170,6 +170,20 @@ def pass_rates(evidence: Evidence) -> PassRates:
     return PassRates(prompts_P, judged_P, passed_P)
 
 
+def samples_of_unsolved(evidence: Evidence, samples_per_prompt: int) -> dict[int, int]:
+    """Of prompts of whose judged traces none passes, by the hash of their names: how many samples were asked for.
+
+    They come `samples_per_prompt` at a time, so that those of which no answer came are counted too.
+    """
+    found = pass_rates(evidence)
+    unsolved_P = found.prompts_P[found.passed_P == 0]
+    rows = np.flatnonzero(np.isin(evidence.prompts_R, unsolved_P))
+    most: dict[int, int] = {}
+    for prompt, sample in zip(evidence.prompts_R[rows].tolist(), evidence.samples_R[rows].tolist(), strict=True):
+        most[prompt] = max(most.get(prompt, 0), sample + 1)
+    return {prompt: -(-samples // samples_per_prompt) * samples_per_prompt for prompt, samples in most.items()}
+
+
 Values = Callable[[NDArray[np.bool_]], NDArray[np.float64]]
 """Of the traces that compete for their prompt's places a number each, `(R,)`: the lowest are kept, and NaN last."""
 
@@ -243,5 +257,6 @@ def _equals_before(values: NDArray[np.uint64]) -> NDArray[np.bool_]:
     return equal
 
 
-def _hash(text: str) -> int:
+def number_of(text: str) -> int:
+    """64 bits that are equal for equal texts."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")

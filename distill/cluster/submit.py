@@ -72,11 +72,21 @@ def prepare(recipe: Recipe, wanted: Wanted, site: Site) -> Submission:
     recipe = recipe.model_copy(update={"run_dir": str(run)})
     file = run / JOBS / f"recipe-{_stamp()}.yaml"
     steps = [step for step in refuse_what_cannot_end(recipe) if not step.number or stop_before(recipe, step) is None]
+    _refuse_going_back(recipe, steps)
     for step in steps:
         if step.stage == "train":
             place, train = folder(recipe, *step) / SCRATCH["train"], recipe.train_in_rounds if step.number else recipe.train
             refuse_launch(place, train, processes_of(wanted, site), on_cpu=not wanted.gpus)
     return Submission(run, jobs_of(recipe, file, steps, wanted, site, serving_jobs(recipe, steps)), {file: recipe_text(recipe)})
+
+
+def _refuse_going_back(recipe: Recipe, steps: Sequence[Step]) -> None:
+    """Refuses a chain of jobs where curate may go back to generate."""
+    if recipe.generate is not None and recipe.generate.unsolved is not None and Step("generate") in steps:
+        raise ClusterError(
+            "generate.unsolved: goes from curate back to generate, which a chain of jobs can't. Let one job do both first, `distill run "
+            "... --until curate`, or `distill generate --shard I/N` and `distill curate` by turns; then submit what follows from them."
+        )
 
 
 def prepare_sweep(recipe: Recipe, variants: Sequence[Variant], wanted: Wanted, site: Site) -> Submission:
@@ -97,6 +107,7 @@ def prepare_sweep(recipe: Recipe, variants: Sequence[Variant], wanted: Wanted, s
     file, listing = run / JOBS / f"recipe-{stamp}.yaml", run / JOBS / f"sweep-{stamp}.txt"
     files = {variant.name: run_dir(variant.recipe) / JOBS / file.name for variant in variants}
     steps = refuse_what_cannot_end(recipe, last=before_training(recipe)[-1].stage)
+    _refuse_going_back(recipe, steps)
     shared = jobs_of(recipe, file, steps, wanted, site, serving_jobs(recipe, steps))
     jobs = [*shared, *jobs_of_sweep(recipe, variants, files, listing, shared, wanted, site)]
     texts = {file: recipe_text(recipe), **{files[variant.name]: recipe_text(variant.recipe) for variant in variants}}

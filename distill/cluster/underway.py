@@ -80,6 +80,8 @@ def total_of(recipe: Recipe, step: Step) -> int | None:
     """How many rows a step writes in all; null where what it reads is not finished, or it counts no rows."""
     try:
         if step.stage == "generate" and recipe.generate is not None:
+            if recipe.generate.unsolved is not None and (folder(recipe, "generate") / EARLIER).exists():
+                return None  # more of some prompts, or of some more
             return _prompts(recipe, "train") * recipe.generate.samples_per_prompt
         if step.stage == "rollouts" and recipe.rollouts is not None:
             return _prompts(recipe, "train", recipe.rollouts.prompts_per_round) * recipe.rollouts.samples_per_prompt

@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from distill.data.files import Row
 from distill.data.identities import Identities, Ids, Places
-from distill.data.kept import Texts, own_text
-from distill.data.mapping import PromptMapping
+from distill.data.kept import Texts, around, own_text
+from distill.data.mapping import BEGINNING, PromptMapping
+from distill.data.matches import Match, Matches
 from distill.data.near import Near
 from distill.data.ngrams import Search
 from distill.data.sources import Source
 from distill.errors import DataError
-from distill.recipe.alike import Benchmark
+from distill.recipe.alike import Benchmark, NearDuplicates
 from distill.recipe.prompts import Columns, Prompts
 
 EXACT, SIMILAR = "exact", "similar"
@@ -42,16 +42,6 @@ _PLAIN: dict[str, Any] = {
 }
 
 
-class _Match(NamedTuple):
-    """A training prompt and what it is too much like, by their places."""
-
-    place: int
-    other: int
-    kind: str
-    run: str | None = None
-    similarity: float | None = None
-
-
 class Alike:
     """The texts of all prompts, and behind them the questions of benchmarks. Use as a context manager.
 
@@ -62,13 +52,14 @@ class Alike:
     """
 
     def __init__(self, prompts: Prompts, seed: int, place: Path | None = None) -> None:
-        self._prompts = prompts
+        self._prompts, self._around = prompts, around(prompts.template)
         limits = [limit for limit in (_heldout_limit(prompts), _question_limit(prompts)) if limit is not None]
         self._texts = Texts(place)
         self._near = Near(min(limits), seed, self._texts) if limits else None
         self._numbers, self._rows = array("Q"), array("I")
+        self._talks = array("Q")  # which conversation each is of, where one gives several prompts
         self._benchmarks: list[tuple[int, str]] = []  # where each begins, and its name
-        self._matches: dict[int, tuple[_Match, str]] = {}
+        self._matches = Matches(place)
         self.boilerplate = 0
         """Runs of words, of the smallest length, that were in too many prompts to be a sign of anything."""
 
@@ -76,7 +67,8 @@ class Alike:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._texts.__exit__(kind, error, trace)
+        self._texts.close()
+        self._matches.close()
 
     def add(self, rows: list[Row], numbers: Sequence[int]) -> None:
         """Takes prompts in.
@@ -85,7 +77,8 @@ class Alike:
             rows: PROMPT rows.
             numbers: Of the rows in their source, from 1.
         """
-        self._add([own_text(row["messages"], self._prompts.template) for row in rows], numbers)
+        self._talks.extend(row[BEGINNING] for row in rows if BEGINNING in row)
+        self._add([own_text(row["messages"], self._around) for row in rows], numbers)
 
     def add_questions(self, benchmark: Benchmark, source: Source) -> None:
         """Takes the questions of a benchmark in, behind all prompts.
@@ -100,7 +93,7 @@ class Alike:
         try:
             while batch := list(islice(placed, _TOGETHER)):
                 talks = [mapping.prompt_rows(raw, where)[-1][0]["messages"] for _, (where, raw) in batch]
-                self._add([own_text(messages, "{prompt}") for messages in talks], [number for number, _ in batch])
+                self._add([own_text(messages) for messages in talks], [number for number, _ in batch])
         except DataError as error:
             raise DataError(f"prompts.decontaminate: {error}") from None
         if not any(self._numbers[begin:]):
@@ -124,19 +117,15 @@ class Alike:
         questions = np.arange(self._first_question, len(self._texts))
         questions = questions[self._number_of_each[questions] > 0]
         left = np.setdiff1d(train, kept)
-        for look in (self._equal, self._sharing_runs, self._similar):
-            found = list(look(train, left, questions, heldout))
-            for match in found:
-                reason = "in_benchmark" if match.other >= self._first_question else "near_heldout"
-                yield self._noted(match, reason)
-            left = np.setdiff1d(left, [match.place for match in found])
+        for look in (self._equal, self._sharing_runs, self._similar_to_questions, self._similar_to_heldout):
+            begin = len(self._matches)
+            for match in look(train, left, questions, heldout):
+                yield self._noted(match, "in_benchmark" if match.other >= self._first_question else "near_heldout")
+            left = np.setdiff1d(left, self._matches.places(begin))
         if self._prompts.near_duplicates is not None:
-            assert self._near is not None
-            least = self._prompts.near_duplicates.similarity
-            for place, other, similarity in self._near.among(np.concatenate([kept, left]), len(kept), least):
-                yield self._noted(_Match(place, other, SIMILAR, None, similarity), "near_duplicate")
+            yield from (self._noted(match, "near_duplicate") for match in self._near_duplicates(kept, left, self._prompts.near_duplicates))
 
-    def _equal(self, train: Places, left: Places, questions: Places, heldout: Places) -> Iterator[_Match]:
+    def _equal(self, train: Places, left: Places, questions: Places, heldout: Places) -> Iterator[Match]:
         asked = self._prompts.decontaminate
         if asked is None or not asked.exact:
             return
@@ -144,38 +133,44 @@ class Alike:
         numbers, first = np.unique(self._number_of_each[others], return_index=True)
         places = Identities(numbers).places(self._number_of_each[left])
         for place, at in zip(left[places >= 0].tolist(), places[places >= 0].tolist(), strict=True):
-            yield _Match(place, int(others[first[at]]), EXACT)
+            yield Match(place, int(others[first[at]]), EXACT)
 
-    def _sharing_runs(self, train: Places, left: Places, questions: Places, heldout: Places) -> Iterator[_Match]:
+    def _sharing_runs(self, train: Places, left: Places, questions: Places, heldout: Places) -> Iterator[Match]:
         asked = self._prompts.decontaminate
         if asked is None or not asked.ngrams:
             return
         others = np.concatenate([questions, heldout]) if asked.heldout else questions
-        found, self.boilerplate = Search(self._texts, others.tolist(), asked.ngrams).find(train, asked.boilerplate)
-        for each in found:
+        talks = np.frombuffer(self._talks, np.uint64) if self._talks else None
+        search = Search(self._texts, others.tolist(), asked.ngrams)
+        for each in search.find(train, asked.boilerplate, talks):
             if _holds(left, each.place):
-                yield _Match(each.place, each.other, f"{each.words}-gram", each.run)
+                yield Match(each.place, each.other, f"{each.words}-gram", each.run)
+        self.boilerplate = search.num_common
 
-    def _similar(self, train: Places, left: Places, questions: Places, heldout: Places) -> Iterator[_Match]:
-        of_questions, of_heldout = _question_limit(self._prompts), _heldout_limit(self._prompts)
-        for others, least in ((questions, of_questions), (heldout, of_heldout)):
-            if least is not None and len(others):
-                assert self._near is not None
-                found = [_Match(place, other, SIMILAR, None, value) for place, other, value in self._near.against(others, left, least)]
-                yield from found
-                left = np.setdiff1d(left, [match.place for match in found])
+    def _similar_to_questions(self, train: Places, left: Places, questions: Places, heldout: Places) -> Iterator[Match]:
+        return self._similar(left, questions, _question_limit(self._prompts))
 
-    def _noted(self, match: _Match, reason: str) -> tuple[int, str]:
-        self._matches[match.place] = match, reason
+    def _similar_to_heldout(self, train: Places, left: Places, questions: Places, heldout: Places) -> Iterator[Match]:
+        return self._similar(left, heldout, _heldout_limit(self._prompts))
+
+    def _similar(self, left: Places, others: Places, least: float | None) -> Iterator[Match]:
+        if least is not None and len(others):
+            assert self._near is not None
+            for place, other, similarity in self._near.against(others, left, least):
+                yield Match(place, other, SIMILAR, None, similarity)
+
+    def _near_duplicates(self, kept: Places, left: Places, asked: NearDuplicates) -> Iterator[Match]:
+        assert self._near is not None
+        for place, other, similarity in self._near.among(np.concatenate([kept, left]), len(kept), asked.similarity):
+            yield Match(place, other, SIMILAR, None, similarity)
+
+    def _noted(self, match: Match, reason: str) -> tuple[int, str]:
+        self._matches.add(match, reason)
         return match.place, reason
 
     def facts(self) -> dict[str, Any]:
         """What a manifest says: how many were found, by reason and kind, and how many runs of words were passed over."""
-        counts: dict[str, Counter[str]] = {}
-        for match, reason in self._matches.values():
-            counts.setdefault(reason, Counter())[match.kind] += 1
-        found = {reason: dict(sorted(kinds.items())) for reason, kinds in sorted(counts.items())}
-        return {"alike": found, **({"boilerplate_runs": self.boilerplate} if self.boilerplate else {})}
+        return {"alike": self._matches.counts(), **({"boilerplate_runs": self.boilerplate} if self.boilerplate else {})}
 
     def rows(self, ids: Ids) -> Iterator[Row]:
         """MATCH rows, in the order of the prompts.
@@ -183,14 +178,14 @@ class Alike:
         Args:
             ids: Of all prompts.
         """
-        for place, (match, reason) in sorted(self._matches.items()):
+        for match, reason in self._matches.sorted():
             yield {
-                "prompt_id": f"{int(ids[place]):016x}",
+                "prompt_id": f"{int(ids[match.place]):016x}",
                 "reason": reason,
                 "kind": match.kind,
                 "set": {"near_heldout": "heldout", "near_duplicate": "train"}.get(reason) or self._benchmark_at(match.other),
                 "row": self._rows[match.other],
-                "text": self._texts[place],
+                "text": self._texts[match.place],
                 "other_text": self._texts[match.other],
                 "shared": match.run,
                 "similarity": match.similarity,

@@ -111,7 +111,7 @@ class Family(_Entry):
     names: list[str]
     """By which they are found, anywhere in a name."""
     alone: list[str] = []
-    """Names so short that they count only where nothing else is written to them (`o3`)."""
+    """Names so short that they count only as a word of their own (`o3`), and not beside a size: open weights are called so too."""
     makers: list[str] = []
     """Words that name the maker: they count where a name tells nothing else."""
     excepted: list[str] = Field(default=[], alias="except")
@@ -185,17 +185,24 @@ def spelled(name: str) -> str:
 
 def families(name: str | None) -> list[Found]:
     """The families that a name belongs to, the longest match first; makers alone only where nothing else is found."""
-    text = spelled(name or "")
+    text, has_size = spelled(name or ""), states_size(name or "")
     spans: list[tuple[int, int, Found]] = []
     makers = []
     for key, family in catalogue().families.items():
         named, alone, maker, excepted = _patterns(key)
-        left = excepted.sub(lambda found: "|" * len(found[0]), text) if excepted else text
-        spans += [(*found.span(), Found(key, family)) for pattern in (named, alone) if pattern for found in pattern.finditer(left)]
-        makers += [Found(key, family, is_maker=True)] if maker and maker.search(left) else []
+        others = [found.span() for found in excepted.finditer(text)] if excepted else []
+        at = [*_seen(named, text, others), *_seen(None if has_size else alone, text, others)]
+        spans += [(start, end, Found(key, family)) for start, end in at]
+        makers += [Found(key, family, is_maker=True)] if _seen(maker, text, others) else []
     whole = [span for span in spans if not any(a <= span[0] and span[1] <= b and b - a > span[1] - span[0] for a, b, _ in spans)]
     ordered = sorted(whole, key=lambda span: span[0] - span[1])
     return list({found.name: found for *_, found in ordered}.values()) or makers
+
+
+def _seen(pattern: re.Pattern[str] | None, text: str, others: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Where a pattern is found, unless it begins inside the name of another."""
+    found = [one.span() for one in pattern.finditer(text)] if pattern else []
+    return [span for span in found if not any(start <= span[0] < end for start, end in others)]
 
 
 def terms_named(licence: str | None) -> tuple[str, Terms] | None:
@@ -220,7 +227,7 @@ def _patterns(key: str) -> tuple[re.Pattern[str], re.Pattern[str] | None, re.Pat
     words = r"(?:-?(?:mini|pro|preview|deep-?research))?(?![a-z0-9.])"
     alone = re.compile(rf"(?<![a-z0-9.])(?:{'|'.join(map(_letters, family.alone))}){words}") if family.alone else None
     makers = re.compile(rf"(?<![a-z0-9])(?:{'|'.join(map(_letters, family.makers))})(?![a-z0-9])") if family.makers else None
-    return _any(family.names, ends), alone, makers, _any(family.excepted) if family.excepted else None
+    return _any(family.names, ends), alone, makers, _any(family.excepted, _ENDS) if family.excepted else None
 
 
 def _any(names: list[str], ends: str = "") -> re.Pattern[str]:

@@ -1,9 +1,8 @@
-"""Texts that wait in a file, to be compared with one another. In memory are 16 bytes a text, and what tells equal ones."""
+"""Texts that wait in a file, to be compared with one another. In memory are 8 bytes a text."""
 
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from array import array
 from collections.abc import Iterator
@@ -12,12 +11,12 @@ from pathlib import Path
 from types import TracebackType
 
 from distill.data.normal import normal_form
+from distill.recipe.prompts import pieces_of
 from distill.run.schema import Message
 
 TURN = "\n"
 """Between the turns of a text; no normal form has it."""
 
-_PLACE = re.compile(r"\{prompt\}|(?<![\w\\}\]^])\{[A-Za-z_][\w.]*\}")  # for a text, in a template
 _TOGETHER = 512
 
 
@@ -36,6 +35,10 @@ class Texts:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file; nothing can be read any more."""
         self._file.close()
 
     def __len__(self) -> int:
@@ -59,19 +62,27 @@ class Texts:
             yield batch, [self[place] for place in batch]
 
 
-def own_text(messages: list[Message], template: str) -> str:
-    """What is a conversation's own, in normal form: its turns, without those of the system and what the template puts around the last.
+def around(template: str) -> tuple[str, str]:
+    """What a template puts before the first value of a row, and behind the last."""
+    pieces = pieces_of(template)
+    filled = [place for place, piece in enumerate(pieces) if piece.name is not None]
+    before, behind = pieces[: filled[0]], pieces[filled[-1] + 1 :]
+    return "".join(piece.text for piece in before), "".join(piece.text for piece in behind)
+
+
+def own_text(messages: list[Message], around: tuple[str, str] = ("", "")) -> str:
+    """What is a conversation's own, in normal form: its turns with their calls, without those of the system and without the template.
 
     Args:
         messages: As they are put to a model.
-        template: Of the user's last turn.
+        around: What the template puts before and behind the text of the last turn of the user's.
     """
-    places = list(_PLACE.finditer(template))
-    before, behind = (template[: places[0].start()], template[places[-1].end() :]) if places else ("", "")
+    before, behind = around
     last = max((place for place, turn in enumerate(messages) if turn["role"] == "user"), default=-1)
     texts = []
     for place, turn in enumerate(messages):
         if turn["role"] != "system":
             content = turn["content"]
-            texts.append(normal_form(content.removeprefix(before).removesuffix(behind) if place == last else content))
+            content = content.removeprefix(before).removesuffix(behind) if place == last else content
+            texts.append(normal_form(f"{content} {turn.get('tool_calls') or ''}"))
     return TURN.join(texts)

@@ -89,7 +89,7 @@ def _terms_of_traces(author: str | None, licence: str | None, spec: ModelSpec | 
     names = [author] if spec is None or spec.server is None or spec.server.model is None else [author, spec.server.model]
     for name in filter(None, names):
         for found in families(name):
-            if found.family.weights == "closed" and _learned_from_it(name, found, spec):
+            if _forbids(found) and _learned_from_it(name, found, spec):
                 notes.append(_trained_on(name, found))
             else:
                 yield from _held(name, found)
@@ -110,6 +110,11 @@ def _held(name: str, found: Found) -> Iterator[_Held]:
     key = found.family.terms
     if key in catalogue().terms:
         yield _Held(name, key, catalogue().terms[key])
+
+
+def _forbids(found: Found) -> bool:
+    terms = catalogue().terms.get(found.family.terms)
+    return found.family.weights == "closed" and terms is not None and terms.trains == "none"
 
 
 def _learned_from_it(name: str, closed: Found, spec: ModelSpec | None) -> bool:
@@ -164,7 +169,7 @@ def _can_be_looked_up(model: str) -> bool:
     """Whether a name is a folder or file here, or an id on the Hub, whose page has the terms; a gateway is no owner there."""
     routes = {spelled(route) for route in catalogue().routes}
     owner, _, own = model.partition("/")
-    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and spelled(owner) not in routes and bool(own)
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model, re.ASCII) is not None and spelled(owner) not in routes and bool(own)
     return hub or Path(model).exists()
 
 

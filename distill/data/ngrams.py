@@ -1,13 +1,14 @@
 """Runs of words that texts share with some others: what betrays a question of a benchmark inside a prompt. Knows no prompts.
 
 A word is what stands between spaces and signs. In scripts without spaces (Chinese, Japanese, Thai, Khmer, ...) each character stands for
-half a word, so that a run of 8 words is one of 16 characters in a text that is mostly of them. Of the runs of the others, 20 bytes
+half a word, so that a run of 8 words is one of 16 characters in a text that is mostly of them. Of the runs of the others, 24 bytes
 each are in memory.
 """
 
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from distill.data.identities import Ids, Places
 from distill.data.kept import Texts
+from distill.data.normal import SIGNS
 from distill.data.windows import windows
 from distill.run.log import progress
 
@@ -22,8 +24,7 @@ _UNSPACED = (
     "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     "\ua9e0-\ua9ff\uaa60-\uaa7f\uf900-\ufaff\U00020000-\U0003ffff"
 )
-_SIGNS = "\\s!-/:-@\\[-`{-~\u00a1-\u00bf\u00d7\u00f7\u060c\u061b\u061f\u06d4\u0964\u0965\u2000-\u2bff\u3000-\u303f\uff00-\uff0f"
-_UNITS = re.compile(f"[{_UNSPACED}]|[^{_UNSPACED}{_SIGNS}]+")
+_UNITS = re.compile(f"[{_UNSPACED}]|[^{_UNSPACED}{SIGNS}\\s]+")
 _IS_UNSPACED = re.compile(f"[{_UNSPACED}]")
 _COMMON = 10  # texts: what is in no more of them is no boilerplate, however few there are
 
@@ -50,32 +51,34 @@ class Search:
 
     def __init__(self, texts: Texts, others: Sequence[int], lengths: list[int]) -> None:
         self._texts = texts
+        self.num_common = 0
+        """Runs, of the smallest length, that are boilerplate."""
         self._known = [_Known(texts, others, words) for words in lengths]
 
-    def find(self, asked: Places, share: float) -> tuple[list[Found], int]:
-        """The texts that share a run, each with one of the largest, and how many runs of the smallest length are boilerplate.
+    def find(self, asked: Places, share: float, talks: Ids | None = None) -> Iterator[Found]:
+        """The texts that share a run, each with one of the largest.
 
         Args:
             asked: Places of the texts.
             share: A run in more of them than this, and in more than ten, is boilerplate.
+            talks: Which conversation the text at each place is of: in how many of its parts a run is says nothing. Null: each counts.
         """
-        hits = self._counted(asked)
+        hits = self._counted(asked, asked.astype(np.uint64) if talks is None else talks[asked])
         most = max(_COMMON, int(share * len(asked)))
-        common = [known.forget(most) for known in self._known]
-        found: list[Found] = []
+        for known in self._known:
+            self.num_common = known.forget(most)
         for some, batch in self._texts.some(iter(hits)):
-            found += self._largest(some, list(map(units, batch)))
-        return found, common[-1]
+            yield from self._largest(some, list(map(units, batch)))
 
-    def _counted(self, asked: Places) -> list[int]:
+    def _counted(self, asked: Places, talks: Ids) -> array[int]:
         """The texts that share a run of the smallest length; in how many each run is, is noted."""
-        hits = []
+        hits = array("q")
         with progress(len(asked), "prompts", "runs of words", passing=True) as bar:
             for some, batch in self._texts.some(iter(asked.tolist())):
-                words = list(map(units, batch))
+                words, of_talks = list(map(units, batch)), talks[bar.done : bar.done + len(some)].tolist()
                 for known in self._known:
-                    shared = [known.note(numbers) for numbers in runs(words, known.words)]
-                hits += [place for place, is_shared in zip(some, shared, strict=True) if is_shared]  # of the last, the smallest
+                    shared = [known.note(numbers, talk) for numbers, talk in zip(runs(words, known.words), of_talks, strict=True)]
+                hits.extend(place for place, is_shared in zip(some, shared, strict=True) if is_shared)  # of the last, the smallest
                 bar.update(len(some))
         return hits
 
@@ -103,7 +106,8 @@ class _Known:
         # Of a run in several texts the first is named.
         self._numbers, first = np.unique(np.concatenate(numbers), return_index=True)
         self._places = np.concatenate(places)[first]
-        self._num_texts = np.zeros(len(first), np.int64)
+        self._num_texts = np.zeros(len(first), np.int32)
+        self._last = np.full(len(first), 2**64 - 1, np.uint64)
 
     def _at(self, numbers: Ids) -> Places:
         if not len(self._numbers):
@@ -111,11 +115,12 @@ class _Known:
         nearest = np.minimum(np.searchsorted(self._numbers, numbers), len(self._numbers) - 1)
         return np.where(self._numbers[nearest] == numbers, nearest, -1)
 
-    def note(self, numbers: Ids) -> bool:
-        """Counts the runs of a text, each once; whether there is one."""
+    def note(self, numbers: Ids, talk: int) -> bool:
+        """Counts the runs of a text, each once a conversation, whose parts follow one another; whether there is one."""
         at = np.unique(self._at(numbers))
         at = at[at >= 0]
-        self._num_texts[at] += 1
+        self._num_texts[at[self._last[at] != talk]] += 1
+        self._last[at] = talk
         return len(at) > 0
 
     def forget(self, most: int) -> int:

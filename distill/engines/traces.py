@@ -87,18 +87,21 @@ class TraceTable:
         max_failed: float = 0.0,
         *,
         sampling: Sampling | None = None,
+        further: int = 0,
         silent: bool = False,
     ) -> None:
         """Adds a trace for each prompt and sample, in their order, as far as they are not there.
 
         Args:
             engine: Writes them; null where all have been written before.
-            prompts: With `prompt_id`, `messages` and `reference`; the same after a restart.
+            prompts: With `prompt_id`, `messages` and `reference`, and `samples` where another number of them is asked for; the same
+                after a restart.
             num_prompts: How many.
             author: Of the traces.
             description: For the progress bar.
             max_failed: Share of the requests that may fail for good.
             sampling: How these are drawn, and how often; null: as all others.
+            further: How many requests there are beyond `samples_per_prompt` of each.
             silent: Whether nothing is said of what is known: it is of this making, or was said.
 
         Raises:
@@ -106,13 +109,13 @@ class TraceTable:
         """
         sampling = sampling or self._sampling
         samples, at_once = sampling.samples_per_prompt, _prompts_at_once(sampling)
-        total, source, begins = num_prompts * samples, iter(prompts), self._asked - self._others  # behind other authors' rows
+        total, source, begins = num_prompts * samples + further, iter(prompts), self._asked - self._others  # behind other authors' rows
         if self._earlier is not None and self.knows(author) and not silent:
             say(f"{description}: {self._earlier.count(author):,} traces were written before, and are not written again")
         done = min(max(self._num_done - self._asked, 0) + _journalled(self._journal, author), total)
         with progress(total, "traces", description, done=done) as bar:
             while prompts_here := list(itertools.islice(source, at_once)):
-                before, size = self._asked, len(prompts_here) * samples
+                before, size = self._asked, sum(row.get("samples", samples) for row in prompts_here)
                 self._asked += size
                 there = max(self._num_done - before, 0)  # a kill between two shards of a window leaves the first
                 if there >= size:

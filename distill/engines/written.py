@@ -75,11 +75,11 @@ class Engine(Protocol):
 
 
 def requests_for(prompts: Sequence[dict[str, Any]], samples_per_prompt: int, seed: int) -> list[Request]:
-    """`samples_per_prompt` requests for each prompt row, each with a seed of its own."""
+    """`samples_per_prompt` requests for each prompt row, or as many as it says under `samples`, each with a seed of its own."""
     return [
         Request(row["prompt_id"], index, row["messages"], row["reference"], request_seed(seed, row["prompt_id"], index))
         for row in prompts
-        for index in range(samples_per_prompt)
+        for index in range(row.get("samples", samples_per_prompt))
     ]
 
 

@@ -66,17 +66,59 @@ class Traces(Section):
         return self.completion is None and self.columns.messages is not None
 
 
+class Unsolved(Section):
+    """More samples of prompts of which no trace passes yet."""
+
+    max_samples: PositiveInt
+    """Of a prompt at most. After each curation those of whose judged traces none passes get `samples_per_prompt` more, up to so many."""
+    temperatures: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
+    """Of the further samples, one after the other (`[0.8, 1.0]`: the second `samples_per_prompt` at 0.8, all behind them at 1.0); null:
+    all at `generate.temperature`. So what is easy is answered at a low temperature, and only what is not at a higher one."""
+
+
 class Generate(Sampling):
     """The teacher writes traces: in this process, or where `teacher.server` says."""
 
     logprobs: Annotated[int, Field(ge=1, le=64)] | None = None
     """Keep the log-probabilities of so many most probable tokens with every token written (hosts give up to 20): targets without a second
     reading (`score.source: generation`). Needs a server that tells them."""
+    unsolved: Unsolved | None = None
+    """More samples of prompts without a right answer yet; null writes `samples_per_prompt` of each alone. `distill run` goes from curate
+    back to generate until none is left, or all have their most; by hand, `distill generate` and `distill curate` in turn."""
+
+    @model_validator(mode="after")
+    def _further_samples_differ(self) -> Generate:
+        if self.unsolved is None:
+            return self
+        if self.unsolved.max_samples <= self.samples_per_prompt:
+            raise ValueError(
+                f"unsolved.max_samples ({self.unsolved.max_samples}) would be ignored: it is not above samples_per_prompt "
+                f"({self.samples_per_prompt})"
+            )
+        if self.temperature == 0 and self.unsolved.temperatures is None:
+            raise ValueError("temperature 0 writes the same answer every time: give unsolved.temperatures of further samples")
+        return self
+
+    @property
+    def most_samples(self) -> int:
+        """Of a prompt at most."""
+        return self.samples_per_prompt if self.unsolved is None else self.unsolved.max_samples
+
+    def further(self, samples: int) -> Generate:
+        """How more is written of prompts that have so many samples."""
+        temperatures = self.unsolved.temperatures if self.unsolved is not None else None
+        if temperatures is None or samples < self.samples_per_prompt:
+            return self
+        place = -(-samples // self.samples_per_prompt) - 1
+        return self.model_copy(update={"temperature": temperatures[min(place, len(temperatures) - 1)]})
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the rows; of those that an earlier kit did not know only what is asked for."""
+        """The settings that decide the rows; of those that an earlier kit did not know only what is asked for.
+
+        How more is written of unsolved prompts says nothing of the rows of all.
+        """
         plain = super().identity()
-        return {name: value for name, value in plain.items() if name != "logprobs" or value is not None}
+        return {name: value for name, value in plain.items() if name != "unsolved" and (name != "logprobs" or value is not None)}
 
 
 _LATER = ("min_pass_rate", "max_pass_rate", "long_share")
@@ -148,15 +190,17 @@ class Curate(Section):
             raise ValueError(f"curate.prefer likeliest needs the log-probabilities of the tokens that the teacher wrote: {advice}")
         if generate is None:
             return
+        if generate.unsolved is not None and not self.checks:
+            raise ValueError("generate.unsolved would be ignored: without curate.checks every trace passes")
         if generate.samples_per_prompt == 1 and self.bounds_difficulty:
             raise ValueError(
                 "curate.min_pass_rate and max_pass_rate look at how many of a prompt's traces pass, and there is one: raise "
                 "generate.samples_per_prompt"
             )
-        if generate.samples_per_prompt <= self.max_per_prompt and self.prefer in ("mixed", "varied", "likeliest", "rank_surprisal"):
+        if generate.most_samples <= self.max_per_prompt and self.prefer in ("mixed", "varied", "likeliest", "rank_surprisal"):
             raise ValueError(
-                f"curate.prefer {self.prefer} would be ignored: generate.samples_per_prompt ({generate.samples_per_prompt}) is not above "
-                f"curate.max_per_prompt ({self.max_per_prompt}), so all that pass are kept"
+                f"curate.prefer {self.prefer} would be ignored: of a prompt at most {generate.most_samples} are written "
+                f"(generate.samples_per_prompt), not more than curate.max_per_prompt ({self.max_per_prompt}), so all that pass are kept"
             )
 
     def identity(self) -> dict[str, Any]:

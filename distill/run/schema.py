@@ -107,6 +107,9 @@ RANKS = pa.schema(
     ]
 )
 
+# Prompts of whose judged traces none passes, with the number of samples that were asked for.
+UNSOLVED = pa.schema([("prompt_id", pa.string()), ("samples", pa.int32())])
+
 ANSWER = pa.schema(
     [
         ("set", pa.string()),  # "heldout", or the name of a further held-out set, with which its prompts' ids begin

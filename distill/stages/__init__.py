@@ -51,7 +51,7 @@ _PARTIAL = "partial"
 WRITES = {
     "prompts": _tables("train", "heldout", "dropped", "matches"),
     "generate": (*_tables("traces", "dropped", "alternatives"), *_WRITTEN),
-    "curate": (*_tables("curated", "dropped", "verdicts", "ranks"), *_JUDGED),
+    "curate": (*_tables("curated", "dropped", "verdicts", "ranks", "unsolved"), *_JUDGED),
     "score": ("targets-*-of-*.targets", "targets-*-of-*.targets.part", "journal-*-of-*.jsonl"),
     "train": ("adapter/*", "model/*", "tokenizer/*", "checkpoints/*", "logs/*", "metrics.jsonl"),
     "rollouts": (*_tables("traces", "dropped"), *_WRITTEN),

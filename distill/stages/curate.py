@@ -6,6 +6,7 @@ once to check them and once to write them where they belong; between, some bytes
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -18,7 +19,18 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from distill.checks import Given, Verdict, judge
-from distill.checks.choice import NOT_ASKED, Choice, Evidence, agree, choose, evidence_for, pass_rates, unfailed
+from distill.checks.choice import (
+    NOT_ASKED,
+    Choice,
+    Evidence,
+    agree,
+    choose,
+    evidence_for,
+    number_of,
+    pass_rates,
+    samples_of_unsolved,
+    unfailed,
+)
 from distill.checks.fields import PromptFields
 from distill.checks.functions import digest_of
 from distill.checks.judge import Case
@@ -34,7 +46,7 @@ from distill.run.folder import StageFolder
 from distill.run.log import Progress, progress, say
 from distill.run.manifest import Manifest, read_manifest
 from distill.run.plan import Growth, StagePlan
-from distill.run.schema import DROPPED_TRACE, RANKS, TOLD, TRACE, VERDICT
+from distill.run.schema import DROPPED_TRACE, RANKS, TOLD, TRACE, UNSOLVED, VERDICT
 from distill.run.tables import iter_pieces, iter_rows, rows_at, rows_of
 from distill.servers.judging import CASE, Asked, case_of, grade, with_judges
 from distill.stages import Step, folder, open_stage, plan_of, run_dir
@@ -84,6 +96,7 @@ def run(recipe: Recipe) -> Manifest:
         rates = pass_rates(evidence).facts
         if recipe.curate.bounds_difficulty:
             say(_told(rates))
+        unsolved = _unsolved(recipe, evidence)
         preferred = _Preferred(recipe, out, evidence)
         choice = choose(evidence, recipe.curate, preferred.values if recipe.curate.prefer in _BY_VALUE else None)
         rows_in, drops = len(choice.codes_R), choice.drops
@@ -92,9 +105,13 @@ def run(recipe: Recipe) -> Manifest:
         with out.in_one_go():
             tokens = _write(out, traces, evidence, choice)
             preferred.write()
-            found = {"verdicts": evidence.summary(), "pass_rates": rates}
+            found: dict[str, Any] = {"verdicts": evidence.summary(), "pass_rates": rates}
+            if unsolved is not None:
+                found["unsolved"] = _write_unsolved(out, traces, unsolved)
             facts = with_judges(clock.facts(**found, **_carried(source.facts, tokens)), judges)
-            return out.finish(rows_in=rows_in, rows_kept=choice.num_kept, drops=drops, facts=facts)
+            finished = out.finish(rows_in=rows_in, rows_kept=choice.num_kept, drops=drops, facts=facts)
+        _say_unsolved(recipe, facts.get("unsolved", {}))
+        return finished
 
 
 def _counts_tokens(curate: Curate) -> bool:
@@ -296,6 +313,38 @@ def _write(out: StageFolder, traces: Path, evidence: Evidence, choice: Choice) -
         unknown += kept["completion_ids"].null_count
         start += len(piece)
     return None if unknown else tokens
+
+
+def _unsolved(recipe: Recipe, evidence: Evidence) -> dict[int, int] | None:
+    """Samples of each prompt without a right answer, by the hash of its name; null where nothing would be done about it."""
+    if recipe.generate is None:
+        return None
+    found, size = samples_of_unsolved(evidence, recipe.generate.samples_per_prompt), recipe.generate.samples_per_prompt
+    traces = folder(recipe, "generate")
+    for row in iter_rows(traces, "dropped", columns=["prompt_id", "sample_index"]) if "dropped" in read_manifest(traces).tables else ():
+        prompt = number_of(row["prompt_id"])
+        if prompt in found:  # asked for, even if no answer came
+            found[prompt] = max(found[prompt], -(-(row["sample_index"] + 1) // size) * size)
+    return found
+
+
+def _write_unsolved(out: StageFolder, traces: Path, unsolved: dict[int, int]) -> dict[str, int]:
+    """Writes the table `unsolved`; returns how many prompts have each number of samples."""
+    table, left = out.table("unsolved", UNSOLVED), dict(unsolved)
+    for row in iter_rows(traces, "traces", columns=["prompt_id"]):
+        samples = left.pop(number_of(row["prompt_id"]), None)
+        if samples is not None:
+            table.append({"prompt_id": row["prompt_id"], "samples": samples})
+    return {str(samples): count for samples, count in sorted(Counter(unsolved.values()).items())}
+
+
+def _say_unsolved(recipe: Recipe, unsolved: dict[str, int]) -> None:
+    """Says how many prompts have no right answer, where more samples of them can be written."""
+    if recipe.generate is None or recipe.generate.unsolved is None or not unsolved:
+        return
+    most = recipe.generate.most_samples
+    open_ = sum(count for samples, count in unsolved.items() if int(samples) < most)
+    say(f"unsolved  {sum(unsolved.values()):,} prompts have no right answer yet; more can be written of {open_:,}, up to {most:,}")
 
 
 def _verdict_rows(piece: pa.RecordBatch, evidence: Evidence, start: int) -> pa.RecordBatch:
