@@ -276,3 +276,17 @@ def test_tokens_of_answers_that_are_of_no_use_are_counted(streams: bool) -> None
     assert all(isinstance(answer, Answer) for answer in answers.values()) and asked.total() > 40
     expected = sum(asked[name] * answer.usage.output_tokens for name, answer in answers.items() if isinstance(answer, Answer))
     assert spending.usage.output_tokens == expected and spending.usage.requests == 40
+
+
+def test_a_caller_that_is_not_done_with_answers_holds_requests_up() -> None:
+    """A kill loses at most what is in flight and as many answers: whoever writes them down may be slow."""
+    with faulty() as calm:
+        server = server_at(calm.url, concurrency=3)
+        protocol = protocol_of(server, "tiny")
+        with Client(server, server.urls) as client:
+            answers = client.run(calls_of(server, 100), protocol.answer, lambda answer: answer.usage)
+            next(answers)
+            for _ in range(50):
+                client.ask(protocol.models())
+            assert calm.asked.total() <= 2 * 3
+            assert len(list(answers)) == 99

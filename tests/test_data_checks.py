@@ -10,6 +10,7 @@ import pytest
 from distill.checks import Given
 from distill.checks.json_answer import check_json
 from distill.checks.tool_calls import check_tool_calls
+from distill.data.calls import tools_of
 from distill.recipe.kinds import Json, ToolCalls
 
 THOUGHT = "<think>\nread {\n</think>\n\n"
@@ -168,3 +169,44 @@ def test_several_calls_their_order_and_none() -> None:
 )  # fmt: skip
 def test_what_begins_like_a_call_and_is_none(answer: str) -> None:
     assert check_tool_calls(Given(answer, None, {"tools": TOOLS}), ToolCalls()) == (False, "call_not_readable")
+
+
+@pytest.mark.parametrize(
+    ("call", "found"),
+    [
+        ({"name": "live", "arguments": {"type": "beta"}}, (True, "fits")),
+        ({"name": "live", "arguments": {}}, (True, "fits")),
+        ({"name": "live", "arguments": {"kind": "beta"}}, (False, "unknown_argument")),
+        ({"name": "top", "arguments": {"limit": 3, "tags": ["a"]}}, (True, "fits")),
+        ({"name": "top", "arguments": {"limit": "three"}}, (False, "arguments_not_valid")),
+        ({"name": "top", "arguments": {"tags": ["a"]}}, (False, "arguments_not_valid")),
+        ({"name": "now", "arguments": {}}, (True, "fits")),
+    ],
+)
+def test_parameters_may_stand_by_their_names_with_python_types_as_xlam_has_them(call: Any, found: Any) -> None:
+    """One of them may be called as a keyword of JSON schema is."""
+    tools = [
+        {"name": "live", "description": "", "parameters": {"type": {"description": "of it", "type": "str", "default": "all"}}},
+        {"name": "top", "parameters": {"limit": {"type": "int"}, "tags": {"type": "List[str], optional"}, "by": {"type": "Any, optional"}}},
+        {"name": "now", "parameters": {}},
+    ]
+    given = Given(f"<tool_call>\n{json.dumps(call)}\n</tool_call>", None, {"tools": json.dumps(tools)})
+    assert check_tool_calls(given, ToolCalls()) == found
+    told = json.loads(tools_of(tools, "x") or "")
+    assert told[0]["function"]["parameters"]["properties"] == {"type": {"type": "string", "description": "of it", "default": "all"}}
+    assert told[1]["function"]["parameters"]["required"] == ["limit"] and tools_of(json.dumps(told), "x") == json.dumps(told)
+
+
+def test_a_reference_in_words_means_no_call_where_one_says_so() -> None:
+    """As in a conversation, some turns of which call nothing."""
+    call = '<tool_call>\n{"name": "get_order", "arguments": {"id": "17"}}\n</tool_call>'
+    for answer, wanted in (
+        ("I am sorry, I can't.", (True, "right")),
+        (call, (False, "other_calls")),
+        ("<tool_call>{", (False, "call_not_readable")),
+    ):
+        given = Given(answer, "That is not possible.", {"tools": TOOLS})
+        assert check_tool_calls(given, ToolCalls(reference="equal", in_words="no_call")) == wanted
+        assert check_tool_calls(given, ToolCalls(reference="equal")) == (None, "reference_is_no_call")
+    broken = Given("Yes.", '{"id": 3}', {"tools": TOOLS})  # data, but no call
+    assert check_tool_calls(broken, ToolCalls(reference="equal", in_words="no_call")) == (None, "reference_is_no_call")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import build_tiny_model
 from fabricated import change_manifest, make_run, recipe_for, trace
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from peft import LoraConfig, PeftModel, get_peft_model
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from distill.errors import DataError, IntegrityError, LicenceError, ModelError
 from distill.models.loading import load_chat_format
 from distill.recipe.experiment import Recipe
-from distill.recipe.models import ModelSpec
+from distill.recipe.models import FullFinetune, ModelSpec
 from distill.recipe.results import Evaluate, Export
 from distill.run.folder import StageFolder
 from distill.run.manifest import MANIFEST, check_files
@@ -241,6 +242,38 @@ def test_the_card_says_what_it_is(exported: Path, tiny_model_dir: Path) -> None:
         "samples_per_prompt: 1",
     ):
         assert expected in card.replace("\\", ""), expected
+
+
+def test_provenance_is_there_for_machines(tmp_path: Path) -> None:
+    """Who wrote, from which data, each under which terms: on the card as the Hub reads it, and as a bill of materials."""
+    make_run(tmp_path)
+    student = {"model": "Qwen/Qwen3-0.6B"}
+    prompts = {"source": "openai/gsm8k", "heldout_source": "somebody/held-out"}
+    recipe = recipe_for(tmp_path, student=student, prompts=prompts, teacher={"model": "Qwen/Qwen3-8B", "terms": "see their page"})
+    bill = json.loads(export._bill(recipe, Export(), {"licence": "gemma", "notes": ["Pass the terms on."]}))
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
+    made = bill["metadata"]["component"]
+    assert made["licenses"] == [{"license": {"name": "apache-2.0-and-gemma"}}]
+    assert made["pedigree"]["ancestors"][0]["name"] == "Qwen/Qwen3-0.6B"
+    assert made["modelCard"]["quantitativeAnalysis"]["performanceMetrics"][0]["value"] == "71 %"
+    parts = {
+        part["name"]: {told["name"].removeprefix("distill-kit:"): told["value"] for told in part["properties"]}
+        for part in bill["components"]
+    }
+    assert parts["Qwen/Qwen3-8B"]["role"] == "wrote the traces" and parts["Qwen/Qwen3-8B"]["terms"] == "see their page"
+    assert parts["openai/gsm8k"]["role"] == "problems" and parts["somebody/held-out"]["role"] == "held-out problems"
+    refs = {"base", *(part["bom-ref"] for part in bill["components"])}
+    assert (
+        set(bill["dependencies"][0]["dependsOn"]) == refs
+        and {one["ref"] for one in made["modelCard"]["modelParameters"]["datasets"]} < refs
+    )
+    facts = {"author": "Qwen/Qwen3-8B", "licence": "Apache-2.0", "notes": [], "least_transformers": "5"}
+    parity = {"prompts": 1, "token_agreement": 1.0, "positions": 1, "mean_kl_nats": 0.0}
+    full = recipe.model_copy(update={"student": recipe.student.model_copy(update={"adapter": FullFinetune(type="full")})})
+    keys = front_matter(export._card(full, Export(), facts | {"parity": parity}))
+    assert keys["datasets"] == ["openai/gsm8k"]  # what it learned from, not what it was measured on
+    found = model_index_to_eval_results(keys["model-index"])[1]
+    assert [(one.metric_type, one.metric_value, one.dataset_type) for one in found] == [("accuracy", 71.0, "somebody/held-out")]
 
 
 def change_json(path: Path, values: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 LAYERS = [
     {"__main__"},
     {"cli", "train", "library"},
+    {"reference"},
     {"cluster"},
     {"before"},
     {"pipeline"},
@@ -39,6 +40,7 @@ LAYERS = [
 ]
 TORCH_FREE = {
     "cli",
+    "reference",
     "cluster",
     "library",
     "pipeline",
@@ -57,6 +59,7 @@ TORCH_FREE = {
 TORCH_FREE |= {
     "trainers.launches",
     "before.quick",
+    "before.advice",
     "before.findings",
     "before.packages",
     "before.tokens",

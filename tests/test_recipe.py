@@ -120,6 +120,21 @@ def test_a_word_for_a_key_that_takes_text_is_what_it_is(key: str, word: str, val
         assert found == value
 
 
+def test_a_number_is_a_place_in_a_list(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD.replace("[finish, math]", "[finish, math, {length: {max_tokens: 9}}, {text: {pattern: a}}]"))
+    recipe = load_recipe(
+        path, ["--curate.checks.2.length.max_tokens", "7", "--curate.checks.3.text.pattern", "5", "--curate.checks.1", "number"]
+    )
+    found = recipe.curate.checks
+    assert found[2].length is not None and found[3].text is not None and found[1].number is not None
+    assert (found[2].length.max_tokens, found[3].text.pattern) == (7, "5")
+    for key in ("4", "-1", "length.max_tokens"):
+        with pytest.raises(RecipeError, match=rf"curate.checks.{key}: is in a list of 4 here"):
+            load_recipe(path, [f"--curate.checks.{key}", "7"])
+    with pytest.raises(RecipeError, match="0 is a plain value here"):
+        load_recipe(path, ["--curate.checks.0.finish.x", "7"])
+
+
 def test_the_home_is_meant_by_a_tilde_alone(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, GOOD), ["--run_dir", "~"]).run_dir == str(Path.home())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from distill.recipe.traces import Generate
 from distill.servers import Call, Usage
 from distill.servers.addresses import Addresses
 from distill.servers.hosts import BatchHost as Host
+from distill.servers.sending import Sender
 from distill.servers.spending import Spending, shared
 from distill.stages import train
 
@@ -81,6 +83,18 @@ def test_a_host_of_batches_gets_a_key_and_shows_none(monkeypatch: pytest.MonkeyP
         with pytest.raises(ServerError, match=r"401.*\*\*\*") as error:
             Host(server)._raise(401, b'{"error": {"message": "Incorrect API key provided: very-secret"}}')
     assert "very-secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(("key", "left"), [("none", "none"), ("EMPTY", "EMPTY"), ("not-needed", "not-needed"), ("sk-4f5e6d7c", "***")])
+def test_a_key_goes_into_no_answer_and_a_word_that_stands_for_one_stays(key: str, left: str) -> None:
+    """Whoever needs no key sets one all the same, and it may be a word of the answers."""
+
+    async def parsed() -> Any:
+        sender = Sender(Server(kind="vllm", url="http://127.0.0.1:1"), key)
+        await sender.close()
+        return sender._parsed(json.dumps({"content": f"I have {key}.", "index": None}).encode())
+
+    assert asyncio.run(parsed()) == {"content": f"I have {left}.", "index": None}
 
 
 def test_an_address_that_is_writing_its_first_answer_is_not_given_up() -> None:

@@ -9,7 +9,8 @@ import pytest
 from trades import KEPT, MadeTeacher, judged, made_rows, made_words, recipe_of, run_made, scores
 
 from distill.before import check
-from distill.models import loading
+from distill.checks import Given
+from distill.checks.label import check_label
 from distill.recipe.models import ModelSpec
 from distill.recipe.reading import load_recipe
 from distill.run.manifest import read_manifest
@@ -35,6 +36,17 @@ def test_right_answers_pass_and_wrong_ones_go_for_their_reason(trade: str, tmp_p
     found, wanted = judged(trade, tmp_path)
     assert found == wanted
     assert len(found) == len(made_rows(trade)) and Counter(wanted.values())[KEPT] <= len(found) - 8
+
+
+def test_each_of_the_hundred_labels_of_law_is_asked_for_and_found() -> None:
+    recipe = load_recipe(recipe_of("law"))
+    label = next(check.label for check in recipe.curate.checks if check.label is not None)
+    assert label.choices is not None and len(label.choices) == 100
+    assert (recipe.prompts.system_prompt or "").endswith(f"The topics are: {', '.join(label.choices)}.")
+    for number, name in enumerate(label.choices):
+        for answer in (f"\\boxed{{{name}}}", f"The topic is **{name}**."):
+            assert check_label(Given(answer, str(number)), label) == (True, "right"), answer
+            assert check_label(Given(answer, str((number + 1) % 100)), label) == (False, "wrong_label"), answer
 
 
 @pytest.mark.slow
@@ -65,7 +77,9 @@ def test_a_shop_learns_from_the_teachers_probabilities_and_is_measured_by_countr
         accuracy = found[role, "accuracy"]
         assert accuracy["num_prompts"] == 12 and accuracy["low"] <= accuracy["value"] <= accuracy["high"]
         assert found[role, "macro_f1"]["value"] <= 1 and found[role, "mean_tokens"]["value"] > 0
-        countries = {metric: row["num_prompts"] for (model, metric), row in found.items() if model == role and metric.startswith("accuracy/")}
+        countries = {
+            metric: row["num_prompts"] for (model, metric), row in found.items() if model == role and metric.startswith("accuracy/")
+        }
         assert countries.keys() <= {"accuracy/us", "accuracy/es", "accuracy/jp"} and sum(countries.values()) == 12
     assert ("student-base", "accuracy_difference") in found and "tokens an answer" in told and "parameters" in told
     assert read_manifest(tmp_path / "run" / "targets").rows_kept == read_manifest(tmp_path / "run" / "curated").rows_kept
@@ -76,6 +90,8 @@ def test_the_recipes_hold_offline_with_the_real_tokenizers(
     shared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On the made prompts; the real models' templates and ids, and lengths in their tokens. The tokenizer is the same for all."""
+    from distill.models import loading  # and torch with it
+
     tokenizer = str(shared / "data" / "tokenizers" / "qwen3")
     read = loading.load_tokenizer(ModelSpec(model=tokenizer))
     monkeypatch.setattr(loading, "load_tokenizer", lambda spec: read if spec.tokenizer == tokenizer else None)

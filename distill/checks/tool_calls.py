@@ -11,6 +11,7 @@ from typing import Any
 from distill.checks import Found, Given
 from distill.checks.form import answer_of
 from distill.checks.json_answer import equal, find_json, is_missing, loaded, schema_problem
+from distill.data.calls import schema_of
 from distill.recipe.kinds import ToolCalls
 from distill.run.calls import Call
 
@@ -49,6 +50,8 @@ def check_tool_calls(given: Given, settings: ToolCalls) -> Found:
         if given.reference is None:
             return None, "no_reference"
         wanted = _of_reference(given.reference)
+        if wanted is None and settings.in_words == "no_call" and is_missing(loaded(given.reference)):
+            wanted = []
         if wanted is None:
             return None, "reference_is_no_call"
     answer = answer_of(given.completion)
@@ -99,7 +102,7 @@ def _tools_of(value: Any) -> dict[str, Any] | None:
         described = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(described, dict) or not isinstance(described.get("name"), str):
             return None
-        found[described["name"]] = described.get("parameters", described.get("input_schema")) or {}
+        found[described["name"]] = schema_of(described.get("parameters", described.get("input_schema")) or {})
     return found
 
 

@@ -20,6 +20,11 @@ _BLOCKS = re.compile(r"(?:\s*<tool_call>(?:(?!</?tool_call>).)*</tool_call>)+\s*
 _BLOCK = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
 _MEANT_NULL = frozenset({"default", "const", "enum"})
+_PYTHON_TYPES = {
+    **{"str": "string", "string": "string", "int": "integer", "integer": "integer", "float": "number", "number": "number"},
+    **{"bool": "boolean", "boolean": "boolean", "list": "array", "array": "array", "tuple": "array", "set": "array"},
+    **{"dict": "object", "object": "object"},
+}
 
 
 UNUSABLE = ("not_text", "call_not_readable")
@@ -80,6 +85,21 @@ def tools_of(value: Any, where: str) -> str | None:
     return json_text(tools, "tools", where)
 
 
+def schema_of(parameters: Any) -> Any:
+    """A tool's parameters as JSON schema, where each stands by its name with a Python type, as in xLAM's data; else as given."""
+    if not isinstance(parameters, dict) or not parameters or "properties" in parameters or parameters.get("type") == "object":
+        return parameters
+    if not all(isinstance(each, dict) and isinstance(each.get("type"), str) for each in parameters.values()):
+        return parameters
+    properties = {}
+    for name, each in parameters.items():
+        kind = _PYTHON_TYPES.get(re.split(r"\W", each["type"], maxsplit=1)[0].lower())
+        rest = {key: item for key, item in each.items() if key not in ("type", "required")}
+        properties[name] = ({"type": kind} if kind else {}) | rest
+    asked = [name for name, each in parameters.items() if each.get("required", "default" not in each and "optional" not in each["type"])]
+    return {"type": "object", "properties": properties} | ({"required": asked} if asked else {})
+
+
 def _tool(value: Any, where: str) -> dict[str, Any]:
     described = value.get("function") if isinstance(value, dict) and isinstance(value.get("function"), dict) else value
     if not isinstance(described, dict) or not isinstance(described.get("name"), str):
@@ -87,6 +107,8 @@ def _tool(value: Any, where: str) -> dict[str, Any]:
     function = {name: item for name, item in _without_nulls(described).items() if name != "type"}
     if "input_schema" in function:  # as Anthropic calls it
         function["parameters"] = function.pop("input_schema")
+    if "parameters" in function:
+        function["parameters"] = schema_of(function["parameters"])
     return {"type": "function", "function": function}
 
 

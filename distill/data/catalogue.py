@@ -179,6 +179,7 @@ def spelled(name: str) -> str:
     """A name in small ASCII letters and digits with `-` between them, and `.` inside numbers: all that a spelling can't change."""
     plain = unicodedata.normalize("NFKD", name).casefold()
     plain = "".join(letter for letter in plain if unicodedata.category(letter) not in ("Mn", "Cf"))
+    plain = re.sub(r"(?<=\d)p(?=\d)", ".", plain)  # as Fireworks writes it: v3p1
     return re.sub(r"-+", "-", re.sub(r"[^a-z0-9.]|(?<!\d)\.|\.(?!\d)", "-", plain)).strip("-")
 
 

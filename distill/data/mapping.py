@@ -106,11 +106,11 @@ class PromptMapping:
         """The reference, and the reason to drop a row without one where one is looked for."""
         name = self._columns.reference
         found = None
-        if self._prompts.answer_as_reference:
-            found = reference_of(asked.answer) if asked.answer is not None else None
-        elif name is not None and is_last:
+        if name is not None and is_last:
             value, as_json = value_at(row, name, where), self._prompts.json_reference
             found = text_of(value, name, where) if is_parts(value) and not as_json else reference_at(row, name, where, as_json=as_json)
+        elif name is None and self._prompts.answer_as_reference and asked.answer is not None:
+            found = reference_of(asked.answer)
         if found is None or self._prompts.answer_pattern is None:
             return (found.strip() if found else None), None
         matches = [match.strip() for match in re.findall(self._prompts.answer_pattern, found)]

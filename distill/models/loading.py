@@ -101,6 +101,10 @@ def load_model(spec: ModelSpec, device: torch.device, dtype: torch.dtype | None 
         raise ModelError(f"{spec.model}: the model can't be loaded: {_first_line(error)}. {_ADVICE}") from None
     if spec.quantization == "none":
         model.to(device)  # type: ignore[arg-type]  # transformers decorates `to` without its signature
+    for module in _packed(model):
+        # Where a CPU has AVX512-BF16, bitsandbytes packs weights anew at the first evaluation, and not exactly back for training; of
+        # rows shorter than its blocks it can't.
+        module.support_avx512bf16_for_cpu = False
     model.eval()
     return model
 
@@ -149,9 +153,13 @@ def model_record(spec: ModelSpec, model: torch.nn.Module) -> dict[str, Any]:
 
 def num_parameters(model: torch.nn.Module) -> int:
     """Number of weights, tied ones once, on all processes together; 4-bit weights count as what they stand for."""
-    modules: list[Any] = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
-    packed = {id(module.weight): module.in_features * module.out_features for module in modules}
+    packed = {id(module.weight): module.in_features * module.out_features for module in _packed(model)}
     return sum(packed.get(id(weight)) or num_elements(weight) for weight in model.parameters())
+
+
+def _packed(model: torch.nn.Module) -> list[Any]:
+    """Layers with 4-bit weights, known by their name: bitsandbytes need not be installed."""
+    return [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
 
 
 def num_elements(weight: torch.nn.Parameter) -> int:

@@ -114,7 +114,7 @@ class Recipe(Section):
     @property
     def judges_answers(self) -> bool:
         """Whether an answer can be right: there are references, or the checks of answers do without."""
-        return self.prompts.columns.reference is not None or not any(check.settings.asks_reference for check in self.checks_of_answers)
+        return self.prompts.has_references or not any(check.settings.asks_reference for check in self.checks_of_answers)
 
     @property
     def measures(self) -> bool:
@@ -122,7 +122,7 @@ class Recipe(Section):
         if self.evaluate is None:
             return False
         preferences = self.evaluate.preferences
-        compares = preferences is not None and not (preferences.asks_reference and self.prompts.columns.reference is None)
+        compares = preferences is not None and not (preferences.asks_reference and not self.prompts.has_references)
         return self.judges_answers or self.likeness is not None or compares or bool(self.evaluate.sets)
 
     @property
@@ -228,7 +228,7 @@ class Recipe(Section):
             if name == MAIN:
                 continue
             judge = next((check.called for check in asked.checks if check.settings.asks_reference), None)
-            if judge is not None and asked.prompts.columns.reference is None:
+            if judge is not None and not asked.prompts.has_references:
                 raise ValueError(
                     f"evaluate.sets.{name}: the check {judge} compares with the right answer, and no column has it. Give the set "
                     "columns with a reference, or other checks"

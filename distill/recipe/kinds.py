@@ -184,6 +184,8 @@ class ToolCalls(CheckSection):
     """Column of `prompts.fields` with the tools that there are, as the OpenAI protocol has them."""
     reference: Literal["equal", "ignore"] = "ignore"
     """Whether the calls must be those of the reference (a list; an empty one means none), or are not compared."""
+    in_words: Literal["unjudged", "no_call"] = "unjudged"
+    """What a reference in words means, as that of a turn that calls nothing: nothing is compared, or no tool is to be called."""
     ordered: bool = False
     """Whether their order counts."""
     required: bool = True

@@ -171,6 +171,11 @@ class Prompts(Section):
         later = ("fields", "json_reference", "turns", "answer_as_reference", "near_duplicates", "decontaminate")
         return {name: value for name, value in plain.items() if name not in later or value}
 
+    @property
+    def has_references(self) -> bool:
+        """Whether prompts have right answers beside them: a column, or the answers of their conversations."""
+        return self.columns.reference is not None or self.answer_as_reference
+
     @model_validator(mode="after")
     def _one_system_turn(self) -> Prompts:
         if self.columns.system is not None and self.system_prompt is not None:

@@ -31,7 +31,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     Args:
         path: YAML file, or the name of a recipe of the kit.
         overrides: `["--generate.samples_per_prompt", "8", "--seed=1"]`; for a key that takes text a word is taken as it stands, for
-            others it is read as YAML; `null` is null wherever a key takes it. Or values by key, `{"seed": 1}`, as they are.
+            others it is read as YAML; `null` is null wherever a key takes it; a number counts the entries of a list, from 0
+            (`--curate.checks.2.length.max_tokens`). Or values by key, `{"seed": 1}`, as they are.
 
     Raises:
         RecipeError: naming file, line, key, value and the nearest valid key.
@@ -108,12 +109,25 @@ def _set(values: dict[str, Any], key: str, value: Any, where: str) -> None:
     *parents, last = key.split(".")
     node: Any = values
     for parent in parents:
-        if node.get(parent) is None:
+        place = _place(node, parent, key, where)
+        if isinstance(node, dict) and node.get(parent) is None:
             node[parent] = {}
-        node = node[parent]
-        if not isinstance(node, dict):
+        node = node[place]
+        if not isinstance(node, dict | list):
             raise RecipeError(f"{where}: {visible(key, 80)}: {visible(parent, 80)} is a plain value here, not a section.")
-    node[last] = value
+    node[_place(node, last, key, where)] = value
+
+
+def _place(node: dict[str, Any] | list[Any], name: str, key: str, where: str) -> Any:
+    """What a part of a dotted key stands for: a name, or in a list the number of one of its entries."""
+    if isinstance(node, dict):
+        return name
+    if not name.isdecimal() or int(name) >= len(node):
+        raise RecipeError(
+            f"{where}: {visible(key, 80)}: is in a list of {len(node):,} here, whose entries are numbered from 0, got {shown(name)}. Give "
+            "the number of one that is there, or the whole list."
+        )
+    return int(name)
 
 
 def _describe(item: ErrorDetails, places: _Places) -> str:

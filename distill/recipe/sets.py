@@ -117,6 +117,8 @@ class HeldOutSet(Section):
                 "columns": main.columns if self.columns is None else self.columns,
                 "answer_pattern": main.answer_pattern if inherits and self.answer_pattern is None else self.answer_pattern,
                 "json_reference": self.json_reference or (inherits and main.json_reference),
+                "answer_as_reference": inherits and main.answer_as_reference,
+                "turns": main.turns if inherits else "last",
                 "fields": fields or None,
                 "template": main.template if self.template is None else self.template,
                 "max_prompts": self.max_prompts,

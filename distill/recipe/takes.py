@@ -46,8 +46,8 @@ class Takes(NamedTuple):
         return Takes(tuple(arguments[0] for arguments in inner if arguments))
 
     def under(self, name: str) -> Takes:
-        """What stands under a name of a mapping."""
-        found: list[Any] = []
+        """What stands under a name of a mapping, or at a number of a list."""
+        found: list[Any] = [*self.item().annotations] if name.isdecimal() else []
         for part in self._parts():
             if isinstance(part, type) and issubclass(part, BaseModel) and name in part.model_fields:
                 found.append(_with_place(part.model_fields[name]))

@@ -132,6 +132,7 @@ class Client:
                 run.out -= len(group)
                 if group:
                     yield group
+                    run.kept += len(group)
             if self.spending is not None and (run.held or next(source, None) is not None):
                 self.spending.check()
         finally:
@@ -277,6 +278,9 @@ class _Run(Generic[K, T]):
         """Handed over and not taken yet; counted in the caller's thread."""
         self.held = 0
         """Of those, never sent, because a limit was reached."""
+        self.kept = 0
+        """Answers behind which the caller has asked for more, so that they are on disk, say; counted in the caller's thread."""
+        self._answered = 0
         self._done: deque[tuple[K, T | Failure]] = deque()
         self._error: BaseException | None = None
         self._arrived = threading.Event()
@@ -300,7 +304,8 @@ class _Run(Generic[K, T]):
             return
         if self not in runs:
             runs.append(self)
-        for _ in range(min(len(self.todo), self._client._pace.limit - sum(run.active for run in runs))):
+        limit = self._client._pace.limit
+        for _ in range(min(len(self.todo), limit - sum(run.active for run in runs), 2 * limit - self._pending)):
             self.active += 1
             task = loop.create_task(self._work())
             self.tasks.add(task)
@@ -310,9 +315,10 @@ class _Run(Generic[K, T]):
         """One request after another, as long as there is room: a task for each place, and not for each request."""
         client = self._client
         try:
-            while self.todo and self.active <= client._pace.limit and self._error is None and not self._holds_back():
+            while self.todo and self._has_room() and self._error is None and not self._holds_back():
                 key, call = self.todo.popleft()
                 found = await client.answer(call, self._read, self._usage_of)
+                self._answered += 1
                 self._done.append((key, found))
                 if not self._told:
                     self._tell()
@@ -325,6 +331,18 @@ class _Run(Generic[K, T]):
             self.active -= 1
             for run in [run for run in client._runs if run is not self]:  # the place may be another's now
                 run.pump()
+
+    @property
+    def _pending(self) -> int:
+        """What a kill would have asked again: requests in flight, and answers that the caller is not done with.
+
+        At most twice as many as may be in flight. Less would cost throughput: a place would wait for the caller behind each answer.
+        """
+        return self.active + self._answered - self.kept
+
+    def _has_room(self) -> bool:
+        limit = self._client._pace.limit
+        return self.active <= limit and self._pending <= 2 * limit
 
     def _holds_back(self) -> bool:
         """Whether a limit is reached; what waits is then never sent."""

@@ -62,6 +62,11 @@ def key_of(server: Server) -> str | None:
     return key
 
 
+def _is_drawn(key: str) -> bool:
+    """Whether somebody drew a key, so that no text holds it by chance, as it may hold the word (`none`, `EMPTY`) of who needs none."""
+    return len(key) >= 8 and any(sign.isdigit() for sign in key)
+
+
 class Sender:
     """Sends requests through one session; made and closed in its event loop.
 
@@ -71,7 +76,8 @@ class Sender:
     """
 
     def __init__(self, server: Server, key: str | None) -> None:
-        self._server, self._key, self._key_bytes = server, key, (key or "").encode()
+        self._server, self._key = server, key
+        self._key_bytes = key.encode() if key and _is_drawn(key) else b""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         headers |= {"Content-Type": "application/json", "User-Agent": "distill"}
         # The environment's proxies lead to addresses that the recipe gives: of its own servers' and a cluster's they know nothing.

@@ -62,7 +62,7 @@ WRITES = {
     ),
     "benchmark": (*_tables("scores"), *(f"{place}/*" for place in ("base", "student", "teacher", "every_eval_ever", _PARTIAL))),
     "report": ("report.html", "report.md", "summary.txt"),
-    "export": ("model/*", "adapter/*", "README.md"),
+    "export": ("model/*", "adapter/*", "README.md", "provenance.cdx.json"),
 }
 """Stage name and the files that it may write in its folder: what is not among them is never deleted."""
 

@@ -269,7 +269,7 @@ def _refuse_unanswerable(source: Path, prompts: list[Row], recipe: Recipe) -> No
     """Refuses prompts of the run of which nothing can be measured, before a model is loaded."""
     if not prompts:
         raise DataError(f"{source}: holds no held-out prompt, so there is nothing to measure on. Raise prompts.heldout_size.")
-    if recipe.prompts.columns.reference is None:
+    if not recipe.prompts.has_references:
         return
     asks = any(check.settings.asks_reference for check in recipe.checks_of_answers)
     if asks and all(row["reference"] is None for row in prompts):

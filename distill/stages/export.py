@@ -3,14 +3,15 @@
     export/model/     merged safetensors with tokenizer, template and generation config
     export/adapter/   the adapter alone
     export/README.md  model card: data, settings, results, lineage
+    export/provenance.cdx.json  the lineage for machines: models and data with their terms, as CycloneDX has it
 
 What is written is read back and compared with base + adapter before the stage counts as complete.
 """
 
 from __future__ import annotations
 
+import json
 import math
-import re
 import shutil
 from itertools import islice
 from pathlib import Path
@@ -24,8 +25,9 @@ from distill.recipe.experiment import Recipe
 from distill.recipe.models import ModelSpec
 from distill.recipe.reading import recipe_text
 from distill.recipe.results import Evaluate, Export
+from distill.reporting import provenance
 from distill.reporting.pages import render
-from distill.reporting.public import file_or_name, public_name, public_names, published, published_recipe
+from distill.reporting.public import file_or_name, hide_secrets, public_name, public_names, published, published_recipe
 from distill.reporting.results import results_tables, win_tables
 from distill.reporting.summary import lineage, summarise
 from distill.run.clock import Clock
@@ -114,7 +116,9 @@ def _export(recipe: Recipe, export: Export, out: StageFolder) -> Manifest:
         device=str(device), parity=parity, parameters=parameters, notes=notes, author=author, licence=licence, least_transformers=least
     )
     write_text(out.path / "README.md", _card(recipe, export, facts))
-    files = [path for name in ("model", "adapter") for path in (out.path / name).rglob("*") if path.is_file()] + [out.path / "README.md"]
+    write_text(out.path / provenance.FILE, _bill(recipe, export, facts))
+    files = [path for name in ("model", "adapter") for path in (out.path / name).rglob("*") if path.is_file()]
+    files += [out.path / "README.md", out.path / provenance.FILE]
     return out.finish(files=files, facts=facts)
 
 
@@ -305,17 +309,16 @@ def _card(recipe: Recipe, export: Export, facts: dict[str, Any]) -> str:
     """The model card. Of this machine it names nothing."""
     from distill.models.portable import why_no_gguf
 
-    student, prompts, base = recipe.student, recipe.prompts, public_name(recipe.student)
+    student, prompts = recipe.student, recipe.prompts
     summary = summarise(*folders_to_show(recipe), public_names(recipe))
     licence = licence_of(student.model, student.licence)
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and (student.public_name is not None or not Path(student.model).exists())
     adapter = folder(recipe, "export") / "adapter" if student.adapter.type == "lora" else None
     return render(
         "model_card.md.j2",
         name=model_name(recipe, export),
-        keys=({"base_model": base} if on_hub else {}) | hub_licence(licence, facts["licence"]),
+        keys=provenance.card_keys(recipe, summary, model_name(recipe, export)) | hub_licence(licence, facts["licence"]),
         tags=["distillation", *(["reasoning"] if _reasons(recipe) else []), *(["lora"] if adapter else [])],
-        base_model=base,
+        base_model=public_name(student),
         least_transformers=facts["least_transformers"],
         no_gguf=why_no_gguf(adapter) if adapter else "",
         author=facts["author"] or "traces brought from elsewhere",
@@ -335,3 +338,12 @@ def _card(recipe: Recipe, export: Export, facts: dict[str, Any]) -> str:
         template_kwargs=student.chat_template_kwargs,
         recipe=recipe_text(published_recipe(recipe)),
     )
+
+
+def _bill(recipe: Recipe, export: Export, facts: dict[str, Any]) -> str:
+    """The lineage for machines. Of this machine it names nothing."""
+    summary = summarise(*folders_to_show(recipe), public_names(recipe))
+    keys = hub_licence(licence_of(recipe.student.model, recipe.student.licence), facts["licence"])
+    licence = keys.get("license_name", keys["license"])
+    bill = provenance.bill_of_materials(recipe, summary, model_name(recipe, export), licence, facts["notes"])
+    return hide_secrets(json.dumps(bill, indent=1, ensure_ascii=False)) + "\n"
