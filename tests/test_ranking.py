@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from distill.cluster.chain import Wanted, jobs_of
+from distill.cluster.site import Site
 from distill.engines import ranking
 from distill.engines.ranking import RANK_LIMIT, RankReader, Ranks
 from distill.measure.suited import compare, sentences
@@ -24,6 +26,7 @@ from distill.run.folder import StageFolder
 from distill.run.journal import Journal
 from distill.run.schema import TRACE
 from distill.run.tables import read_rows
+from distill.stages import Step
 from distill.stages.curate import run
 
 STUDENT = {"model": "embedded:student", "dtype": "float32"}
@@ -217,3 +220,10 @@ def test_pair_says_whose_traces_suit_and_does_not_read_them_twice(tmp_path: Path
     assert second.returncode == 0 and "student reads" not in second.stderr and found["verdict"][0] in second.stdout.replace("\n", " ")
     other = commands.run([*command[:-1], "5"])
     assert other.returncode == 1 and "num_prompts is 6 there and 5 here" in other.stderr and "--redo" in other.stderr
+
+
+def test_on_a_cluster_curate_takes_a_gpu_where_the_student_reads(tmp_path: Path) -> None:
+    plain = recipe_of(tmp_path, curate={"checks": ["finish"]})
+    for recipe, gpus in ((recipe_of(tmp_path), 1), (plain, 0)):
+        jobs = jobs_of(recipe, tmp_path / "recipe.yaml", [Step("curate")], Wanted(gpus=8), Site(), {})
+        assert [job.gpus for job in jobs] == [gpus]
