@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.checks.choice import Evidence
+from distill.data.normal import normal_form
 from distill.run.tables import iter_pieces, rows_at
 
 Values = NDArray[np.float64]
@@ -91,9 +91,8 @@ def _groups(evidence: Evidence, competing_R: NDArray[np.bool_]) -> Iterator[list
 
 
 def shingles(text: str) -> Shingles:
-    """The different pieces of eight characters of a text, as hashes that rise; case, forms of letters and white space make no other."""
-    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    letters = np.frombuffer(plain.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint64)
+    """The different pieces of eight characters of a text, as hashes that rise; what is only spelling makes no other."""
+    letters = np.frombuffer(normal_form(text).encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint64)
     letters = np.pad(letters, (0, max(0, _WIDTH - len(letters))))
     hashes = np.zeros(len(letters) - _WIDTH + 1, np.uint64)
     for place in range(_WIDTH):
