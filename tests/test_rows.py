@@ -17,7 +17,7 @@ from distill.errors import DataError
 from distill.models.chat import IGNORE, ChatFormat, chat_format
 from distill.recipe.learning import Train
 from distill.run.folder import StageFolder
-from distill.run.schema import TRACE
+from distill.run.schema import TRACE, prompt_id
 from distill.targets.codec import Targets
 from distill.targets.files import TargetWriter
 from distill.targets.spec import ChosenToken, TargetHeader
@@ -85,6 +85,22 @@ def test_prompts_kept_apart_are_drawn_by_their_hash(chat: ChatFormat, tmp_path: 
     assert found.validation is not None and found.drops == {"validation": 10}
     assert found.validation["input_ids"] == [chat.trace_row(row)[0] for row in rows if row["prompt_id"] in ranked[:5]]
     assert found.dataset["input_ids"] == [chat.trace_row(row)[0] for row in rows if row["prompt_id"] not in ranked[:5]]
+
+
+def test_turns_of_a_conversation_are_kept_apart_together(chat: ChatFormat, tmp_path: Path) -> None:
+    """Else the loss is followed on what is trained on: a longer prompt has the shorter one's answer in it."""
+    rows = []
+    for trace in traces(12):
+        [asked] = trace["messages"]
+        goes_on = [asked, {"role": "assistant", "content": trace["completion"]}, {"role": "user", "content": "Are you sure?"}]
+        for messages in ([asked], goes_on):
+            rows.append(trace | {"messages": messages, "prompt_id": prompt_id(messages), "begins": asked["content"]})
+    table = TraceTable(written(tmp_path / "traces", [{name: row[name] for name in row if name != "begins"} for row in rows]), "traces")
+    found = training_rows([table], chat, Train(validation_prompts=5), tmp_path / "cache", seed=7)
+    begins = {tuple(chat.trace_row(row)[0]): row["begins"] for row in rows}
+    assert found.validation is not None and found.drops == {"validation": 10}
+    apart, trained = ({begins[tuple(ids)] for ids in part["input_ids"]} for part in (found.validation, found.dataset))
+    assert len(apart) == 5 and len(trained) == 7 and apart.isdisjoint(trained)
 
 
 def test_a_share_of_the_teachers_is_drawn_beside_the_students(chat: ChatFormat, tmp_path: Path) -> None:

@@ -286,8 +286,9 @@ class Train(Section):
     `trl.SFTConfig` for sft and kd, `DistillationConfig` for on_policy, `ServerDistillationConfig` with a served teacher,
     `GOLDConfig` for cross_tokenizer."""
     validation_prompts: Annotated[int, Field(ge=0)] = 0
-    """Prompts whose traces are not trained on, to follow the loss on them; with kd also the divergence from the teacher. With sft that,
-    too, where the recipe has a section score, which then scores all curated traces (with rounds: where they have a teacher_share)."""
+    """Prompts whose traces are not trained on, to follow the loss on them; with kd also the divergence from the teacher. The turns of a
+    conversation count as one and stay together. With sft the divergence is followed, too, where the recipe has a section score, which
+    then scores all curated traces (with rounds: where they have a teacher_share)."""
 
     @model_validator(mode="before")
     @classmethod

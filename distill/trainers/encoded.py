@@ -29,15 +29,15 @@ from distill.run.clock import is_main_process
 from distill.run.files import commit, digest_file, read_json, write_json
 from distill.run.log import progress, say
 from distill.run.manifest import read_manifest
-from distill.run.schema import trace_key
+from distill.run.schema import prompt_id, trace_key
 from distill.run.tables import iter_pieces
 from distill.trainers.targets import NO_TARGET, StoredTargets
 
-_WAY = 2  # in which a trace becomes a row; raised where another comes of the same trace, so that no older rows are found again
+_WAY = 3  # in which a trace becomes a row; raised where another comes of the same trace, so that no older rows are found again
 _BYTES_PER_BATCH = 32 * 2**20  # of tokens that are written together: fewer and larger ones are mapped faster
 _TOKENS = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
 _PLACES = pa.field("target_index", pa.list_(pa.int64()))
-_ABOUT = pa.schema([("length", pa.int32()), ("supervised", pa.int32()), ("prompt_id", pa.string())])
+_ABOUT = pa.schema([("length", pa.int32()), ("supervised", pa.int32()), ("conversation", pa.string())])
 
 
 class EncodedTraces:
@@ -60,10 +60,10 @@ class EncodedTraces:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def prompt_ids(self) -> Iterator[str]:
-        """Of each row, a piece of the table in memory at a time."""
-        for piece in self._about.iter_batches(columns=["prompt_id"]):
-            yield from piece["prompt_id"].to_pylist()
+    def conversations(self) -> Iterator[str]:
+        """Of each row the id of its prompt, or of how its conversation begins; a piece of the table in memory at a time."""
+        for piece in self._about.iter_batches(columns=["conversation"]):
+            yield from piece["conversation"].to_pylist()
 
 
 def encoded_traces(
@@ -147,7 +147,7 @@ def _batch(
     traces: list[dict[str, Any]], rows: list[tuple[list[int], list[int]]], train: Train, stored: StoredTargets | None, source: int
 ) -> tuple[pa.RecordBatch, pa.RecordBatch]:
     found: dict[str, list[NDArray[Any]]] = {"input_ids": [], "labels": [], **({} if stored is None else {"target_index": []})}
-    about: dict[str, list[Any]] = {"length": [], "supervised": [], "prompt_id": [trace["prompt_id"] for trace in traces]}
+    about: dict[str, list[Any]] = {"length": [], "supervised": [], "conversation": [_beginning(trace) for trace in traces]}
     for trace, (whole, whole_labels) in zip(traces, rows, strict=True):
         end = train.max_length if train.overlong == "cut" else len(whole) * (len(whole) <= train.max_length)
         input_ids, labels = np.array(whole[:end], np.int32), np.array(whole_labels[:end], np.int32)
@@ -163,6 +163,13 @@ def _batch(
             found["target_index"].append(index)
     tokens = pa.RecordBatch.from_pydict({name: _lists(values) for name, values in found.items()})
     return tokens, pa.RecordBatch.from_pydict(about, schema=_ABOUT)
+
+
+def _beginning(trace: dict[str, Any]) -> str:
+    """The id of a trace's prompt, or, where that is a conversation that has gone on, of it up to the user's first turn."""
+    messages = trace["messages"]
+    first = next((place for place, turn in enumerate(messages, start=1) if turn["role"] == "user"), len(messages))
+    return str(trace["prompt_id"]) if first == len(messages) else prompt_id(messages[:first])
 
 
 def _lists(rows: list[NDArray[Any]]) -> pa.ListArray:

@@ -120,7 +120,7 @@ def _split(rows: Numbers, parts: list[EncodedTraces], prompts: int, seed: int) -
     """Rows to train on, and those of so many prompts, drawn by their hash."""
     if not prompts:
         return rows, None
-    ranks = np.fromiter((_rank(f"validation/{seed}/{name}") for part in parts for name in part.prompt_ids()), np.uint64)[rows]
+    ranks = np.fromiter((_rank(f"validation/{seed}/{name}") for part in parts for name in part.conversations()), np.uint64)[rows]
     known = np.unique(ranks)
     if prompts >= len(known):
         raise DataError(f"train.validation_prompts: {prompts:,} asked for, but the traces have {len(known):,} prompts. Lower it.")
