@@ -6,6 +6,7 @@ without a value are left out: Parquet gives every object of a column the keys of
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from typing import Any
 from distill.data.names import json_text
 from distill.errors import DataError, shown
 from distill.run.calls import Call as Named
-from distill.run.calls import written
+from distill.run.calls import parted, written
 from distill.run.schema import THINK_CLOSE, THINK_OPEN
 
 Call = dict[str, Any]
@@ -62,11 +63,33 @@ def without_calls(text: str) -> tuple[str, list[Call]]:
     """A text, and the calls in blocks of Hermes' form at its end; all is text where one can't be read."""
     found = _BLOCKS.search(text) if "<tool_call>" in text else None
     if found is None or THINK_OPEN in text[: found.start()].rpartition(THINK_CLOSE)[2]:  # none, or within a thought
-        return text, []
+        return _parted(text)
     try:
-        return text[: found.start()], [call for block in _BLOCK.findall(found[0]) for call in calls_of(block.strip() or "?")]
+        return text[: found.start()], [call for block in _BLOCK.findall(found[0]) for call in calls_of(_as_data(block.strip() or "?"))]
     except UnusableError:
-        return text, []
+        return _parted(text)
+
+
+def _parted(text: str) -> tuple[str, list[Call]]:
+    """The same of calls whose arguments hold the marks of a call themselves."""
+    before, calls = parted(text)
+    return (before.rstrip(), [call.described() for call in calls]) if calls else (text, [])
+
+
+def _as_data(block: str) -> Any:
+    """A call inside of a text; also as Python writes a dictionary, which most of Hermes' own data do. What it says is null stays so."""
+    try:
+        found = json.loads(block)
+    except (ValueError, RecursionError):
+        try:
+            found = ast.literal_eval(block)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return block
+    try:
+        named = {name: json.dumps(found[name]) for name in _ARGUMENTS if isinstance(found, dict) and isinstance(found.get(name), dict)}
+    except (ValueError, TypeError, RecursionError):  # a set, bytes
+        return block
+    return found | named if isinstance(found, dict) else block
 
 
 def tools_of(value: Any, where: str) -> str | None:
