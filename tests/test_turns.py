@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from distill.data.calls import UnusableError, in_hermes_form, tools_of, without_calls
+from distill.data.calls import UnusableError, calls_of, in_hermes_form, tools_of, without_calls
 from distill.data.completions import traces_of
 from distill.data.mapping import PromptMapping
 from distill.data.marks import with_think
@@ -314,6 +314,8 @@ def test_tools_and_calls() -> None:
     assert without_calls(whole) == ("Now:", [CALL, CALL])
     pythons = "<tool_call>\n{'arguments': {'item': 'it\\'s', 'n': None, 'all': True}, 'name': 'stock'}\n</tool_call>"  # Hermes' own data
     assert without_calls(pythons)[1][0]["function"] == {"name": "stock", "arguments": {"item": "it's", "n": None, "all": True}}
+    assert calls_of('[{"name": "f", "arguments": {"a": null}}]')[0]["function"]["arguments"] == {"a": None}, "a text has no padding"
+    assert calls_of([{"name": "f", "arguments": {"a": None}}])[0]["function"]["arguments"] == {}
     for mark in ("</tool_call>", "<tool_call>", f"\n{whole}"):
         nested = {"type": "function", "function": {"name": "stock", "arguments": {"item": mark}}}
         assert without_calls("Now:\n" + in_hermes_form([CALL, nested])) == ("Now:", [CALL, nested])

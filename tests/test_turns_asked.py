@@ -170,6 +170,14 @@ def test_a_greeting_that_is_marked_otherwise_begins_as_others_do() -> None:
     assert len({row["beginning"] for talk in talks for row in rows_of(talk, turns="teacher")}) == 1
 
 
+def test_a_call_in_a_turn_of_its_own_has_its_own_mark() -> None:
+    call = {"role": "function_call", "content": '{"name": "get_order", "arguments": {}}'}
+    said = {"role": "assistant", "content": "I look.", "train": False}
+    talk = [*TALK[:2], said, {**call, "train": True}, *TALK[5:]]
+    assert [len(row["messages"]) for row in rows_of(talk, turns="teacher")] == [3]
+    assert [len(row["messages"]) for row in rows_of([*TALK[:2], {**said, "train": True}, call, *TALK[5:]], turns="teacher")] == [2]
+
+
 def test_conversations_that_all_begin_alike_can_not_be_parted(tmp_path: Path) -> None:
     rows = [{"messages": [*TALK[:3], {"role": "user", "content": f"Order {number}?"}, TALK[6]]} for number in range(9)]
     with pytest.raises(DataError, match=r"begin with the same turn of the user's.*Give a prompts\.heldout_source, or 0"):

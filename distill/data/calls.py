@@ -48,10 +48,11 @@ def calls_of(value: Any) -> list[Call]:
     Raises:
         UnusableError: one has no name, or arguments that are no object.
     """
-    value = _loaded(value)
-    if value is None or value == "":
+    loaded = _loaded(value)
+    if loaded is None or loaded == "":
         return []
-    return [_call(item) for item in (value if isinstance(value, list) else [value]) if not _is_padding(item)]
+    is_text = isinstance(value, str)  # which nothing has padded
+    return [_call(item, is_text=is_text) for item in (loaded if isinstance(loaded, list) else [loaded]) if not _is_padding(item)]
 
 
 def in_hermes_form(calls: Iterable[Call]) -> str:
@@ -65,7 +66,7 @@ def without_calls(text: str) -> tuple[str, list[Call]]:
     if found is None or THINK_OPEN in text[: found.start()].rpartition(THINK_CLOSE)[2]:  # none, or within a thought
         return _parted(text)
     try:
-        return text[: found.start()], [call for block in _BLOCK.findall(found[0]) for call in calls_of(_as_data(block.strip() or "?"))]
+        return text[: found.start()], [call for block in _BLOCK.findall(found[0]) for call in calls_of(_as_json(block.strip() or "?"))]
     except UnusableError:
         return _parted(text)
 
@@ -76,20 +77,16 @@ def _parted(text: str) -> tuple[str, list[Call]]:
     return (before.rstrip(), [call.described() for call in calls]) if calls else (text, [])
 
 
-def _as_data(block: str) -> Any:
-    """A call inside of a text; also as Python writes a dictionary, which most of Hermes' own data do. What it says is null stays so."""
+def _as_json(block: str) -> str:
+    """A call inside of a text; of one that Python has written, as most of Hermes' own data are, as JSON."""
     try:
-        found = json.loads(block)
+        json.loads(block)
     except (ValueError, RecursionError):
         try:
-            found = ast.literal_eval(block)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return block
-    try:
-        named = {name: json.dumps(found[name]) for name in _ARGUMENTS if isinstance(found, dict) and isinstance(found.get(name), dict)}
-    except (ValueError, TypeError, RecursionError):  # a set, bytes
-        return block
-    return found | named if isinstance(found, dict) else block
+            return json.dumps(ast.literal_eval(block))
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            pass
+    return block
 
 
 def tools_of(value: Any, where: str) -> str | None:
@@ -136,15 +133,15 @@ def _tool(value: Any, where: str) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _call(value: Any) -> Call:
-    value = _loaded(value)
+def _call(value: Any, *, is_text: bool) -> Call:
+    value, is_text = _loaded(value), is_text or isinstance(value, str)
     described = value.get("function") if isinstance(value, dict) and isinstance(value.get("function"), dict) else value
     name = described.get("name") if isinstance(described, dict) else None
     if not isinstance(described, dict) or not isinstance(name, str) or not name:
         raise UnusableError("call_not_readable")
     given = next((described[key] for key in _ARGUMENTS if described.get(key) is not None), None)
-    arguments = _without_nulls(given) if isinstance(given, dict) else _loaded(given) if given not in (None, "") else {}
-    arguments = _loaded(arguments)  # some wrote a text of a text
+    arguments = given if is_text or not isinstance(given, dict) else _without_nulls(given)
+    arguments = _loaded(_loaded(arguments)) if given not in (None, "") else {}  # some wrote a text of a text
     if not isinstance(arguments, dict):
         raise UnusableError("call_not_readable")
     identity = next((value[key] for key in ("id", "tool_call_id") if isinstance(value.get(key), str) and value[key]), None)

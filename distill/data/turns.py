@@ -65,7 +65,8 @@ def turns_of(value: Any, name: str, where: str) -> list[Message]:
         tools = tools or tools_of(_first(turn, ("tools", "functions")), f"{here}: tools")
         for message in _messages(role, turn, here):
             message |= _mark(turn, here) if message["role"] == "assistant" else {}
-            if role == _CALLING and found and found[-1]["role"] == "assistant":  # what it says before it calls is of the same turn
+            follows = role == _CALLING and bool(found) and found[-1]["role"] == "assistant"
+            if follows and message.get(MARKED) in (None, found[-1].get(MARKED)):  # what it says before it calls is of the same turn
                 calls = json.loads(found[-1].get("tool_calls", "[]")) + json.loads(message["tool_calls"])
                 found[-1]["tool_calls"] = json.dumps(calls, ensure_ascii=False)
             else:
