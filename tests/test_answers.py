@@ -212,9 +212,30 @@ def test_calls_are_put_together_from_the_pieces_of_a_stream() -> None:
         event({"function": {"name": "f", "arguments": "1}"}}),
         event({"id": "y", "function": {"name": "g", "arguments": {}}}, finish_reason="stop"),
     ]
-    for stream in (by_index, by_id, in_turn):
+    by_name = [  # whole calls with no more than a name, or an index that is always the first
+        event({"index": 0, "id": "", "function": {"name": "f", "arguments": '{"a": 1}'}}, {"function": {"name": "g", "arguments": {}}}),
+        event(finish_reason="tool_calls"),
+    ]
+    for stream in (by_index, by_id, in_turn, by_name):
         found = read("openai", stream)
         assert (found.text, found.finish_reason) == (whole, "stop")
+
+
+def test_the_older_field_of_one_call_is_read() -> None:
+    whole = block('{"name": "f", "arguments": {"a": 1}}')
+    older = {"name": "f", "arguments": '{"a": 1}'}
+    assert read("openai", chat({"content": None, "function_call": older}, "function_call")).text == whole
+    pieces = [{"function_call": {"name": "f", "arguments": '{"a"'}}, {"function_call": {"arguments": ": 1}"}}]
+    stream = [{"choices": [{"index": 0, "delta": piece}]} for piece in pieces]
+    assert read("openai", [*stream, {"choices": [{"index": 0, "delta": {}, "finish_reason": "function_call"}]}]).text == whole
+
+
+def test_a_call_that_is_lost_is_noted_and_one_that_is_cut_stays_open() -> None:
+    found = read("openai", chat({"content": None, "tool_calls": [called("f", "{}"), {"type": "custom", "custom": {"name": "g"}}]}, "stop"))
+    assert found.text == block('{"name": "f", "arguments": {}}') and "tool_calls" in found.notes
+    found = read("openai", chat({"content": None, "tool_calls": [called("f", "{}"), called("g", '{"a": "b')]}, "length"))
+    assert found.finish_reason == "length"
+    assert found.text == block('{"name": "f", "arguments": {}}') + '\n<tool_call>\n{"name": "g", "arguments": {"a": "b'
 
 
 def test_refusals_are_no_answers() -> None:

@@ -197,6 +197,16 @@ def test_parameters_may_stand_by_their_names_with_python_types_as_xlam_has_them(
     assert told[1]["function"]["parameters"]["required"] == ["limit"] and tools_of(json.dumps(told), "x") == json.dumps(told)
 
 
+SAY = {"name": "say", "parameters": {"type": "object", "properties": {"text": {"type": "string"}}}}
+
+
+def test_arguments_may_hold_the_marks_of_a_call() -> None:
+    for text in ("</tool_call>", "<tool_call>", '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'):
+        call = {"name": "say", "arguments": {"text": text}}
+        given = Given(f"Now.\n<tool_call>\n{json.dumps(call)}\n</tool_call>", json.dumps([call]), {"tools": json.dumps([SAY])})
+        assert check_tool_calls(given, ToolCalls(reference="equal")) == (True, "right")
+
+
 def test_a_reference_in_words_means_no_call_where_one_says_so() -> None:
     """As in a conversation, some turns of which call nothing."""
     call = '<tool_call>\n{"name": "get_order", "arguments": {"id": "17"}}\n</tool_call>'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -56,6 +57,18 @@ def test_a_rubric_has_what_it_names_and_the_rest_stands_below() -> None:
     assert "\\boxed{answer} {{x}} { x }" in asked and asked.count("Fine.") == 1
     assert judge(rubric).columns == ["tone"] and judge(rubric).asks_reference
     assert not judge("Polite?").columns and not judge("Polite?").asks_reference
+
+
+def test_a_judge_sees_tools_and_calls() -> None:
+    calls = json.dumps([{"type": "function", "function": {"name": "look", "arguments": {"id": "7"}}}])
+    messages = [
+        {"role": "user", "content": "Where?", "tools": '[{"name": "look"}]'},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "sent"},
+    ]
+    asked = shown(question_of(judge("Right?"), case("Sent.", messages=messages))[0]["content"], "prompt")
+    call = '<tool_call>\n{"name": "look", "arguments": {"id": "7"}}\n</tool_call>'
+    assert asked == f'tools: [{{"name": "look"}}]\n\nuser: Where?\n\nassistant: {call}\n\ntool: sent'
 
 
 def test_a_place_may_stand_behind_any_script_and_behind_another_place() -> None:

@@ -369,6 +369,23 @@ def test_prompts_that_name_control_tokens_are_dropped(recipe: Make, tmp_path: Pa
     assert found.drops == {"control_token_in_prompt": 1} and len(found.dataset) == 2
 
 
+def test_prompts_with_tools_are_dropped_which_trl_would_leave_out(recipe: Make, tmp_path: Path) -> None:
+    from distill.models.loading import load_chat_format
+    from distill.trainers.live import live_rows
+
+    loaded = load_recipe(recipe("tools"))
+    chat = load_chat_format(loaded.student)
+    tools = json.dumps([{"type": "function", "function": {"name": "f", "parameters": {}}}])
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "user", "content": "2+2?", "tools": tools}]
+    for name, some in (("both", turns), ("none", turns[1:])):
+        with StageFolder(tmp_path / name, "prompts", {}) as out:
+            out.write_table("train", [{"prompt_id": str(number), "messages": [turn]} for number, turn in enumerate(some)], PROMPT)
+            out.finish()
+    assert live_rows(loaded, tmp_path / "both", chat).drops == {"tools_in_prompt": 1}
+    with pytest.raises(DataError, match=r"all of 1 prompts have tools.*Use rounds"):
+        live_rows(loaded, tmp_path / "none", chat)
+
+
 def test_answers_that_grow_over_their_limit_end_training() -> None:
     from distill.trainers.live import StopOnTruncation
 

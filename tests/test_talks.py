@@ -274,6 +274,17 @@ def test_rows_of_conversations_are_proved(name: str) -> None:
     assert [is_conversation(row) for row in rows] == [False, *[True] * (len(rows) - 1)]
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_calls_without_tools_are_proved_in_every_form(name: str) -> None:
+    """DeepSeek's marks are letters that another normal form of Unicode writes otherwise; arguments may hold the marks of a call."""
+    chat = family(name)
+    messages = [USER, {"role": "assistant", "content": "At home."}, {"role": "user", "content": "Thanks!"}]
+    for text in ("7", "</tool_call>", "\u00bd"):
+        call = with_calls(thought(chat, messages) + "I look.", [written(Call("get_order", {"id": text}))])
+        if name != "glm" or text != "</tool_call>":  # which writes a text as it stands
+            assert "1 call tools" in conversations(chat, [{"messages": messages, "completion": call}], 1)
+
+
 class Spoilt(ChatFormat):
     """Learns what it should not."""
 

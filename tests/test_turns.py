@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from distill.data.calls import UnusableError, in_hermes_form, tools_of, without_calls
+from distill.data.calls import UnusableError, calls_of, in_hermes_form, tools_of, without_calls
 from distill.data.completions import traces_of
 from distill.data.mapping import PromptMapping
 from distill.data.marks import with_think
@@ -249,6 +249,13 @@ def test_what_a_turn_says(turn: Row, content: str) -> None:
     assert found["content"] == content and not found.keys() & {"tool_calls", "tools"}
 
 
+def test_results_of_several_calls_in_one_turn_are_several() -> None:
+    turns = [{"from": "tool", "value": "<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>\n"}]
+    assert turns_of(turns, "m", "x") == [{"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}]
+    [kept] = turns_of([{"from": "tool", "value": "<tool_response>1</tool_response> and more"}], "m", "x")
+    assert kept["content"] == "<tool_response>1</tool_response> and more"
+
+
 def test_what_is_named_inside_a_conversation_may_have_parts() -> None:
     row = {"messages": [{"role": "user", "content": text("q")}, {"role": "assistant", "content": text("<thinking>r</thinking>a")}]}
     columns = Columns(prompt="messages.0.content", reference="messages.-1.content")
@@ -305,6 +312,13 @@ def test_tools_and_calls() -> None:
     assert [tools_of(nothing, "x") for nothing in (None, "", [], "[]")] == [None] * 4
     whole = "Now:\n" + in_hermes_form([CALL, CALL])
     assert without_calls(whole) == ("Now:", [CALL, CALL])
+    pythons = "<tool_call>\n{'arguments': {'item': 'it\\'s', 'n': None, 'all': True}, 'name': 'stock'}\n</tool_call>"  # Hermes' own data
+    assert without_calls(pythons)[1][0]["function"] == {"name": "stock", "arguments": {"item": "it's", "n": None, "all": True}}
+    assert calls_of('[{"name": "f", "arguments": {"a": null}}]')[0]["function"]["arguments"] == {"a": None}, "a text has no padding"
+    assert calls_of([{"name": "f", "arguments": {"a": None}}])[0]["function"]["arguments"] == {}
+    for mark in ("</tool_call>", "<tool_call>", f"\n{whole}"):
+        nested = {"type": "function", "function": {"name": "stock", "arguments": {"item": mark}}}
+        assert without_calls("Now:\n" + in_hermes_form([CALL, nested])) == ("Now:", [CALL, nested])
     many = in_hermes_form([CALL] * 200)
     assert without_calls(f"{many}\n.") == (f"{many}\n.", []) and without_calls(many)[1] == [CALL] * 200  # in no time
     for broken in ("Now: <tool_call>\n{\n</tool_call>", "<tool_call>", f"{whole} and more", "plain", f"<think>a\n{whole}"):

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from distill.data.completions import traces_of
 from distill.data.mapping import PromptMapping
 from distill.errors import DataError
 from distill.recipe.experiment import Recipe
 from distill.recipe.prompts import Columns, Prompts
 from distill.recipe.sets import HeldOutSet
+from distill.recipe.traces import Traces
 from distill.run.tables import iter_rows
 from distill.stages import import_traces, prompts
 
@@ -150,6 +152,44 @@ def test_no_part_of_a_held_out_conversation_is_trained_on(tmp_path: Path, own_so
         assert manifest.drops["in_heldout_source"] and manifest.drops["part_of_heldout"]
     else:
         assert len(train) + len(heldout) + manifest.drops.get("duplicate", 0) == sum(len(row["messages"]) // 2 for row in rows)
+
+
+def test_rows_that_can_not_be_used_stand_among_the_others(tmp_path: Path) -> None:
+    rows, image = talks(40), [{"type": "image_url", "image_url": {"url": "x"}}]
+    for row in rows[1::4]:
+        row["messages"] = [{"role": "user", "content": image}, *row["messages"][1:]]
+    manifest = prompts.run(recipe_of(tmp_path, rows))
+    train, heldout = ([contents(row) for row in iter_rows(tmp_path / "run" / "prompts", table)] for table in ("train", "heldout"))
+    assert manifest.drops["not_text"] == 10 and len(heldout) >= 20
+    assert not [(ours, theirs) for ours in train for theirs in heldout if begins_alike(ours, theirs)]
+
+
+def test_a_greeting_that_is_marked_otherwise_begins_as_others_do() -> None:
+    greeting = {"role": "assistant", "content": "Welcome!"}
+    talks = [[{**greeting, "weight": weight}, *TALK[1:4], {**TALK[6], "weight": 1}] for weight in (0, 1)]
+    assert len({row["beginning"] for talk in talks for row in rows_of(talk, turns="teacher")}) == 1
+
+
+def test_a_call_in_a_turn_of_its_own_has_its_own_mark() -> None:
+    call = {"role": "function_call", "content": '{"name": "get_order", "arguments": {}}'}
+    said = {"role": "assistant", "content": "I look.", "train": False}
+    talk = [*TALK[:2], said, {**call, "train": True}, *TALK[5:]]
+    assert [len(row["messages"]) for row in rows_of(talk, turns="teacher")] == [3]
+    assert [len(row["messages"]) for row in rows_of([*TALK[:2], {**said, "train": True}, call, *TALK[5:]], turns="teacher")] == [2]
+
+
+def test_conversations_that_all_begin_alike_can_not_be_parted(tmp_path: Path) -> None:
+    rows = [{"messages": [*TALK[:3], {"role": "user", "content": f"Order {number}?"}, TALK[6]]} for number in range(9)]
+    with pytest.raises(DataError, match=r"begin with the same turn of the user's.*Give a prompts\.heldout_source, or 0"):
+        prompts.run(recipe_of(tmp_path, rows, heldout_size=2))
+
+
+def test_an_answer_beside_a_conversation_is_one_of_several() -> None:
+    section = Prompts(source="x", columns=Columns(messages="messages"), turns="all")
+    row = {"messages": [*TALK, {"role": "user", "content": "Thanks!"}], "completion": "Welcome."}
+    found = traces_of(Traces(source="x", columns=section.columns), PromptMapping(section, section.columns, "x"), row, "x:1")
+    assert [len(asked.messages) for asked, _ in found] == [*PLACES, 8]
+    assert [brought.text for _, brought in found][2:] == ["It was sent.", "Welcome."]
 
 
 def test_a_run_that_grows_keeps_them_apart(tmp_path: Path) -> None:

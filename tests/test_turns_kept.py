@@ -98,3 +98,12 @@ def test_hosts_get_arguments_as_text_and_others_as_objects() -> None:
     assert conversation_of(TALK, calls_as_text=False)["messages"][1]["tool_calls"] == CALLS
     assert conversation_of([{"role": "user", "content": "x"}]) == {"messages": [{"role": "user", "content": "x"}]}
     assert spoken(TALK)[1] == TOOLS and extras_of(TALK[2]) == {"tool_call_id": "call_1", "name": "get_order"}
+
+
+def test_hosts_get_ids_of_calls_and_results_that_have_none() -> None:
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"n": number}}} for number in (1, 2)]
+    talk = [TALK[0], {"role": "assistant", "content": "", "tool_calls": json.dumps(calls)}, *[{"role": "tool", "content": "1"}] * 2]
+    turns = conversation_of(talk)["messages"]
+    ids = [call["id"] for call in turns[1]["tool_calls"]]
+    assert ids == [turn["tool_call_id"] for turn in turns[2:]] == ["call00100", "call00101"]
+    assert "id" not in conversation_of(talk, calls_as_text=False)["messages"][1]["tool_calls"][0]

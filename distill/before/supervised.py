@@ -60,14 +60,20 @@ def _prove(chat: ChatFormat, row: Row) -> None:
         raise _fault(row, "is not learned as a whole")
     if row.get("finish_reason") != "length" and labels[-1] not in chat.stop_ids:
         raise _fault(row, "has no end: the student would never stop")
-    text = _same_form(chat.text_of(labels[start:], opening))
+    raw = chat.text_of(labels[start:], opening)
+    text = _same_form(raw)
     said, calls = parted(row["completion"])
     if not calls and text.split() != _same_form(row["completion"]).split():
         raise _fault(row, f"is learned as other text: {visible(text, 100)!r}")
-    answer = _same_form(said).rpartition(THINK_CLOSE)[2].strip()
-    behind = (text.partition(THINK_CLOSE)[2] if THINK_CLOSE in said else text).strip()
-    if calls and not (behind.startswith(answer) and _equal(calls_in(behind.removeprefix(answer)), calls)):
+    if calls and not any(_calls_follow(form(raw), form(said), calls) for form in (str, _same_form)):
         raise _fault(row, f"calls tools, and what is learned are not these calls: {visible(text, 200)!r}")
+
+
+def _calls_follow(text: str, said: str, calls: list[Call]) -> bool:
+    """Whether a text is what was said, and then these calls."""
+    answer = said.rpartition(THINK_CLOSE)[2].strip()
+    behind = (text.partition(THINK_CLOSE)[2] if THINK_CLOSE in said else text).strip()
+    return behind.startswith(answer) and _equal(calls_in(behind.removeprefix(answer)), calls)
 
 
 def _equal(read: list[Call] | None, meant: list[Call]) -> bool:

@@ -19,8 +19,9 @@ from distill.data.texts import is_blank
 from distill.recipe.checks import Check
 from distill.recipe.judge import Preferences, filled, places_in
 from distill.recipe.kinds import Judge
+from distill.run.calls import Call, with_calls, written
 from distill.run.files import digest_json
-from distill.run.schema import THINK_CLOSE, THINK_OPEN, Message
+from distill.run.schema import THINK_CLOSE, THINK_OPEN, Message, spoken
 
 GRADES: tuple[str, ...] = ("pass", "fail", "unclear")
 CHOICES: tuple[str, ...] = ("A", "B", "tie", "unclear")
@@ -177,10 +178,16 @@ def _framed(frame: str, rubric: str, case: Case, own: dict[str, str], needed: Se
 
 
 def _conversation(messages: Sequence[Message]) -> str:
-    """The prompt as a text: of several turns each with whose it is."""
-    if len(messages) == 1:
+    """The prompt as a text: of several turns each with whose it is and what it calls, behind the tools."""
+    turns, tools = spoken(messages)
+    if len(turns) == 1 and tools is None:
         return messages[0]["content"]
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in messages)
+    said = [f"{turn['role']}: {with_calls(turn['content'], _calls(turn))}" for turn in turns]
+    return "\n\n".join(said if tools is None else [f"tools: {json.dumps(tools, ensure_ascii=False)}", *said])
+
+
+def _calls(turn: Mapping[str, Any]) -> list[str]:
+    return [written(Call(call["function"]["name"], call["function"]["arguments"])) for call in turn.get("tool_calls") or ()]
 
 
 def _json_at_the_end(text: str, *, alone: bool) -> dict[str, Any] | None:

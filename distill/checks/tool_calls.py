@@ -13,7 +13,7 @@ from distill.checks.form import answer_of
 from distill.checks.json_answer import equal, find_json, is_missing, loaded, schema_problem
 from distill.data.calls import schema_of
 from distill.recipe.kinds import ToolCalls
-from distill.run.calls import Call
+from distill.run.calls import Call, parted
 
 _HERMES = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _BAR, _BLOCK = "\uff5c", "\u2581"  # in DeepSeek's control tokens
@@ -171,8 +171,19 @@ def _value(text: str) -> Any:
 
 def _hermes(text: str) -> list[Call]:
     if "<tool_call>" in text and text.count("<tool_call>") != text.count("</tool_call>"):
+        return _with_marks_inside(text)
+    try:
+        return [_tagged(found) or _call(_value(found)) for found in _HERMES.findall(text)]
+    except _UnreadableError:
+        return _with_marks_inside(text)
+
+
+def _with_marks_inside(text: str) -> list[Call]:
+    """Calls that end an answer, and whose arguments hold the marks of a call."""
+    said, calls = parted(text)
+    if not calls or "<tool_call>" in said or "</tool_call>" in said:
         raise _UnreadableError
-    return [_tagged(found) or _call(_value(found)) for found in _HERMES.findall(text)]
+    return calls
 
 
 def _tagged(text: str) -> Call | None:
@@ -253,15 +264,12 @@ def _structured(text: str) -> list[Call]:
 
 
 def _any(text: str) -> list[Call]:
-    """By the mark of a family; without any, as data."""
-    if "<tool_call>" in text or "</tool_call>" in text:
-        return _hermes(text)
-    if _DEEPSEEK_CALL in text:
-        return _deepseek(text)
-    if _MISTRAL in text:
-        return _mistral(text)
-    is_llama = text.startswith(_LLAMA) or _PYTHONIC.match(text) or _LLAMA_OBJECT.match(text)
-    return _llama(text) if is_llama else _structured(text)
+    """By the mark of a family, the first that stands there: others may stand in arguments; without any, as data."""
+    if text.startswith(_LLAMA) or _PYTHONIC.match(text) or _LLAMA_OBJECT.match(text):
+        return _llama(text)
+    marks = {"<tool_call>": _hermes, "</tool_call>": _hermes, _DEEPSEEK_CALL: _deepseek, _MISTRAL: _mistral}
+    places = {text.find(mark): read for mark, read in marks.items() if mark in text}
+    return places[min(places)](text) if places else _structured(text)
 
 
 _READERS: dict[str, Callable[[str], list[Call]]] = {

@@ -6,6 +6,7 @@ without a value are left out: Parquet gives every object of a column the keys of
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from typing import Any
 from distill.data.names import json_text
 from distill.errors import DataError, shown
 from distill.run.calls import Call as Named
-from distill.run.calls import written
+from distill.run.calls import parted, written
 from distill.run.schema import THINK_CLOSE, THINK_OPEN
 
 Call = dict[str, Any]
@@ -47,10 +48,11 @@ def calls_of(value: Any) -> list[Call]:
     Raises:
         UnusableError: one has no name, or arguments that are no object.
     """
-    value = _loaded(value)
-    if value is None or value == "":
+    loaded = _loaded(value)
+    if loaded is None or loaded == "":
         return []
-    return [_call(item) for item in (value if isinstance(value, list) else [value]) if not _is_padding(item)]
+    is_text = isinstance(value, str)  # which nothing has padded
+    return [_call(item, is_text=is_text) for item in (loaded if isinstance(loaded, list) else [loaded]) if not _is_padding(item)]
 
 
 def in_hermes_form(calls: Iterable[Call]) -> str:
@@ -62,11 +64,29 @@ def without_calls(text: str) -> tuple[str, list[Call]]:
     """A text, and the calls in blocks of Hermes' form at its end; all is text where one can't be read."""
     found = _BLOCKS.search(text) if "<tool_call>" in text else None
     if found is None or THINK_OPEN in text[: found.start()].rpartition(THINK_CLOSE)[2]:  # none, or within a thought
-        return text, []
+        return _parted(text)
     try:
-        return text[: found.start()], [call for block in _BLOCK.findall(found[0]) for call in calls_of(block.strip() or "?")]
+        return text[: found.start()], [call for block in _BLOCK.findall(found[0]) for call in calls_of(_as_json(block.strip() or "?"))]
     except UnusableError:
-        return text, []
+        return _parted(text)
+
+
+def _parted(text: str) -> tuple[str, list[Call]]:
+    """The same of calls whose arguments hold the marks of a call themselves."""
+    before, calls = parted(text)
+    return (before.rstrip(), [call.described() for call in calls]) if calls else (text, [])
+
+
+def _as_json(block: str) -> str:
+    """A call inside of a text; of one that Python has written, as most of Hermes' own data are, as JSON."""
+    try:
+        json.loads(block)
+    except (ValueError, RecursionError):
+        try:
+            return json.dumps(ast.literal_eval(block))
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            pass
+    return block
 
 
 def tools_of(value: Any, where: str) -> str | None:
@@ -113,15 +133,15 @@ def _tool(value: Any, where: str) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _call(value: Any) -> Call:
-    value = _loaded(value)
+def _call(value: Any, *, is_text: bool) -> Call:
+    value, is_text = _loaded(value), is_text or isinstance(value, str)
     described = value.get("function") if isinstance(value, dict) and isinstance(value.get("function"), dict) else value
     name = described.get("name") if isinstance(described, dict) else None
     if not isinstance(described, dict) or not isinstance(name, str) or not name:
         raise UnusableError("call_not_readable")
     given = next((described[key] for key in _ARGUMENTS if described.get(key) is not None), None)
-    arguments = _without_nulls(given) if isinstance(given, dict) else _loaded(given) if given not in (None, "") else {}
-    arguments = _loaded(arguments)  # some wrote a text of a text
+    arguments = given if is_text or not isinstance(given, dict) else _without_nulls(given)
+    arguments = _loaded(_loaded(arguments)) if given not in (None, "") else {}  # some wrote a text of a text
     if not isinstance(arguments, dict):
         raise UnusableError("call_not_readable")
     identity = next((value[key] for key in ("id", "tool_call_id") if isinstance(value.get(key), str) and value[key]), None)

@@ -71,8 +71,16 @@ def traces_of(traces: Traces, mapping: PromptMapping, row: Row, where: str) -> l
     """
     asked = mapping.asked(row, where)
     beside = traces.takes_last_turns and asked[-1].answer is None and spare_at(row, Spare(traces.column_of_answers)) is not None
-    if beside or not traces.takes_last_turns:
+    if not traces.takes_last_turns:
         return [(asked[-1], found) for found in brought(traces, row, where)]
+    if beside:
+        said = _of_turns(traces, asked[:-1], row, where)
+        return [*said, *((asked[-1], found) for found in brought(traces, row, where))]
+    return _of_turns(traces, asked, row, where)
+
+
+def _of_turns(traces: Traces, asked: list[Asked], row: Row, where: str) -> list[tuple[Asked, Brought]]:
+    """The turns of a conversation as answers."""
     found = []
     for each in asked:
         [told] = _told(traces, row, 1, where)

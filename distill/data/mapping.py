@@ -74,13 +74,13 @@ class PromptMapping:
                 turns = self._turns(row, self._columns.messages, where)
                 parts = self._supervised(turns, where)
                 found = [self._of_conversation(before, answer, row, where) for before, answer in parts]
-                beginning = None if self._prompts.turns == "last" else _beginning(turns)
+                beginning = None if self._prompts.turns == "last" else _beginning(unmarked(turns))
                 return [asked._replace(beginning=beginning) for asked in found] or [Asked([], None, "no_supervised_turn", beginning)]
             assert self._columns.prompt is not None  # the recipe was validated
             text = self._text(row, self._columns.prompt, where)
             turns = self._with_context(row, [{"role": "user", "content": text}], where) if text else []
         except UnusableError as error:
-            return [Asked([], reason=error.reason)]
+            return [Asked([], reason=error.reason, beginning=None if self._prompts.turns == "last" else 0)]
         return [self._of_conversation(turns, None, row, where)]
 
     def prompt_rows(self, row: Row, where: str) -> list[tuple[Row, str | None]]:

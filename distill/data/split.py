@@ -134,8 +134,17 @@ class Index:
             _, rest = self._draw(fates, main, prompts.max_prompts, f"train/{seed}", prompts.source, kept)
             fates[rest] = _CODES["not_drawn"]
         if not (fates == TRAIN).any():
-            raise DataError(f"{prompts.source}: no prompt is left to train on. {_advice(fates[main])}")
+            raise DataError(f"{prompts.source}: no prompt is left to train on. {self._advice(fates[main])}")
         return Split(fates, int(np.isin(twins, kept).sum()))
+
+    def _advice(self, fates: Fates) -> str:
+        """What to do where all is held out, or dropped."""
+        if self._beginnings and len(np.unique(self.beginnings[: self.num_main][fates == HELDOUT])) == 1:
+            return (
+                "All conversations that are held out begin with the same turn of the user's, so that they can't be parted. Give a "
+                "prompts.heldout_source, or 0 for prompts.heldout_size."
+            )
+        return _advice(fates)
 
     def _hold_out(self, fates: Fates, prompts: Prompts, seed: int, before: Before | None) -> Places:
         """Holds prompts out. Returns the places of all that are kept apart: of a source of their own also those that are not drawn."""

@@ -65,7 +65,8 @@ def turns_of(value: Any, name: str, where: str) -> list[Message]:
         tools = tools or tools_of(_first(turn, ("tools", "functions")), f"{here}: tools")
         for message in _messages(role, turn, here):
             message |= _mark(turn, here) if message["role"] == "assistant" else {}
-            if role == _CALLING and found and found[-1]["role"] == "assistant":  # what it says before it calls is of the same turn
+            follows = role == _CALLING and bool(found) and found[-1]["role"] == "assistant"
+            if follows and message.get(MARKED) in (None, found[-1].get(MARKED)):  # what it says before it calls is of the same turn
                 calls = json.loads(found[-1].get("tool_calls", "[]")) + json.loads(message["tool_calls"])
                 found[-1]["tool_calls"] = json.dumps(calls, ensure_ascii=False)
             else:
@@ -182,6 +183,10 @@ def _messages(role: str, turn: dict[str, Any], here: str) -> Iterator[Message]:
     held: dict[str, list[Any]] = {"text": [], "thought": [], "call": [], "result": []}
     for kind, item in _parts(content, role, here):
         held[kind].append(item)
+    results = _responses(_joined(held["text"])) if role == "tool" else []
+    if len(results) > 1:  # of several calls at once
+        yield from ({"role": "tool", "content": result} for result in results)
+        return
     for result in held["result"]:
         answers = {"tool_call_id": result["tool_use_id"]} if isinstance(result.get("tool_use_id"), str) else {}
         yield {"role": "tool", "content": _text(result.get("content"), "tool", here), **answers}
@@ -196,9 +201,14 @@ def _messages(role: str, turn: dict[str, Any], here: str) -> Iterator[Message]:
 
 def _content(role: str, turn: dict[str, Any], held: dict[str, list[Any]], here: str) -> str:
     text = _joined(held["text"])
-    if role == "tool" and (unwrapped := _RESPONSE.fullmatch(text.strip())):
-        return unwrapped[1].strip()
+    if role == "tool" and len(results := _responses(text)) == 1:
+        return results[0]
     return _with_thought(text, _thought_beside(turn, here) or "\n\n".join(held["thought"]), here) if role == "assistant" else text
+
+
+def _responses(text: str) -> list[str]:
+    """What stands between marks of results, if all of a text does."""
+    return [] if _RESPONSE.sub("", text).strip() else [found.strip() for found in _RESPONSE.findall(text)]
 
 
 def _extras(turn: dict[str, Any], calls: list[Any], here: str) -> Message:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from distill.errors import visible
-from distill.run.calls import written_raw
+from distill.run.calls import CALL_CLOSE, written_raw
 from distill.run.schema import THINK_CLOSE, THINK_OPEN
 from distill.servers import Usage
 from distill.servers.faults import fault_of, words_of
@@ -72,10 +72,21 @@ def reasoning_in(message: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return "", {"reasoning": "it came encrypted, and is lost"} if details else {}
 
 
-def called(told: Any) -> list[str]:
-    """A message's calls, each in the kit's form; arguments that are no JSON as they were written, so that checks see it."""
+def calls_told(message: Mapping[str, Any]) -> list[Any]:
+    """What a message says that it calls, in the newer field or, one alone, in the older one."""
+    told, older = message.get("tool_calls"), message.get("function_call")
+    return list(told) if isinstance(told, list) and told else [told] if told else [{"function": older}] if older else []
+
+
+def called(told: Sequence[Any], *, cut: bool = False) -> list[str]:
+    """Calls in the kit's form; arguments that are no JSON as they were written, so that checks see it; what is no call is left out.
+
+    Args:
+        told: By a server.
+        cut: Whether the answer was cut: then the last call stays open, if it is not whole.
+    """
     found = []
-    for call in told if isinstance(told, list) else []:
+    for place, call in enumerate(told, start=1):
         function = call.get("function") if isinstance(call, Mapping) else None
         if isinstance(function, Mapping) and isinstance(function.get("name"), str):
             arguments = function.get("arguments")
@@ -83,6 +94,9 @@ def called(told: Any) -> list[str]:
             try:
                 text = json.dumps(json.loads(text), ensure_ascii=False)
             except (ValueError, RecursionError):
+                if cut and place == len(told):
+                    found.append(written_raw(function["name"], text).removesuffix(f"}}\n{CALL_CLOSE}"))
+                    continue
                 text = text or "{}"
             found.append(written_raw(function["name"], text))
     return found

@@ -15,6 +15,7 @@ from distill.servers.alternatives import Entry, chat_entries, checked, completio
 from distill.servers.answers import (
     BrokenAnswerError,
     called,
+    calls_told,
     compared,
     counted,
     finish_of,
@@ -139,12 +140,13 @@ def message_text(message: Mapping[str, Any], finish: str) -> tuple[str, dict[str
     """
     reasoning, notes = reasoning_in(message)
     content, refusal = text_in(message.get("content")), text_in(message.get("refusal"))
-    if content is None and refusal is None and not reasoning and not message.get("tool_calls") and finish == "stop":
+    if content is None and refusal is None and not reasoning and not calls_told(message) and finish == "stop":
         raise BrokenAnswerError("empty_answer", "it has neither content nor reasoning")
     if refusal:
         notes = notes | {"refusal": "the model refused in a field of its own"}
-    calls = called(message.get("tool_calls"))
-    if message.get("tool_calls") and not calls:
+    told = calls_told(message)
+    calls = called(told, cut=finish == "length")
+    if len(calls) < len(told):
         notes = notes | {"tool_calls": "a tool was called, and it can't be read which"}
     return with_calls(whole_text(reasoning, content or refusal or "", "stop" if calls else finish), calls), notes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from io import StringIO
@@ -104,14 +105,17 @@ class _Choice:
         for piece in delta.get("tool_calls") or []:
             if isinstance(piece, Mapping):
                 self._add_call(piece)
+        if isinstance(delta.get("function_call"), Mapping):  # as it was called before there could be several
+            self._add_call({"function": delta["function_call"]})
 
     def _add_call(self, piece: Mapping[str, Any]) -> None:
-        """A piece belongs to the call of its index, else to the last one, unless it brings an id that this one has not."""
+        """A piece belongs to the call of its index, else to the last one, unless it brings an id that this one has not, or begins anew."""
         calls = self._calls
         index = piece.get("index", calls[-1].index if calls else 0)
         same = [call for call in calls if call.index == index]
         identity = piece.get("id") or ""
-        if not same or (identity and same[-1].identity and identity != same[-1].identity):
+        other = bool(same and identity and same[-1].identity and identity != same[-1].identity)
+        if not same or other or (not identity and same[-1].is_followed_by(piece.get("function"))):
             same = [_CallOfStream(index, identity)]
             calls += same
         same[-1].add(identity, piece.get("function"))
@@ -148,6 +152,18 @@ class _CallOfStream:
             self._arguments.write(arguments)
         elif arguments is not None:
             self._object = arguments
+
+    def is_followed_by(self, function: Any) -> bool:
+        """Whether a piece with a name begins another call, because this one is whole: some hosts give neither indices nor ids."""
+        if not isinstance(function, Mapping) or not function.get("name") or not self._name:
+            return False
+        arguments, so_far = function.get("arguments"), self._arguments.getvalue()
+        if not isinstance(arguments, Mapping) and not str(arguments or "").lstrip().startswith("{"):
+            return False
+        try:
+            return self._object is not None or isinstance(json.loads(so_far), dict)
+        except ValueError:
+            return False
 
     def whole(self) -> dict[str, Any]:
         """The call as a body that is no stream has it."""

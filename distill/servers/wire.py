@@ -120,9 +120,24 @@ def conversation_of(prompt: Prompt, *, calls_as_text: bool = True) -> dict[str, 
         calls_as_text: Whether the arguments of a call are JSON in a text, as OpenAI has them, or an object, which templates take.
     """
     turns, tools = spoken([message for message in prompt if not isinstance(message, int)])
+    if calls_as_text:
+        _name_calls(turns)
     for function in (call["function"] for turn in turns for call in turn.get("tool_calls", ()) if calls_as_text):
         function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
     return {"messages": turns} | ({} if tools is None else {"tools": tools})
+
+
+def _name_calls(turns: list[dict[str, Any]]) -> None:
+    """Gives calls and results ids, in their order, where the data have none: hosts refuse those without. Mistral wants nine letters."""
+    waiting: list[str] = []
+    for place, turn in enumerate(turns):
+        if "tool_calls" in turn:
+            for number, call in enumerate(turn["tool_calls"]):
+                call.setdefault("id", f"call{place:03d}{number:02d}")
+            waiting = [call["id"] for call in turn["tool_calls"]]
+        elif turn["role"] == "tool":
+            identity = turn.setdefault("tool_call_id", waiting[0] if waiting else f"call{place:03d}00")
+            waiting = [name for name in waiting if name != identity]
 
 
 def _entries(body: Any) -> list[dict[str, Any]]:

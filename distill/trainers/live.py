@@ -36,7 +36,7 @@ from distill.models.vocabulary import vocabulary_map
 from distill.recipe.experiment import Recipe
 from distill.recipe.launches import kind_here
 from distill.recipe.learning import OnPolicy, config_class
-from distill.run.schema import Message
+from distill.run.schema import Message, extras_of
 from distill.run.tables import read_rows
 from distill.trainers.arguments import (
     build_arguments,
@@ -176,16 +176,26 @@ def live_rows(recipe: Recipe, prompts: Path, chat: ChatFormat) -> TrainingRows:
     teacher = check_pair(recipe, chat)
     room = recipe.train.max_length - _settings(recipe).max_new_tokens
     messages = [row["messages"] for row in read_rows(prompts, "train")]
-    # TRL renders prompts itself, and would read the name of a control token as the token.
-    plain = [prompt for prompt in messages if not any(one.mentions_controls(turn["content"]) for one in (chat, teacher) for turn in prompt)]
+    # TRL renders prompts itself: without their tools, and it would read the name of a control token as the token.
+    without = [prompt for prompt in messages if recipe.train.method == "cross_tokenizer" or not any(map(extras_of, prompt))]
+    plain = [prompt for prompt in without if not (_mentions(chat, prompt) or _mentions(teacher, prompt))]
     lengths = [len(chat.prompt_ids(prompt)) for prompt in plain]
     kept = [prompt for prompt, length in zip(plain, lengths, strict=True) if length <= room]
+    if not without:
+        raise DataError(
+            f"train.method {recipe.train.method}: all of {len(messages):,} prompts have tools, calls or their results, which TRL would "
+            "leave out. Use rounds with a section score, or train.method sft or kd."
+        )
     if not kept:
         raise DataError(
             f"train.max_length: none of {len(messages):,} prompts leaves room for train.on_policy.max_new_tokens; the shortest has "
             f"{min(lengths, default=0):,} tokens, {room:,} are left. Raise train.max_length."
         )
-    drops = {"control_token_in_prompt": len(messages) - len(plain), "too_long": len(plain) - len(kept)}
+    drops = {
+        "tools_in_prompt": len(messages) - len(without),
+        "control_token_in_prompt": len(without) - len(plain),
+        "too_long": len(plain) - len(kept),
+    }
     rows: list[dict[str, Any]]
     if recipe.train.method == "cross_tokenizer":
         # GOLD wants a completion, to be replaced by the student's; a special token can't melt into the prompt's last one.
@@ -203,6 +213,10 @@ def live_rows(recipe: Recipe, prompts: Path, chat: ChatFormat) -> TrainingRows:
         rows_in=len(messages),
         num_tokens=sum(length for length in lengths if length <= room),
     )
+
+
+def _mentions(chat: ChatFormat, prompt: list[Message]) -> bool:
+    return any(chat.mentions_controls(text) for turn in prompt for text in turn.values())
 
 
 def live_trainer(recipe: Recipe, chat: ChatFormat, common: dict[str, Any], teacher: PreTrainedModel | None = None) -> Trainer:
