@@ -2,8 +2,8 @@
 
 Compared are the normal forms of what is a conversation's own: its turns without those of the system, the last of the user's without the
 template, but with what further columns have put into it. So what the recipe puts around every prompt makes none of them alike. With
-questions of benchmarks, which stand alone, what stands in the place of `{prompt}` is compared by itself, too. The texts wait in a file; of each 20 bytes are in
-memory, with what `data/near` and `data/ngrams` say where these are asked for.
+questions of benchmarks, which stand alone, what stands in the place of `{prompt}` is compared by itself, too. The texts wait in a file;
+of each 20 bytes are in memory, with what `data/near` and `data/ngrams` say where these are asked for.
 """
 
 from __future__ import annotations
