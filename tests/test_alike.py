@@ -100,6 +100,20 @@ def test_what_the_recipe_puts_around_prompts_makes_none_of_them_alike(tmp_path: 
     assert made(tmp_path, source, **asked, **around)[0].drops == made(tmp_path, source, "bare", **asked)[0].drops == {}
 
 
+def test_what_stands_between_columns_makes_none_alike_and_a_question_is_found_beside_a_passage(tmp_path: Path) -> None:
+    """Questions of a benchmark stand alone, those of a template with a passage do not."""
+    draw, between = random.Random(12), " ".join(LATIN[:80])
+    source = [question(f"Who is {word}?") | {"passage": " ".join(draw.choices(LATIN, k=20))} for word in LATIN[100:]]
+    section = {"template": f"{{passage}}\n{between}\n{{prompt}}", "near_duplicates": {}, "heldout_size": 0}
+    assert made(tmp_path, source, "between", **section)[0].drops == {}
+    file = write(tmp_path / "questions.jsonl", [question(row["question"].upper()) for row in source[:40]])
+    section = {"template": section["template"], "heldout_size": 0, "decontaminate": {"benchmarks": [str(file)], "ngrams": []}}
+    manifest, tables = made(tmp_path, source, "bench", **section)
+    assert manifest.drops == {"in_benchmark": 40} and len(tables["train"]) == len(source) - 40
+    found = survey(recipe(tmp_path / "bench", tmp_path / "bench.jsonl", **section).prompts, 0, 3)
+    assert (found.train, found.drops) == (len(tables["train"]), manifest.drops)
+
+
 def test_a_conversation_that_goes_on_is_no_near_duplicate() -> None:
     long = " ".join(LATIN[:60])
     one = [{"role": "user", "content": f"<< {long} >>"}]

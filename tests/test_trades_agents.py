@@ -19,6 +19,7 @@ from grading import Judging, shown
 from trades import KEPT, judged, made_rows, made_words, recipe_of, run_made, scores
 
 from distill.before import check
+from distill.checks.judging import Judges, given_of
 from distill.checks.sandbox import place_for
 from distill.data.names import value_at
 from distill.data.turns import answered, completion_of, turns_of
@@ -96,6 +97,16 @@ def test_right_answers_pass_and_wrong_ones_go_for_their_reason(trade: str, tmp_p
     """Where no model and no sandbox is needed for it; of the others, the whole runs below show it."""
     found, wanted = judged(trade, tmp_path, ["--prompts.heldout_size", "0", "--evaluate", "null"])
     assert found == wanted and len(found) == len(made_rows(trade))
+
+
+@pytest.mark.parametrize(("ended", "right"), [("stop", True), ("length", False)])
+def test_a_turn_that_was_cut_does_not_act_as_the_reference_did(ended: str, right: bool) -> None:
+    """Noise without an end calls nothing, as the reference does, and is not right for that."""
+    tools = value_at(made_rows(SERVICE)[0], "tools", SERVICE)
+    given = given_of({"completion": "I have", "reference": "It is done.", "finish_reason": ended, "num_tokens": 2}, {"tools": tools})
+    with Judges(load_recipe(recipe_of(SERVICE)).checks_of_answers, 10.0, 1) as judges:
+        [(_, (passed, _))] = judges.answers([(0, given)])
+    assert passed is right
 
 
 @pytest.mark.slow

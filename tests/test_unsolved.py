@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -161,12 +162,21 @@ def test_chains_of_jobs_are_refused_and_costs_are_up_to(tmp_path: Path) -> None:
     ("generate", "says"),
     [
         ({"samples_per_prompt": 7}, "is not above samples_per_prompt"),
+        ({"unsolved": {"max_samples": 4, "temperatures": [0.8, 0.9]}}, "there are 1 times samples_per_prompt more"),
         ({"samples_per_prompt": 1, "temperature": 0.0, "top_p": 0.95, "unsolved": {"max_samples": 3}}, "give unsolved.temperatures"),
     ],
 )
 def test_what_would_write_nothing_new_is_refused(tmp_path: Path, generate: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         recipe_of(tmp_path, **generate)
+
+
+def test_a_bound_that_drops_all_that_is_written_more_is_refused(tmp_path: Path) -> None:
+    """Behind two wrong answers, two right ones are half of all."""
+    asked = recipe_of(tmp_path).model_dump(mode="json")
+    for rate, refused in ((0.5, False), (0.6, True)):
+        with pytest.raises(ValidationError, match="would drop all that generate") if refused else nullcontext():
+            Recipe.model_validate(asked | {"curate": asked["curate"] | {"min_pass_rate": rate}})
 
 
 def test_it_is_no_other_recipe_for_the_first_samples() -> None:

@@ -134,7 +134,7 @@ def _candidate(recipe: Recipe, source: str, number: int) -> _Candidate:
         return _Candidate(source, author.get("model"), rows)
     for trace in _brought(recipe, source):
         drawn.add(trace["prompt_id"], trace)
-    rows = [drawn.kept()[prompt] for prompt in sorted(drawn.kept())]
+    rows = [trace for _, trace in sorted(drawn.kept().items(), key=lambda found: found[0])]
     if not rows:
         raise DataError(f"{source}: holds no traces that can be read. Give the section traces, which says how rows are mapped.")
     return _Candidate(source, None, rows)

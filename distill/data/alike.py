@@ -1,8 +1,9 @@
 """Training prompts that are too much like held-out ones, benchmarks' questions or one another: which, like which, and in what.
 
 Compared are the normal forms of what is a conversation's own: its turns without those of the system, the last of the user's without the
-template. So what the recipe puts around every prompt makes none of them alike. The texts wait in a file; of each 20 bytes are in
-memory, with what `data/near` and `data/ngrams` say where these are asked for.
+template, but with what further columns have put into it. So what the recipe puts around every prompt makes none of them alike. With
+questions of benchmarks, which stand alone, what stands in the place of `{prompt}` is compared by itself, too. The texts wait in a file;
+of each 20 bytes are in memory, with what `data/near` and `data/ngrams` say where these are asked for.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from distill.data.files import Row
 from distill.data.identities import Identities, Ids, Places
 from distill.data.kept import Texts, around, own_text
-from distill.data.mapping import BEGINNING, PromptMapping
+from distill.data.mapping import BEGINNING, OWN, PromptMapping
 from distill.data.matches import Match, Matches
 from distill.data.near import Near
 from distill.data.ngrams import Search
@@ -28,6 +29,7 @@ from distill.data.sources import Source
 from distill.errors import DataError
 from distill.recipe.alike import Benchmark, NearDuplicates
 from distill.recipe.prompts import Columns, Prompts
+from distill.run.schema import Message
 
 EXACT, SIMILAR = "exact", "similar"
 _TOGETHER = 512  # questions
@@ -57,6 +59,7 @@ class Alike:
         self._texts = Texts(place)
         self._near = Near(min(limits), seed, self._texts) if limits else None
         self._numbers, self._rows = array("Q"), array("I")
+        self._alone = array("Q")  # of what stands in the place of {prompt} alone, where rows have more
         self._talks = array("Q")  # which conversation each is of, where one gives several prompts
         self._benchmarks: list[tuple[int, str]] = []  # where each begins, and its name
         self._matches = Matches(place)
@@ -78,7 +81,10 @@ class Alike:
             numbers: Of the rows in their source, from 1.
         """
         self._talks.extend(row[BEGINNING] for row in rows if BEGINNING in row)
-        self._add([own_text(row["messages"], self._around) for row in rows], numbers)
+        self._add([self._own(row) for row in rows], numbers)
+        if any(OWN in row for row in rows):  # else in none so far, or of these each was dropped
+            self._alone.extend(0 for _ in range(len(self._texts) - len(rows) - len(self._alone)))
+            self._alone.extend(_number_of(own_text(_asking(row, row[OWN].question))) if OWN in row else 0 for row in rows)
 
     def add_questions(self, benchmark: Benchmark, source: Source) -> None:
         """Takes the questions of a benchmark in, behind all prompts.
@@ -98,6 +104,9 @@ class Alike:
             raise DataError(f"prompts.decontaminate: {error}") from None
         if not any(self._numbers[begin:]):
             raise DataError(f"prompts.decontaminate: {benchmark.called} has no question. Name the column that has them, by `column`.")
+
+    def _own(self, row: Row) -> str:
+        return own_text(_asking(row, row[OWN].values)) if OWN in row else own_text(row["messages"], self._around)
 
     def _add(self, texts: list[str], numbers: Sequence[int]) -> None:
         self._texts.add(texts)
@@ -131,7 +140,14 @@ class Alike:
             return
         others = np.concatenate([questions, heldout]) if asked.heldout else questions
         numbers, first = np.unique(self._number_of_each[others], return_index=True)
-        places = Identities(numbers).places(self._number_of_each[left])
+        known = Identities(numbers)
+        places = known.places(self._number_of_each[left])
+        if self._alone:
+            alone = np.zeros(len(self._texts), np.uint64)
+            alone[: len(self._alone)] = self._alone
+            at = known.places(alone[left])
+            is_question = (at >= 0) & (others[first[at]] >= self._first_question)
+            places = np.where((places < 0) & is_question, at, places)
         for place, at in zip(left[places >= 0].tolist(), places[places >= 0].tolist(), strict=True):
             yield Match(place, int(others[first[at]]), EXACT)
 
@@ -226,6 +242,13 @@ def _heldout_limit(prompts: Prompts) -> float | None:
     limits = [near.similarity] if near is not None else []
     limits += [other.similarity] if other is not None and other.heldout and other.similarity is not None else []
     return min(limits, default=None)
+
+
+def _asking(row: Row, text: str) -> list[Message]:
+    """A row's conversation with a text in place of the last turn of the user's."""
+    messages: list[Message] = row["messages"]
+    last = max(place for place, turn in enumerate(messages) if turn["role"] == "user")
+    return [turn | {"content": text} if place == last else turn for place, turn in enumerate(messages)]
 
 
 def _number_of(text: str) -> int:

@@ -19,6 +19,17 @@ from distill.run.schema import Message, prompt_id
 
 BEGINNING = "beginning"
 """Of a row that is one of several of its conversation: a number for how that begins."""
+OWN = "own"
+"""Of a row whose template names further columns: an `Own`."""
+
+
+class Own(NamedTuple):
+    """What a row has put into a template that names further columns."""
+
+    question: str
+    """In the place of `{prompt}`."""
+    values: str
+    """In all places, one behind the other."""
 
 
 class Asked(NamedTuple):
@@ -32,6 +43,8 @@ class Asked(NamedTuple):
     """To drop it; null keeps it."""
     beginning: int | None = None
     """Equal for conversations that begin alike, in whatever spelling; null where each counts for itself."""
+    own: Own | None = None
+    """Of a template that names further columns; else null."""
 
 
 class PromptMapping:
@@ -99,6 +112,8 @@ class PromptMapping:
             mapped: Row = {"prompt_id": prompt_id(asked.messages), "messages": asked.messages, "reference": reference, **told}
             if asked.beginning is not None:
                 mapped[BEGINNING] = asked.beginning
+            if asked.own is not None:
+                mapped[OWN] = asked.own
             rows.append((mapped, asked.reason or reason))
         return rows
 
@@ -138,7 +153,10 @@ class PromptMapping:
         if not users or not turns[users[-1]]["content"].strip():
             return Asked([], answer, "empty_prompt")
         before, last, behind = turns[: users[-1]], turns[users[-1]], turns[users[-1] + 1 :]
-        templated = last | {"content": self._templated(last["content"], row, where)}
+        values = self._values(last["content"], row, where)
+        templated = last | {"content": "".join(piece.text if piece.name is None else values[piece.name] for piece in self._pieces)}
+        places = dict.fromkeys(piece.name for piece in self._pieces if piece.name is not None)
+        own = Own(last["content"], "\n".join(values[name] for name in places)) if len(values) > 1 else None
         messages = [*map(settled, before), templated, *map(settled, behind)]
         if self._prompts.system_prompt is not None:
             if messages[0]["role"] == "system":
@@ -146,10 +164,10 @@ class PromptMapping:
                 raise DataError(f"{where}: {name} has a system turn of its own, and prompts.system_prompt is set. Leave one of them out.")
             tools = messages[0].pop("tools", None)
             messages = with_tools([{"role": "system", "content": self._prompts.system_prompt}, *messages], tools)
-        return Asked(messages, answer)
+        return Asked(messages, answer, own=own)
 
-    def _templated(self, text: str, row: Row, where: str) -> str:
-        """The template with values in their places, all at once: what stands in a value is no place."""
+    def _values(self, text: str, row: Row, where: str) -> dict[str, str]:
+        """What is put in the places of the template, all at once: what stands in a value is no place."""
         values = {"prompt": text}
         for piece in self._pieces:
             if piece.name is not None and piece.name not in values:
@@ -157,7 +175,7 @@ class PromptMapping:
                     values[piece.name] = lines_at(row, piece.name, where)
                 except DataError as error:
                     raise DataError(f"{error} The template names {piece.text}; as text it is written {{{piece.text}}}.") from None
-        return "".join(piece.text if piece.name is None else values[piece.name] for piece in self._pieces)
+        return values
 
     def _text(self, row: Row, name: str, where: str) -> str | None:
         value = value_at(row, name, where)

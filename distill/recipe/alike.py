@@ -17,7 +17,9 @@ class NearDuplicates(Section):
 
     similarity: Similarity = 0.8
     """From which two prompts are nearly the same: the share of runs of five characters that both have, of those that either has, in the
-    normal form of the texts before system prompt and template. Of such training prompts the first stays."""
+    normal form of the texts without system turns and before the template, with what further columns put into it. So one question to
+    characters of different system turns is nearly the same prompt, and so are questions about one long passage: leave the section out
+    there. Of such training prompts the first stays."""
 
 
 class Benchmark(Section):
@@ -54,10 +56,11 @@ class Decontaminate(Section):
     heldout: bool = True
     """Compare with the run's held-out prompts, too."""
     exact: bool = True
-    """Drop what is a question in another spelling."""
+    """Drop what is a question in another spelling, whatever further columns the template puts beside it."""
     ngrams: list[Annotated[int, Field(ge=3)]] = Field(default=[13, 8])
     """Drop what shares a run of so many words with a question; the largest that fits is what is written down. In scripts without
-    spaces a character counts as half a word. A question of fewer words is found by the other ways alone."""
+    spaces a character counts as half a word, in texts that are mostly of them: such a question inside a longer text of words is not
+    found. A question of fewer words is found by the other ways alone."""
     similarity: Similarity | None = None
     """Drop what is this similar to a question, as `near_duplicates.similarity` says it; null does not compare so."""
     boilerplate: Share = 0.01

@@ -95,6 +95,12 @@ class Generate(Sampling):
                 f"unsolved.max_samples ({self.unsolved.max_samples}) would be ignored: it is not above samples_per_prompt "
                 f"({self.samples_per_prompt})"
             )
+        passes = -(-self.unsolved.max_samples // self.samples_per_prompt) - 1
+        if len(self.unsolved.temperatures or []) > passes:
+            raise ValueError(
+                f"unsolved.temperatures has {len(self.unsolved.temperatures or [])}, and up to max_samples ({self.unsolved.max_samples}) "
+                f"there are {passes} times samples_per_prompt more: the others would be ignored"
+            )
         if self.temperature == 0 and self.unsolved.temperatures is None:
             raise ValueError("temperature 0 writes the same answer every time: give unsolved.temperatures of further samples")
         return self
@@ -192,6 +198,11 @@ class Curate(Section):
             return
         if generate.unsolved is not None and not self.checks:
             raise ValueError("generate.unsolved would be ignored: without curate.checks every trace passes")
+        if generate.unsolved is not None and (self.min_pass_rate or 0) > 0.5:
+            raise ValueError(
+                f"curate.min_pass_rate ({self.min_pass_rate:g}) would drop all that generate.unsolved writes: behind wrong samples "
+                "as many right ones are half. Set it to 0.5 or below, or leave one of them out"
+            )
         if generate.samples_per_prompt == 1 and self.bounds_difficulty:
             raise ValueError(
                 "curate.min_pass_rate and max_pass_rate look at how many of a prompt's traces pass, and there is one: raise "
