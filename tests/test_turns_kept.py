@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from distill.data.normal import normal_numbers
 from distill.models.chat import chat_format
 from distill.recipe.base import Sampling
 from distill.recipe.servers import Server
@@ -107,3 +108,15 @@ def test_hosts_get_ids_of_calls_and_results_that_have_none() -> None:
     ids = [call["id"] for call in turns[1]["tool_calls"]]
     assert ids == [turn["tool_call_id"] for turn in turns[2:]] == ["call00100", "call00101"]
     assert "id" not in conversation_of(talk, calls_as_text=False)["messages"][1]["tool_calls"][0]
+
+
+def test_ids_of_calls_and_the_order_of_keys_make_no_other_prompt() -> None:
+    def talk(identity: str, *, turned: bool) -> list[Message]:
+        call = {"id": identity, "type": "function", "function": {"name": "f", "arguments": {"a": 1, "b": 2}}}
+        written = [dict(reversed(list(item.items()))) if turned else item for item in (TOOLS[0], call)]
+        called: Message = {"role": "assistant", "content": "", "tool_calls": json.dumps([written[1]])}
+        asked: Message = {"role": "user", "content": "?", "tools": json.dumps([written[0]])}
+        return [asked, called, {"role": "tool", "content": "1", "tool_call_id": identity}]
+
+    first, second = normal_numbers([talk("x", turned=False), talk("y", turned=True)])
+    assert first == second != normal_numbers([talk("x", turned=False)[:2]])[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -47,9 +48,21 @@ def normal_numbers(conversations: Iterable[list[Message]]) -> Ids:
     return np.array([_number(messages) for messages in conversations], np.uint64)
 
 
+def _data(text: str, ids: dict[str, str]) -> str:
+    """A list of tools or calls, in whatever order their keys stand; the ids that each source draws anew are numbered in their order."""
+    listed = [{name: value for name, value in entry.items() if name != "id"} for entry in json.loads(text)]
+    for entry in json.loads(text):
+        ids.setdefault(str(entry.get("id")), str(len(ids)))
+    return json.dumps(listed, ensure_ascii=False, sort_keys=True)
+
+
 def _number(messages: list[Message]) -> int:
     parts: list[str] = []
+    ids: dict[str, str] = {}
     for turn in messages:
-        more = sorted((name, value) for name, value in turn.items() if name not in ("role", "content") and value is not None)
-        parts += [turn["role"], normal_form(turn["content"]), *(part for pair in more for part in pair), ""]
+        more = {name: value for name, value in turn.items() if name not in ("role", "content") and value is not None}
+        more |= {name: _data(more[name], ids) for name in ("tools", "tool_calls") if name in more}
+        if "tool_call_id" in more:
+            more["tool_call_id"] = ids.setdefault(more["tool_call_id"], str(len(ids)))
+        parts += [turn["role"], normal_form(turn["content"]), *(part for pair in sorted(more.items()) for part in pair), ""]
     return int.from_bytes(hashlib.blake2b(_APART.join(parts).encode(), digest_size=8).digest(), "big")
