@@ -72,10 +72,11 @@ class Near:
         """Of those of `asked` that are similar to some of `others`: its place, that of the most similar, and how similar they are."""
         keys = [np.frombuffer(band, np.uint32) for band in self._bands]
         orders = [others[np.argsort(key[others], kind="stable")] for key in keys]
+        bands = [(key, key[order], order) for key, order in zip(keys, orders, strict=True)]
         with progress(len(asked), "prompts", "similar", passing=True) as bar:
             for begin in range(0, len(asked), _TOGETHER):
                 some = asked[begin : begin + _TOGETHER]
-                shared = np.concatenate([_shared(key, order, some) for key, order in zip(keys, orders, strict=True)])
+                shared = np.concatenate([_shared(*band, some) for band in bands])
                 pairs, votes = np.unique(shared, return_counts=True)
                 pairs, votes = pairs[votes >= _SHARED], votes[votes >= _SHARED]
                 places, partners = (pairs >> _HALF).astype(np.int64), (pairs & _LOW).astype(np.int64)
@@ -176,9 +177,9 @@ def _missed(similarity: float, rows: int) -> float:
     return float((1 - one) ** bands + bands * one * (1 - one) ** (bands - 1))
 
 
-def _shared(key: npt.NDArray[np.uint32], order: Places, asked: Places) -> Ids:
+def _shared(key: npt.NDArray[np.uint32], sorted_keys: npt.NDArray[np.uint32], order: Places, asked: Places) -> Ids:
     """Pairs of those asked for and others that share a band, each as one number, of which `order` has the others by their keys."""
-    first, behind = (np.searchsorted(key[order], key[asked], side=side) for side in ("left", "right"))
+    first, behind = (np.searchsorted(sorted_keys, key[asked], side=side) for side in ("left", "right"))
     counts = np.minimum(behind - first, _STEPS // 10)
     pairs: Ids = (np.repeat(asked, counts).astype(np.uint64) << _HALF) | order[ranges(first, counts)].astype(np.uint64)
     return pairs
