@@ -71,7 +71,7 @@ def test_evaluate_takes_what_curate_says_of_answers(tmp_path: Path) -> None:
         ("{label: {choices: [a, b], column: options}}", "give exactly one of choices"),
         ("{label: {choices: [a]}}", "two labels or more"),
         ("{label: {choices: [a, b], numbered_from: 2}}", "curate.checks.0.label.numbered_from"),
-        ("{label: {column: choices}}", "prompts.fields: the check label looks at the column 'choices'"),
+        ("{label: {column: choices}}", "Add it: fields: [options, tools, choices], or give the check the name that it has in your data."),
         ("{text: {reference: ignore}}", "nothing is asked"),
         ("{text: {pattern: '('}}", "not a regular expression"),
         ("{json: {reference: ignore, fields: [a]}}", "fields would be ignored"),

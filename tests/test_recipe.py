@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -530,3 +531,12 @@ def test_recipes_of_the_project_load_and_say_what_they_cost() -> None:
         for word in ("source", "hardware", "memory", "time", "result", "command"):
             assert f"# {word}:" in header, f"{path.name} lacks `# {word}:` in its header"
         assert len([line for line in path.read_text().splitlines() if line and not line.startswith("#")]) <= 60
+
+
+@pytest.mark.parametrize(
+    ("key", "section"), [("prompts.near_duplicates", "prompts.near_duplicates"), ("curate.checks.0.label", "curate.checks.label")]
+)
+def test_a_value_in_the_place_of_a_section_is_said_in_words_of_the_recipe(tmp_path: Path, key: str, section: str) -> None:
+    says = f"{key}: should be a section with keys of its own, got 7. `distill keys {section}` lists them."
+    with pytest.raises(RecipeError, match=re.escape(says)):
+        load_recipe(write(tmp_path, GOOD), ["--curate.checks", "[label: {choices: [a, b]}]", f"--{key}", "7"])

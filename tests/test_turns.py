@@ -192,7 +192,7 @@ USER = {"role": "user", "content": "?"}
     [
         ("no list", "m must be a list of turns"),
         ("[{", "m holds text that is no JSON"),
-        ([USER, {"role": "asistant", "content": "a"}], r"m\.1: has the role 'asistant'\. It must be system, user, a"),
+        ([USER, {"role": "asistant", "content": "a"}], r"m\.1: has the role 'asistant'\. It must be system, user, a.* \(human, gpt, func"),
         ([USER, {"role": "assistant", "content": {"a": 1}}], r"m\.1: content must be text, or a list of parts"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"m\.0: content must be text, or a list of parts"),
         ([USER, {"role": "assistant", "content": "<think>a</think>b", "reasoning": "c"}], r"m\.1: has a reasoning in its text and another"),

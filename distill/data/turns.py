@@ -61,7 +61,10 @@ def turns_of(value: Any, name: str, where: str) -> list[Message]:
             )
         role = _ROLES.get(re.sub(r"[\s-]+", "_", who.strip().lower()))
         if role is None:
-            raise DataError(f"{here}: has the role {shown(who)}. It must be system, user, assistant or tool, or ShareGPT's name for one.")
+            raise DataError(
+                f"{here}: has the role {shown(who)}. It must be system, user, assistant or tool, or ShareGPT's name for one (human, gpt, "
+                "function_call, observation)."
+            )
         tools = tools or tools_of(_first(turn, ("tools", "functions")), f"{here}: tools")
         for message in _messages(role, turn, here):
             message |= _mark(turn, here) if message["role"] == "assistant" else {}

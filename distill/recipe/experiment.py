@@ -204,7 +204,7 @@ class Recipe(Section):
             if missing is not None:
                 raise ValueError(
                     f"prompts.fields: the check {check.called} looks at the column {missing!r}, which is not carried along. Add it: "
-                    f"fields: [{', '.join([*carried, missing])}]"
+                    f"fields: [{', '.join([*carried, missing])}], or give the check the name that it has in your data"
                 )
         preferences = self.evaluate.preferences if self.evaluate is not None else None
         missing = next((column for column in preferences.columns if column not in carried), None) if preferences is not None else None

@@ -141,6 +141,10 @@ def _describe(item: ErrorDetails, places: _Places) -> str:
         return f"{where}: {name}: unknown key, got {shown(item['input'])}. {suggest(key, loc)}"
     if kind == "missing":
         return f"{where}: {name}: missing. Add it; `distill keys {parts[0]}` explains it."
+    if kind == "model_type":
+        section = ".".join(part for part in parts if not part.isdecimal())
+        lists = f"`distill keys {section}` lists them" if section else "`distill keys` lists them"
+        return f"{where}: {name}: should be a section with keys of its own, got {shown(item['input'])}. {lists}."
     message = item["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if kind == "value_error":
