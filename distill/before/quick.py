@@ -19,7 +19,7 @@ from distill.before.likeness import check_likeness
 from distill.before.outlook import outlook
 from distill.before.packages import check_packages
 from distill.before.servers import check_without_asking, warn_of_keys
-from distill.data.alike import question_mapping
+from distill.data.alike import question_mapping, question_rows
 from distill.data.completions import columns_of, traces_of
 from distill.data.files import Placed
 from distill.data.licences import check_terms
@@ -151,7 +151,7 @@ def _check_benchmark(prompts: Prompts, benchmark: Benchmark, found: Findings) ->
     mapping = question_mapping(prompts, benchmark)
 
     def of_question(placed: Placed) -> list[str | None]:
-        return [reason for _, reason in mapping.prompt_rows(placed[1], placed[0])]
+        return [reason for _, reason in question_rows(mapping, benchmark, placed[1], placed[0])]
 
     _check_source(f"benchmark {benchmark.called}", lambda: benchmark_source(benchmark), of_question, mapping.columns, found)
 

@@ -98,7 +98,7 @@ class Alike:
         placed = enumerate(source.rows(mapping.columns, f"read {benchmark.called}"), start=1)
         try:
             while batch := list(islice(placed, _TOGETHER)):
-                talks = [mapping.prompt_rows(raw, where)[-1][0]["messages"] for _, (where, raw) in batch]
+                talks = [question_rows(mapping, benchmark, raw, where)[-1][0]["messages"] for _, (where, raw) in batch]
                 self._add([own_text(messages) for messages in talks], [number for number, _ in batch])
         except DataError as error:
             raise DataError(f"prompts.decontaminate: {error}") from None
@@ -229,6 +229,19 @@ def question_mapping(prompts: Prompts, benchmark: Benchmark) -> PromptMapping:
     columns = prompts.columns.model_copy(update={"reference": None, "tags": None, "system": None, "tools": None})
     columns = columns if benchmark.column is None else Columns(prompt=benchmark.column)
     return PromptMapping(prompts.model_copy(update=_PLAIN), columns, benchmark.source)
+
+
+def question_rows(mapping: PromptMapping, benchmark: Benchmark, row: Row, where: str) -> list[tuple[Row, str | None]]:
+    """What a row of a benchmark asks; see `PromptMapping.prompt_rows`.
+
+    Raises:
+        DataError: it has no such column; says how its own is named.
+    """
+    try:
+        return mapping.prompt_rows(row, where)
+    except DataError as error:
+        own = "" if benchmark.column is not None else f" A benchmark's own is named so: {{source: {benchmark.source}, column: ...}}."
+        raise DataError(f"{error}{own}") from None
 
 
 def _question_limit(prompts: Prompts) -> float | None:

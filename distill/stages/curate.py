@@ -370,10 +370,12 @@ def _told(rates: dict[str, Any]) -> str:
 
 def _nothing_kept(out: StageFolder, rows_in: int, drops: dict[str, int]) -> str:
     counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(drops.items()))
+    reasons = {"think:no_reasoning", "think:empty_reasoning"} & set(drops)
+    bare = " (think: optional for traces that need not think)" if reasons else ""
     bounds = " or the bounds of its pass rates" if {"too_hard", "too_easy"} & set(drops) else ""
     return (
         f"{out.path}: none of {rows_in:,} traces is kept: {counts}. Look at the traces; then correct what they are made from, "
-        f"or change curate.checks{bounds}, or set curate.keep_unjudged for those that could not be judged, and add --redo."
+        f"or change curate.checks{bare}{bounds}, or set curate.keep_unjudged for those that could not be judged, and add --redo."
     )
 
 
