@@ -415,7 +415,7 @@ for _name, _given, _says in [
     ("no_key", ["--=5"], "command line"),
     ("dots_alone", ["--...", "5"], "command line"),
     ("into_a_word", ["--name.first", "x"], "name is a plain value"),
-    ("into_a_list", ["--curate.checks.0", "math"], "checks is a plain value"),
+    ("into_a_list", ["--curate.checks.first", "math"], "curate.checks"),
     ("deep_override", ["--student.chat_template_kwargs", "[" * 3000], "levels"),
     ("deep_key", ["--student.chat_template_kwargs" + ".a" * 3000, "5"], "command line"),
     ("word_for_a_number", ["--seed", "5 # five"], "seed"),

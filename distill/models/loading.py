@@ -101,10 +101,7 @@ def load_model(spec: ModelSpec, device: torch.device, dtype: torch.dtype | None 
         raise ModelError(f"{spec.model}: the model can't be loaded: {_first_line(error)}. {_ADVICE}") from None
     if spec.quantization == "none":
         model.to(device)  # type: ignore[arg-type]  # transformers decorates `to` without its signature
-    for module in _packed(model):
-        # Where a CPU has AVX512-BF16, bitsandbytes packs weights anew at the first evaluation, and not exactly back for training; of
-        # rows shorter than its blocks it can't.
-        module.support_avx512bf16_for_cpu = False
+    leave_as_loaded(model)
     model.eval()
     return model
 
@@ -149,6 +146,16 @@ def model_record(spec: ModelSpec, model: torch.nn.Module) -> dict[str, Any]:
     return {"model": spec.model, "revision": commit or spec.revision, "parameters": num_parameters(model)} | (
         {"files": files} if files else {}
     )
+
+
+def leave_as_loaded(model: torch.nn.Module) -> None:
+    """Lets 4-bit weights be what they are.
+
+    Where a CPU has AVX512-BF16, bitsandbytes packs them anew at the first evaluation, and not exactly back for training; of rows shorter
+    than its blocks it can't.
+    """
+    for module in _packed(model):
+        module.support_avx512bf16_for_cpu = False
 
 
 def num_parameters(model: torch.nn.Module) -> int:

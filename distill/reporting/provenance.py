@@ -17,6 +17,7 @@ from distill.data.catalogue import UNKNOWN, terms_named
 from distill.data.licences import licence_of
 from distill.recipe.experiment import Recipe
 from distill.recipe.models import ModelSpec
+from distill.reporting.measured import SetResults
 from distill.reporting.public import file_or_name, public_name
 from distill.reporting.summary import RunSummary
 from distill.run.manifest import Manifest
@@ -110,7 +111,7 @@ def bill_of_materials(recipe: Recipe, summary: RunSummary, name: str, licence: s
         "bomFormat": "CycloneDX",
         "specVersion": "1.6",
         "version": 1,
-        "metadata": {"timestamp": summary.finished_at, "tools": {"components": [kit]}, "component": student},
+        "metadata": {"tools": {"components": [kit]}, "component": student},
         "components": [_component(ref, part) for ref, part in parts],
         "dependencies": [{"ref": "student", "dependsOn": ["base", *(ref for ref, _ in parts)]}],
     }
@@ -178,9 +179,7 @@ def _results(recipe: Recipe, summary: RunSummary) -> Iterator[Any]:
         for result in found.results:
             if result.role != "student" or result.accuracy.value is None:
                 continue
-            source = (
-                recipe.prompts.heldout_source or recipe.prompts.source if found.is_main else recipe.asked_sets()[found.name].prompts.source
-            )
+            source = _source_of(found, recipe)
             told = f"accuracy on {found.num_prompts:,} held-out prompts"
             if result.accuracy.low is not None and result.accuracy.high is not None:
                 told += f", {found.confidence_text} interval {100 * result.accuracy.low:.1f} to {100 * result.accuracy.high:.1f}"
@@ -192,6 +191,14 @@ def _results(recipe: Recipe, summary: RunSummary) -> Iterator[Any]:
                 metric_name=told,
                 metric_value=round(100 * result.accuracy.value, 2),
             )
+
+
+def _source_of(found: SetResults, recipe: Recipe) -> str:
+    """Where the prompts of a set are from; its name where the recipe does not ask it any more."""
+    if found.is_main:
+        return recipe.prompts.heldout_source or recipe.prompts.source
+    asked = recipe.asked_sets().get(found.name)
+    return asked.prompts.source if asked is not None else found.name
 
 
 def _component(ref: str, part: Ingredient) -> dict[str, Any]:

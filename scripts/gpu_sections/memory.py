@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from distill.models.loading import leave_as_loaded
 from gpu_sections import shapes
 from gpu_sections.frame import Bench, Case, Cases, Figures, Skipped, installed
 from gpu_sections.steps import make_trainer, quiet
@@ -163,5 +164,6 @@ def build(bench: Bench, size: str, in_4_bits: bool) -> Any:
     with torch.device(bench.device):
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     model.tie_weights()
+    leave_as_loaded(model)
     model.is_loaded_in_4bit = True  # what peft and TRL look at
     return model

@@ -157,6 +157,8 @@ class Damage:
             for kind in KINDS:
                 if kind == "line deleted" and file.suffix != ".jsonl":
                     continue
+                if kind == "extra file beside" and "/" not in name:  # what people lay beside the stages is theirs
+                    continue
                 if kind == "of another run" and not self._is_another(file, stranger / name):
                     continue
                 yield name, kind
