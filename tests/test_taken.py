@@ -12,9 +12,14 @@ from test_pipeline import distill
 from typer.testing import CliRunner
 
 from distill.cli import app
+from distill.cluster.chain import Wanted
+from distill.cluster.site import Site
+from distill.cluster.submit import prepare
 from distill.errors import DistillError, IntegrityError, RecipeError, StageConflictError
+from distill.recipe.reading import load_recipe
 from distill.run.manifest import MANIFEST, read_manifest
 from distill.run.tables import read_rows
+from distill.stages import Step
 
 TAKEN = ("prompts", "traces")
 
@@ -129,6 +134,9 @@ def test_what_does_not_fit_is_refused_before_a_link_is_made(runs: Runs) -> None:
     assert "inputs.until: this recipe has no stage score" in runs.refused(RecipeError, "run", "b", *runs.of_a("score"))
     assert "is not there" in runs.refused(StageConflictError, "run", "b", "--inputs.run", str(runs.place / "none"), "--until", "curate")
     assert "is this run itself" in runs.refused(StageConflictError, "run", "a", *words)
+    (runs.place / "a" / "recipe.yaml").rename(runs.place / "kept.yaml")
+    assert "so it is no run" in runs.refused(StageConflictError, "run", "b", *words)
+    (runs.place / "kept.yaml").rename(runs.place / "a" / "recipe.yaml")
     (runs.place / "b" / "prompts").mkdir(parents=True)
     assert "is there, and inputs takes" in runs.refused(StageConflictError, "run", "b", *words)
     (runs.place / "b" / "prompts").rmdir()
@@ -159,6 +167,11 @@ def test_the_second_follows_when_the_first_grows(runs: Runs) -> None:
     assert {row["prompt_id"] for row in read_rows(runs.place / "b" / "curated", "curated")} <= {
         row["prompt_id"] for row in read_rows(runs.place / "first" / "prompts", "train")
     }
+
+
+def test_a_submission_begins_behind_what_is_taken(runs: Runs) -> None:
+    recipe = load_recipe(runs.recipe, ["--run_dir", str(runs.place / "b"), "--inputs.run", str(runs.place / "a")])
+    assert prepare(recipe, Wanted(gpus=0), Site()).jobs[0].steps[0] == Step("train")
 
 
 @pytest.mark.slow

@@ -11,13 +11,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from distill.errors import IntegrityError, RecipeError, StageConflictError
+from distill.errors import IntegrityError, MissingStageError, RecipeError, StageConflictError
 from distill.recipe.experiment import Recipe
 from distill.run.log import say
 from distill.run.manifest import MANIFEST, read_manifest
 from distill.run.plan import relation
 from distill.run.verify import first_damage
-from distill.stages import Step, call, folder, made_there, run_dir, taken
+from distill.stages import RECIPE, Step, call, folder, made_there, run_dir, taken
 
 
 def is_linked(recipe: Recipe, stage: str) -> bool:
@@ -25,7 +25,7 @@ def is_linked(recipe: Recipe, stage: str) -> bool:
 
     Raises:
         RecipeError: the other run is this one.
-        MissingStageError: the stage is not finished there.
+        MissingStageError: the stage is not finished there, or its folder is in no run.
         StageConflictError: it was made there with other settings or inputs, or something else stands in its place here.
     """
     there, own = taken(recipe)[stage], folder(recipe, stage)
@@ -33,6 +33,8 @@ def is_linked(recipe: Recipe, stage: str) -> bool:
         raise RecipeError(f"inputs.run: {there.parent} is this run itself. Give the folder of another one, or leave inputs out.")
     if not (there / MANIFEST).exists():
         read_manifest(there)  # which says how it stands
+    if not (there.resolve().parent / RECIPE).exists():  # by which a link is known to lead into another run
+        raise MissingStageError(f"{there.parent}: has no {RECIPE}, so it is no run. Copy it there, too, or let `distill run` write it.")
     kind, changes = relation(call(Step(stage), made_there(recipe), "plan"))
     if kind != "complete":
         why = "; ".join(changes[:5]) or "it is under way"
