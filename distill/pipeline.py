@@ -31,13 +31,16 @@ from distill.stages import (
     SWEEP,
     WRITES,
     Step,
+    call,
     folder,
     previous_student,
     run_dir,
     steps_of,
     stop_before,
     student_folder,
+    taken,
 )
+from distill.stages.links import take
 
 _RESTARTS = 2  # of a server that dies while a stage is at work
 _UNITS = {
@@ -61,6 +64,7 @@ def run_stage(name: str, recipe: Recipe, *, number: int = 0, redo: bool = False)
         number: Of the on-policy round, from 1; 0 for the stages outside the rounds.
         redo: Delete what an earlier run made of this stage.
     """
+    take(recipe)
     target = folder(recipe, name, number)
     if redo:
         if is_main_process():
@@ -116,15 +120,9 @@ def _write_part(step: Step, recipe: Recipe, part: Part, *, completes: bool = Fal
     return found
 
 
-def call(step: Step, recipe: Recipe, what: str) -> Any:
-    """Calls `run` or `plan` of a step's stage."""
-    name = "import_traces" if step.stage == "generate" and recipe.traces is not None else step.stage
-    function = getattr(importlib.import_module(f"distill.stages.{name}"), what)
-    return function(recipe, step.number) if step.stage in ROUND_STAGES else function(recipe)
-
-
 def run_score_shard(recipe: Recipe, shard: str, *, number: int = 0) -> None:
     """Scores one part of the traces, `i/n` counted from 1; whoever finds all parts there completes the stage."""
+    take(recipe)
     module = importlib.import_module("distill.stages.score")
     with Processes().ending_together():
         _with_server(lambda: module.run_shard(recipe, shard, number))
@@ -145,6 +143,7 @@ def run_shard(name: str, recipe: Recipe, shard: str, *, number: int = 0) -> None
     if name == "generate" and recipe.traces is not None:
         raise RecipeError("--shard: the recipe brings its traces (section traces), and none are written. Leave it out.")
     asked, target, step = part_of(shard), folder(recipe, name, number), Step(name, number)
+    take(recipe)
     done_before = (target / MANIFEST).exists() and read_manifest(target).digest
     refuse_own_servers(recipe, name)
     processes = Processes()
@@ -304,10 +303,15 @@ def delete_from(recipe: Recipe, stage: str) -> None:
 
 
 def made_from(recipe: Recipe, stage: str) -> list[Step]:
-    """The steps of which something is there, from a stage on; `all` takes every stage.
+    """The steps of this run of which something is there, from a stage on; `all` takes every stage, those of another run excepted.
 
     Raises:
-        RecipeError: the recipe has no such stage.
+        RecipeError: the recipe has no such stage, or takes it from another run.
     """
+    others = taken(recipe)
+    if stage in others:
+        raise RecipeError(
+            f"--redo {stage}: is taken from another run, {others[stage]}. Make it anew there, or leave the section inputs out."
+        )
     steps = steps_of(recipe) if stage == "all" else select(steps_of(recipe), stage, None, option="--redo")
-    return [step for step in steps if folder(recipe, *step).exists()]
+    return [step for step in steps if (step.number or step.stage not in others) and folder(recipe, *step).exists()]

@@ -66,6 +66,7 @@ TORCH_FREE |= {
     "before.brought",
     "before.judging",
     "before.likeness",
+    "stages.links",
 }
 
 

@@ -30,6 +30,7 @@ from distill.recipe.learning import DEFAULT_EPOCHS, Train
 from distill.recipe.steps import StepSize, step_size
 from distill.run.log import duration_text, say
 from distill.stages import Step, run_dir, steps_of
+from distill.stages.links import take
 
 if TYPE_CHECKING:
     from distill.stages.prompts import Survey
@@ -65,6 +66,7 @@ def before_run(recipe: Recipe, steps: Sequence[Step]) -> None:
     Raises:
         RecipeError: naming every claim that was refuted.
     """
+    take(recipe)  # so that its rows can be looked at
     costs = {"score", "train", "rollouts", *(["generate"] if recipe.generate is not None else [])}
     if _ARRAY in os.environ or not costs & {step.stage for step in steps}:
         return

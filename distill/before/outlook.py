@@ -11,13 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from distill.errors import DistillError, MissingStageError, StageConflictError, visible
-from distill.pipeline import call, made_from, select
+from distill.pipeline import made_from, select
 from distill.recipe.experiment import Recipe
-from distill.run.folder import refusal
 from distill.run.manifest import MANIFEST, PLAN, read_manifest
-from distill.run.owned import EARLIER
-from distill.run.plan import StagePlan, relation
-from distill.stages import Step, folder, made_steps, run_dir, steps_of
+from distill.run.owned import EARLIER, is_of_another_run
+from distill.run.plan import StagePlan, refusal, relation
+from distill.stages import Step, call, folder, made_steps, run_dir, steps_of, taken
+from distill.stages.links import is_linked
 
 _COSTLY = ("generate", "score", "train", "rollouts", "evaluate", "benchmark")
 _STYLES = {"keep": "dim", "refuse": "bold red", "make anew": "yellow"}
@@ -28,7 +28,7 @@ class Outlook(NamedTuple):
 
     step: Step
     action: str
-    """`keep`, `make`, `go on`, `grow`, `make anew` or `refuse`."""
+    """`keep`, `take` (from another run), `make`, `go on`, `grow`, `make anew` or `refuse`."""
     why: str
 
 
@@ -52,21 +52,34 @@ def outlook(
     """
     found: list[Outlook] = []
     pending = dict(moving or {})
+    others = taken(recipe)
+    there = {folder(recipe, stage): other for stage, other in others.items()}
     for step in steps:
         place = folder(recipe, *step)
         try:
             if step in deleted:
                 found.append(Outlook(step, "make anew", f"--redo deletes it ({_cost(recipe, step)})"))
+            elif step.stage in others and not step.number:
+                found.append(_taken(recipe, step))
             else:
-                found.append(_look(step, call(step, (recipes or {}).get(step, recipe), "plan"), pending))
+                asked = call(step, (recipes or {}).get(step, recipe), "plan")
+                found.append(_look(step, asked._replace(inputs=[there.get(place, place) for place in asked.inputs]), pending))
         except MissingStageError:  # the rounds decide which student is measured
             state = "make anew" if (place / MANIFEST).exists() else "go on" if (place / PLAN).exists() else "make"
             found.append(Outlook(step, state, "follows from what comes before it"))
         except DistillError as error:
             found.append(Outlook(step, "refuse", str(error)))
-        if found[-1].action not in ("keep", "refuse"):
+        if found[-1].action not in ("keep", "take", "refuse"):
             pending[str(place)] = found[-1]
     return found
+
+
+def _taken(recipe: Recipe, step: Step) -> Outlook:
+    try:
+        action = "keep" if is_linked(recipe, step.stage) else "take"
+    except MissingStageError as error:
+        return Outlook(step, "refuse", str(error))
+    return Outlook(step, action, f"from {taken(recipe)[step.stage].parent}")
 
 
 def _look(step: Step, plan: StagePlan, pending: dict[str, Outlook]) -> Outlook:
@@ -75,7 +88,7 @@ def _look(step: Step, plan: StagePlan, pending: dict[str, Outlook]) -> Outlook:
         waits = [earlier for earlier in waits if earlier.action != "grow"]
     if not waits:
         kind, changes = relation(plan)
-        if kind == "refused":
+        if kind == "refused" or (kind != "complete" and is_of_another_run(plan.path)):
             return Outlook(step, "refuse", refusal(plan, changes))
         return {
             "complete": Outlook(step, "keep", "complete"),
@@ -107,7 +120,7 @@ def dry_run(recipe: Recipe, first: str | None = None, last: str | None = None, r
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("step", "would be", "why"):
         table.add_column(name, overflow="fold")
-    words = {"keep": "kept", "make": "made", "go on": "gone on with", "grow": "grown", "refuse": "refused"}
+    words = {"keep": "kept", "take": "taken", "make": "made", "go on": "gone on with", "grow": "grown", "refuse": "refused"}
     for step, action, why in found:
         table.add_row(str(step), Text(words.get(action, "made anew"), _STYLES.get(action, "")), Text(visible(why)))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
@@ -127,7 +140,7 @@ def refuse_what_cannot_end(recipe: Recipe, first: str | None = None, last: str |
     for _, action, why in found:
         if action == "refuse":
             raise StageConflictError(why)
-    return [step for step, action, _ in found if action != "keep"]
+    return [step for step, action, _ in found if action not in ("keep", "take")]
 
 
 def refuse_what_follows(recipe: Recipe, step: Step) -> None:

@@ -49,7 +49,7 @@ def _file(recipe: Recipe) -> Path:
 
 def _digest(recipe: Recipe) -> str:
     asked = recipe.model_dump(mode="json")
-    sources = [path for text in _texts(asked | {"run_dir": None}) for path in (text, *glob.glob(text))]  # noqa: PTH207 (absolute ones, too)
+    sources = [path for text in _texts(asked | {"run_dir": None, "inputs": None}) for path in (text, *glob.glob(text))]  # noqa: PTH207 (absolute ones, too)
     packages = sorted(f"{found.name} {found.version}" for found in importlib.metadata.distributions())
     kit = Path(distill.__file__).parent
     parts = [asked, list(map(_state, sources)), packages, [_state(str(path)) for path in sorted(kit.rglob("*.py"))], describe_device()]

@@ -31,7 +31,6 @@ from distill.errors import DistillError, RecipeError
 from distill.models.adapters import lora_config
 from distill.models.loading import free_memory, load_tokenizer, pick_device
 from distill.models.miniature import miniature
-from distill.pipeline import call
 from distill.recipe.experiment import Recipe
 from distill.recipe.learning import Train
 from distill.recipe.models import ModelSpec
@@ -40,7 +39,7 @@ from distill.run.folder import StageFolder
 from distill.run.log import silence
 from distill.run.manifest import Manifest
 from distill.run.schema import FIELDS, PROMPT, TRACE, prompt_id
-from distill.stages import Step, folder
+from distill.stages import Step, call, folder
 
 Row = dict[str, Any]
 _PROMPTS = 16
@@ -177,7 +176,7 @@ def _targets(recipe: Recipe, config: Any) -> Any:
 
 def _small(recipe: Recipe, place: Path, targets: list[str] | None) -> Recipe:
     """The recipe with miniatures for models, and few short rows and steps; what only says how is as it was."""
-    changed = recipe.model_dump(mode="json") | {"run_dir": str(place / "run"), "benchmarks": None, "export": None}
+    changed = recipe.model_dump(mode="json") | {"run_dir": str(place / "run"), "inputs": None, "benchmarks": None, "export": None}
     changed |= _small_reading(recipe, changed["prompts"])
     for role in ("student", "teacher"):
         if changed[role] is not None:

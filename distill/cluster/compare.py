@@ -21,7 +21,7 @@ from distill.run.files import write_text
 from distill.run.log import say
 from distill.stages import FOLDERS, RECIPE, SWEEP
 
-_NOT_COMPARED = frozenset({"run_dir", "name"})
+_NOT_COMPARED = frozenset({"run_dir", "name", "inputs", "inputs.run", "inputs.until"})
 NOT_THERE = "not there yet"
 
 

@@ -25,6 +25,8 @@ from distill.cluster.progress import StepProgress, progress_of
 from distill.cluster.underway import UnderWay
 from distill.errors import visible
 from distill.run.log import duration_text, spent_text
+from distill.run.owned import is_of_another_run
+from distill.stages import FOLDERS
 
 _EVERY_S = 5.0  # that a watched status is made anew
 _STYLES = {"done": "dim", "at work": "green", "failed": "bold red", "damaged": "bold red", "outdated": "yellow", "stopped": "yellow"}
@@ -63,6 +65,8 @@ def status_of(run: Path) -> Status:
     steps = [each._replace(state="at work") if each.step in runs and not each.is_finished else each for each in found.steps]
     notes = [f"the rounds have ended: {found.ended_because}"] if found.ended_because else []
     notes += [f"jobs as they said it themselves: {no_queue}"] if no_queue else []
+    others = [str(each.step) for each in steps if not each.step.number and is_of_another_run(run / FOLDERS[each.step.stage])]
+    notes += [f"made in another run, and linked here: {', '.join(others)}"] if others else []
     names = dict.fromkeys(job.name for job in jobs if job.step is None)
     notes += [f"{name}: {_jobs(last_of([job for job in jobs if job.name == name]))}" for name in names]
     alone = [each.step for each in steps if not each.is_finished and left_alone(jobs, each.step)]

@@ -27,6 +27,7 @@ from distill.recipe.steps import step_size
 from distill.run.log import say
 from distill.servers.commands import gpus_of
 from distill.stages import SCRATCH, Step, folder, run_dir, stop_before
+from distill.stages.links import take
 from distill.trainers.launches import refuse_launch
 
 Load = Callable[[Sequence[str]], Recipe]
@@ -234,6 +235,8 @@ def run(load: Load, sweep: Sequence[str], *, dry_run: bool, beside: bool, **aske
         )
     if not quick.run(recipe, wanted.launch):
         return False
+    if not dry_run:
+        take(recipe)
     variants = variants_of(sweep, recipe.model_copy(update={"run_dir": str(run_dir(recipe).absolute())}), load) if sweep else []
     jobs = prepare_sweep(recipe, variants, wanted, site) if sweep else prepare(recipe, wanted, site)
     recipes = [variant.recipe for variant in variants] or [recipe]

@@ -23,10 +23,9 @@ from distill.cluster.chain import Job, Wanted, launch_command
 from distill.cluster.parts import files_of
 from distill.cluster.site import Site
 from distill.errors import RecipeError, StageConflictError, shown, visible
-from distill.pipeline import call
 from distill.recipe.experiment import Recipe
 from distill.recipe.reading import recipe_text
-from distill.stages import SWEEP, Step, folder, run_dir, steps_of
+from distill.stages import SWEEP, Step, call, folder, run_dir, steps_of
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=+-]+")
 _LONGEST = 120  # characters of a folder's name

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from distill.recipe.base import OutputPath, Section
 from distill.recipe.benchmarks import Benchmarks
 from distill.recipe.checks import Check, answer_checks
+from distill.recipe.inputs import Inputs
 from distill.recipe.learning import (
     DEEPSPEED_HAS_NO_PARTS,
     FOLLOWS_EVALUATION,
@@ -46,6 +47,8 @@ class Recipe(Section):
     """The model that is learned from; may be left out where traces are brought."""
     student: Student
     """The model that learns."""
+    inputs: Inputs | None = None
+    """Stages of another run in place of this one's own, so that one set of traces serves several trainings; null makes all of them."""
     prompts: Prompts
     """The problems."""
     generate: Generate | None = None
@@ -163,6 +166,19 @@ class Recipe(Section):
                 raise ValueError("evaluate.models names teacher, but there is no section teacher")
             if self.prompts.heldout_size == 0:
                 raise ValueError("evaluate needs held-out prompts: raise prompts.heldout_size, or set evaluate: null")
+        return self
+
+    @model_validator(mode="after")
+    def _inputs_are_stages(self) -> Recipe:
+        until = self.inputs.until if self.inputs is not None else None
+        there = ["prompts", *(["generate", "curate"] if self.learns_from_traces else []), *(["score"] if self.scores_traces else [])]
+        if until is not None and until not in there:
+            raise ValueError(f"inputs.until: this recipe has no stage {until} before its training, only {', '.join(there)}")
+        if until == "generate" and self.generate is not None and self.generate.unsolved is not None:
+            raise ValueError(
+                "generate.unsolved goes from curate back to generate, which with inputs.until generate is another run's: leave unsolved "
+                "out, or take curate, too"
+            )
         return self
 
     @model_validator(mode="after")

@@ -63,8 +63,8 @@ def _without_hosts(urls: Any) -> Any:
 
 
 def published_recipe(recipe: Recipe) -> Recipe:
-    """A recipe for people elsewhere; whoever repeats it puts in folders of their own."""
-    return Recipe.model_validate(published(recipe.model_dump(mode="json")))
+    """A recipe for people elsewhere; whoever repeats it puts in folders of their own, and makes what came from another run by it, too."""
+    return Recipe.model_validate(published(recipe.model_dump(mode="json")) | {"inputs": None})
 
 
 def public_name(spec: ModelSpec) -> str:

@@ -30,7 +30,7 @@ from distill.run.files import digest_file, read_json, write_json
 from distill.run.journal import Journal
 from distill.run.manifest import CLOCK, JOURNAL, LOCK, MANIFEST, PARTS, PLAN, SCHEMA_VERSION, SHARDS, Manifest, read_manifest
 from distill.run.owned import EARLIER, is_of_server, is_of_system, listed, names_in, parts_at_work, remove, strangers
-from distill.run.plan import HOLDS, NO_GROWTH, Growth, StagePlan, binding, in_the_way, input_digests, relation
+from distill.run.plan import HOLDS, NO_GROWTH, Growth, StagePlan, binding, in_the_way, input_digests, linked, refusal, relation
 from distill.run.tables import TableWriter, whole_shards
 
 _WAIT_S = 60.0  # for another part of the same stage to read or write the plan
@@ -96,6 +96,10 @@ class StageFolder:
         return next(there, None) if self.manifest is None else None
 
     def __enter__(self) -> StageFolder:
+        self.manifest = linked(self._plan)
+        if self.manifest is not None:
+            self._lock = FileLock(self.path / LOCK)  # which is not held: nothing is written there
+            return self
         if others := in_the_way(self.path):  # no lock is put among them
             raise StageConflictError(refusal(self._plan, [f"{HOLDS} {listed(others)}"]))
         self.path.mkdir(parents=True, exist_ok=True)
@@ -339,21 +343,6 @@ class StageFolder:
             return []
         before = read_manifest(self.earlier)
         return [before.digest, *before.grew_from]
-
-
-def refusal(plan: StagePlan, changes: Sequence[str]) -> str:
-    """Why a plan is refused, and what to do, for people."""
-    if changes[0].startswith(HOLDS):
-        return f"{plan.path}: {changes[0]}, which would be in the way. Move the folder away, or give another run_dir."
-    if (plan.path / EARLIER / MANIFEST).exists() and not (plan.path / MANIFEST).exists():
-        changes = [*changes, "what was there before stands in its folder earlier/, and comes back if it is asked for as it was made"]
-    state = "is under way with other settings or inputs" if (plan.path / PLAN).exists() else "was made with other settings or inputs"
-    more = f"; and {len(changes) - 5} more" if len(changes) > 5 else ""
-    return (
-        f"{plan.path}: {state}: {'; '.join(changes[:5])}{more}. Keep to what is there, give another run_dir, or make it anew with "
-        "--redo, and all that follows from it with `distill run --redo "
-        f"{plan.stage}`."
-    )
 
 
 def refuse_to_delete(folder: Path, writes: Sequence[str]) -> None:

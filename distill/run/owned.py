@@ -15,6 +15,8 @@ from distill.run.files import write_text
 from distill.run.manifest import CLOCK, JOURNAL, LOCK, MANIFEST, MERGED, PARTS, PLAN, SHARDS, read_manifest
 
 EARLIER = "earlier"
+RECIPE = "recipe.yaml"
+"""In a run's folder, the recipe that its stages were made with."""
 JOBS = "jobs"
 """In a run's folder, what was given to a cluster, and how its tasks went: of no stage."""
 LOGS = "logs"
@@ -41,6 +43,11 @@ def has_made(folder: Path) -> bool:
     parts = folder / PARTS
     own = [file for place in (folder, *(parts.iterdir() if parts.is_dir() else ())) if place.is_dir() for file in place.iterdir()]
     return any(not is_bookkeeping(file.name) for file in own if file != parts)
+
+
+def is_of_another_run(folder: Path) -> bool:
+    """Whether a stage's folder is a link into another run; not where its files only lie elsewhere, say on another disk."""
+    return folder.is_symlink() and (folder.resolve().parent / RECIPE).exists()
 
 
 def parts_at_work(folder: Path) -> bool:

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from distill.errors import StageConflictError
 from distill.run.files import digest_json, read_json
 from distill.run.manifest import MANIFEST, PLAN, Manifest, check_sizes, read_manifest
-from distill.run.owned import has_made, listed, strangers
+from distill.run.owned import EARLIER, has_made, is_of_another_run, listed, strangers
 
 Kind = Literal["new", "begun", "complete", "grows", "refused"]
 NO_LIMIT = math.inf
@@ -102,6 +103,41 @@ def relation(plan: StagePlan, *, shared: bool = False, inputs: bool = True, file
         return _to_finished(plan, manifest.settings, manifest.inputs if inputs else {})
     others = in_the_way(plan.path)
     return Relation("refused", [f"{HOLDS} {listed(others)}"]) if others else Relation("new")
+
+
+def linked(plan: StagePlan) -> Manifest | None:
+    """The manifest of a stage whose folder is a link into another run; null where the folder is this run's own.
+
+    Raises:
+        StageConflictError: it is not what is asked for here, and nothing is written there.
+    """
+    if not is_of_another_run(plan.path):
+        return None
+    found = relation(plan, shared=True)
+    if found.kind != "complete":
+        raise StageConflictError(refusal(plan, found.changes))
+    return read_manifest(plan.path)
+
+
+def refusal(plan: StagePlan, changes: Sequence[str]) -> str:
+    """Why a plan is refused, and what to do, for people."""
+    if is_of_another_run(plan.path):
+        why = "; ".join(changes[:5]) or "it is under way"
+        return (
+            f"{plan.path}: is a link to {plan.path.resolve()}, of another run, into which nothing is written, and by this recipe it would "
+            f"be another: {why}. Keep to what is there, let that run make what is asked for, or give another run_dir."
+        )
+    if changes[0].startswith(HOLDS):
+        return f"{plan.path}: {changes[0]}, which would be in the way. Move the folder away, or give another run_dir."
+    if (plan.path / EARLIER / MANIFEST).exists() and not (plan.path / MANIFEST).exists():
+        changes = [*changes, "what was there before stands in its folder earlier/, and comes back if it is asked for as it was made"]
+    state = "is under way with other settings or inputs" if (plan.path / PLAN).exists() else "was made with other settings or inputs"
+    more = f"; and {len(changes) - 5} more" if len(changes) > 5 else ""
+    return (
+        f"{plan.path}: {state}: {'; '.join(changes[:5])}{more}. Keep to what is there, give another run_dir, or make it anew with "
+        "--redo, and all that follows from it with `distill run --redo "
+        f"{plan.stage}`."
+    )
 
 
 def in_the_way(folder: Path) -> list[str]:

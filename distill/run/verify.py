@@ -113,13 +113,18 @@ def refuse_damaged_inputs(run: Path, folders: Sequence[Path]) -> None:
         with contextlib.suppress(IntegrityError, MissingStageError):
             sources |= {run / name for name in read_manifest(folder).inputs}
     for source in sorted(sources - set(folders)):
-        manifest = read_manifest(source)
-        for name, digest in manifest.named.items():
-            for fault in _of_file(source / name, digest):
-                raise IntegrityError(
-                    f"{fault.path}: is {'gone' if fault.kind == 'missing' else 'altered'}, so nothing can be made from it, and nothing was "
-                    f"deleted. Restore it, or begin earlier: `distill run` with --redo {manifest.stage}."
-                )
+        fault = first_damage(source)
+        if fault is not None:
+            raise IntegrityError(
+                f"{fault.path}: is {'gone' if fault.kind == 'missing' else 'altered'}, so nothing can be made from it, and nothing was "
+                f"deleted. Restore it, or begin earlier: `distill run` with --redo {read_manifest(source).stage}."
+            )
+
+
+def first_damage(folder: Path) -> Fault | None:
+    """The first file of a finished stage that is not as its manifest has it; null where all are."""
+    named = read_manifest(folder).named.items()
+    return next((fault for name, digest in named for fault in _of_file(folder / name, digest)), None)
 
 
 def _stages(run: Path) -> Iterator[Path]:

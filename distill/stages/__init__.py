@@ -6,20 +6,23 @@ A run's stages stand side by side in its folder. An on-policy round repeats some
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from filelock import FileLock
 
 from distill.errors import DataError
 from distill.recipe.experiment import Recipe
+from distill.recipe.inputs import BeforeTraining
 from distill.recipe.reading import recipe_text
 from distill.reporting.made import MadeStep, made_recipe
 from distill.run.files import read_json, write_record
 from distill.run.folder import StageFolder
 from distill.run.manifest import LOCK, MANIFEST, PARTS, PLAN, read_manifest
+from distill.run.owned import RECIPE as RECIPE
 from distill.run.owned import own_cache
 from distill.run.plan import NO_GROWTH, Growth, StagePlan
 
@@ -81,9 +84,6 @@ SWEEP = "sweep"
 MARKS = ("rows-*.json", "checkpoints/*/whole")
 """Files with the digests of others beside them, in the cache and in a folder under way."""
 
-RECIPE = "recipe.yaml"
-"""In a run's folder, the recipe that its stages were made with."""
-
 ROUND_STAGES = ("rollouts", "score", "train")
 """What an on-policy round consists of: the student writes, the teacher scores, the student trains."""
 
@@ -123,6 +123,21 @@ def stages_of(recipe: Recipe) -> list[str]:
     return [name for name in FOLDERS if wanted[name]]
 
 
+def taken(recipe: Recipe) -> dict[str, Path]:
+    """The stages that a recipe takes from another run, in order, and their folders there."""
+    if recipe.inputs is None:
+        return {}
+    stages = [stage for stage in stages_of(recipe) if stage in get_args(BeforeTraining)]
+    last = recipe.inputs.until or stages[-1]
+    return {stage: folder(made_there(recipe), stage) for stage in stages[: stages.index(last) + 1]}
+
+
+def made_there(recipe: Recipe) -> Recipe:
+    """A recipe that takes stages from another run, as if that were its own."""
+    assert recipe.inputs is not None  # whoever calls looks
+    return recipe.model_copy(update={"run_dir": recipe.inputs.run, "inputs": None})
+
+
 class Step(NamedTuple):
     """A stage of a run, or of one of its on-policy rounds."""
 
@@ -140,6 +155,13 @@ def steps_of(recipe: Recipe) -> list[Step]:
     rounds = [Step(name, number) for number in range(1, recipe.rounds + 1) for name in ROUND_STAGES]
     before, behind = ([Step(name) for name in stages if (name in _MEASURING) == measures] for measures in (False, True))
     return [*before, *rounds, *behind]
+
+
+def call(step: Step, recipe: Recipe, what: str) -> Any:
+    """Calls `run` or `plan` of a step's stage."""
+    name = "import_traces" if step.stage == "generate" and recipe.traces is not None else step.stage
+    function = getattr(importlib.import_module(f"distill.stages.{name}"), what)
+    return function(recipe, step.number) if step.stage in ROUND_STAGES else function(recipe)
 
 
 def plan_of(recipe: Recipe, step: Step, settings: dict[str, Any], inputs: Sequence[Path] = (), growth: Growth = NO_GROWTH) -> StagePlan:

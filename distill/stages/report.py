@@ -17,7 +17,7 @@ from distill.recipe.reading import recipe_text
 from distill.reporting.benchmarks import NOTHING, benchmarks_shown, benchmarks_text
 from distill.reporting.made import MadeStep, repeat_commands
 from distill.reporting.pages import render
-from distill.reporting.public import public_names, published, published_recipe
+from distill.reporting.public import file_or_name, public_names, published, published_recipe
 from distill.reporting.results import label_tables, results_tables, results_text, tag_tables, win_tables
 from distill.reporting.summary import RunSummary, lineage, metrics, summarise
 from distill.reporting.tables import (
@@ -38,7 +38,7 @@ from distill.run.manifest import Manifest, read_manifest
 from distill.run.plan import Growth, StagePlan
 from distill.run.schema import THINK_CLOSE, THINK_OPEN
 from distill.run.tables import iter_pieces, iter_rows, rows_at
-from distill.stages import Step, as_made, folder, folders_to_show, last_round, made_steps, open_stage, plan_of, student_folder
+from distill.stages import Step, as_made, folder, folders_to_show, last_round, made_steps, open_stage, plan_of, student_folder, taken
 
 Row = dict[str, Any]
 _PASSED = {True: "passed", False: "failed", None: "not judged"}
@@ -94,7 +94,7 @@ def _page(recipe: Recipe, summary: RunSummary) -> dict[str, Any]:
         "cost_columns": cost_columns(summary),
         "costs": cost_rows(summary),
         "total_time": duration_text(summary.wall_s),
-        "lineage": lineage(recipe, summary),
+        "lineage": [*lineage(recipe, summary), *_taken(recipe)],
         "examples": _examples(recipe, summary),
         "no_examples": "None asked for." if recipe.report.examples == 0 else "This method keeps no traces.",
         "recipe": recipe_text(public),
@@ -106,6 +106,12 @@ def _steps(recipe: Recipe) -> list[MadeStep]:
     """What was made, and the export that is still to come."""
     steps = [step._replace(made_with=published(step.made_with)) for step in made_steps(recipe) if step.stage != "export"]
     return [*steps, MadeStep("export", 0, {})] if recipe.export is not None else steps
+
+
+def _taken(recipe: Recipe) -> list[tuple[str, str]]:
+    """The stages that were made in another run."""
+    others = taken(recipe)
+    return [("taken from another run", f"{', '.join(others)}, of {file_or_name(str(others['prompts'].parent))}")] if others else []
 
 
 def _pictures(recipe: Recipe, summary: RunSummary) -> Row:
