@@ -14,11 +14,12 @@ from distill.cli import app
 from distill.errors import DataError, MissingStageError
 from distill.measure.scores import DIFFERENCE, P_VALUE
 from distill.pipeline import costs_of
+from distill.recipe.results import Evaluate
 from distill.reporting.prices import SHIPPED, Rates, rates_of, read_prices
 from distill.run.files import read_json
 from distill.run.folder import StageFolder, delete_stage
 from distill.run.manifest import MANIFEST
-from distill.run.schema import SCORE
+from distill.run.schema import SCORE, TRACE
 from distill.run.tables import read_rows
 
 HOUR = 3.6  # dollars: a thousandth of one a second
@@ -163,3 +164,16 @@ def test_every_shipped_price_has_its_source_and_date() -> None:
     for name in ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090", "NVIDIA H200"):  # as torch says them
         assert rates.gpu_price(name) is not None, name
     assert rates.gpu_price("NVIDIA L4") is None and rates.gpu_price(None) is None
+
+
+def test_how_fast_models_answered_is_told_only_where_all_was_written_at_once(tmp_path: Path) -> None:
+    """Of answers that were there before an interruption nobody knows the seconds."""
+    from distill.engines.traces import TraceTable
+
+    def table(out: StageFolder) -> TraceTable:
+        return TraceTable(out.table("traces", TRACE, resume=True), out.journal(), Evaluate(), 0)
+
+    with StageFolder(tmp_path / "eval", "evaluate", {}) as out:
+        assert table(out).is_new
+        out.journal().append([{"author": "student"}])
+        assert not table(out).is_new

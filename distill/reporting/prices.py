@@ -109,7 +109,7 @@ class Rates(NamedTuple):
         return None if name is None else _named(self.prices.api, name)
 
 
-Priced = TypeVar("Priced", GpuPrice, ApiPrice)
+Priced = TypeVar("Priced", bound=_Entry)
 
 
 def _named(entries: Mapping[str, Priced], name: str) -> tuple[str, Priced] | None:
