@@ -18,7 +18,7 @@ from distill.reporting.prices import rates_of
 from distill.run.folder import StageFolder, delete_stage
 from distill.run.schema import ANSWER, PROMPT, SCORE
 
-CHECKS = [{"name": "number", "tolerance": 0.0}]
+CHECKS = [{"number": {"tolerance": 0.0}}]
 GREEDY = {"temperature": 0.0, "top_p": 0.95, "samples_per_prompt": 1, "max_new_tokens": 64}
 
 
@@ -93,7 +93,7 @@ def test_the_best_of_several_needs_more_than_the_best_of_two(tmp_path: Path) -> 
     ("other", "expected"),
     [
         ({"first": 50}, "share no held-out prompt .*prompts.source, heldout_size and seed"),
-        ({"asked": {"checks": CHECKS}}, "judged by other checks .*run evaluate again"),
+        ({"asked": {"checks": CHECKS}}, r"judged by other checks \(math and number\).*run evaluate again"),
         ({"references": ["1"] * 11 + ["2"]}, "1 of 12 held-out prompts that they share have another right answer"),
     ],
 )

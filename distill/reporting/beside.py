@@ -155,7 +155,13 @@ def _checks_text(one: Answered, other: Answered) -> str:
     key = next(key for key in one.checks if one.checks[key] != other.checks[key])
     if key != "checks":
         return "the functions of their own differ" if key == "python_sha256" else "the judges differ"
-    return f"{one.checks[key]} and {other.checks[key]}"
+    names = [_names_of(run.checks[key]) for run in (one, other)]
+    return f"{names[0]} and {names[1]}" if names[0] != names[1] else f"{names[0]}, with other settings"
+
+
+def _names_of(checks: str | Sequence[str | Row]) -> str:
+    """Names of checks, without their settings."""
+    return checks if isinstance(checks, str) else ", ".join(check if isinstance(check, str) else next(iter(check)) for check in checks)
 
 
 def _nothing_shared(runs: Sequence[Answered]) -> str:
