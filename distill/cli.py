@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -255,16 +256,6 @@ def submit(
         raise typer.Exit(1)
 
 
-@app.command()
-def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or one of a sweep, runs/x/sweep.")],
-) -> None:
-    """Compare the students of finished runs: where their recipes differ, and what was measured of them."""
-    from distill.cluster.compare import compare_folders
-
-    compare_folders(runs)
-
-
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
 def serve(
     context: typer.Context,
@@ -304,6 +295,47 @@ def verify(run: RunPath) -> None:
 
     if not verify_run(run):
         raise typer.Exit(1)
+
+
+Prices = Annotated[Path | None, typer.Option(metavar="FILE", help="Prices of your own, in the form of the kit's reporting/prices.yaml.")]
+GpuHour = Annotated[float | None, typer.Option(metavar="USD", min=0, help="What an hour of each GPU costs, whatever the prices say.")]
+CpuHour = Annotated[float | None, typer.Option(metavar="USD", min=0, help="The same of a machine whose CPU alone worked.")]
+Gpu = Annotated[str | None, typer.Option(metavar="NAME", help="Which GPU it was, or is to be priced as, e.g. 'RTX 4090'.")]
+
+
+@app.command()
+def costs(
+    run: RunPath,
+    prices: Prices = None,
+    gpu: Gpu = None,
+    gpu_hour: GpuHour = None,
+    cpu_hour: CpuHour = None,
+    server_gpus: Annotated[int | None, typer.Option(min=1, help="GPUs behind each server that its stages started.")] = None,
+    api: Annotated[list[str] | None, typer.Option(metavar="MODEL", help="A host's model to compare with, e.g. gpt-5.4-mini.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
+) -> None:
+    """What a run cost, by its manifests: a stage, an accepted trace, a point of accuracy, 1,000 answers; and when it pays."""
+    from distill.pipeline import costs_of
+    from distill.reporting.prices import rates_of
+
+    rates = rates_of(prices, gpu=gpu, gpu_hour=gpu_hour, cpu_hour=cpu_hour, server_gpus=server_gpus)
+    typer.echo(costs_of(run, rates, api or (), width=shutil.get_terminal_size((140, 24)).columns, as_json=as_json))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or one of a sweep, runs/x/sweep.")],
+    prices: Prices = None,
+    gpu: Gpu = None,
+    gpu_hour: GpuHour = None,
+    cpu_hour: CpuHour = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
+) -> None:
+    """Compare finished runs: students on the held-out prompts they share, teachers, methods, terms, costs, and where recipes differ."""
+    from distill.cluster.compare import compare_folders
+    from distill.reporting.prices import rates_of
+
+    compare_folders(runs, rates_of(prices, gpu=gpu, gpu_hour=gpu_hour, cpu_hour=cpu_hour), as_json=as_json)
 
 
 @app.command()

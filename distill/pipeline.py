@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from distill.errors import RecipeError, ServerDiedError, visible
+from distill.errors import MissingStageError, RecipeError, ServerDiedError, visible
 from distill.models.launched import refuse_own_servers, say_idle
 from distill.models.processes import SEVERAL, WRITTEN, Processes, refuse_several
 from distill.recipe.experiment import Recipe
 from distill.recipe.results import ModelRole
+from distill.reporting.prices import Rates
 from distill.run import early
 from distill.run.clock import is_main_process
 from distill.run.folder import delete_stage, refuse_to_delete
@@ -33,6 +35,7 @@ from distill.stages import (
     Step,
     call,
     folder,
+    folders_in,
     previous_student,
     run_dir,
     steps_of,
@@ -285,6 +288,34 @@ def verify_run(run: Path) -> bool:
     summary = ", ".join(f"{count:,} {kind}" for kind, count in sorted(faults.items())) or "all as they were written"
     say(f"verify    {found.files:,} files: {summary}{under_way}", result=True)
     return set(faults) <= {"outdated"}
+
+
+def costs_of(run: Path, rates: Rates, hosts: Sequence[str] = (), *, width: int = 140, as_json: bool = False) -> str:
+    """What a run cost and what that bought, by its manifests alone.
+
+    Args:
+        run: Its folder.
+        rates: What is counted with.
+        hosts: Models of hosts to compare the student with.
+        width: Columns of the terminal.
+        as_json: One JSON object instead.
+
+    Raises:
+        MissingStageError: it holds no finished stage.
+    """
+    from distill.reporting import costs
+    from distill.reporting.ledger import ledger_of
+    from distill.reporting.summary import summarise
+    from distill.reporting.worth import worth_of
+
+    summary = summarise(*folders_in(run), {})
+    if not summary.stages:
+        raise MissingStageError(f"{run}: holds no finished stage. Give the folder of a run, e.g. runs/quickstart, or its recipe.")
+    ledger = ledger_of(summary.stages, rates)
+    worth = worth_of(summary, ledger, rates, hosts)
+    if as_json:
+        return json.dumps(costs.as_object(run.name, ledger, worth), indent=2)
+    return costs.as_text(run.name, ledger, worth, width)
 
 
 def delete_from(recipe: Recipe, stage: str) -> None:

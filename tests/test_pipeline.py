@@ -77,6 +77,11 @@ def test_every_stage_says_what_it_did(finished: tuple[Path, Path]) -> None:
         assert manifest.stage == stage and manifest.facts["wall_s"] >= 0 and manifest.facts["kit_version"]
         if manifest.rows_in is not None and manifest.rows_kept is not None:
             assert manifest.rows_in * (3 if stage == "generate" else 1) == manifest.rows_kept + sum(manifest.drops.values())
+    facts = read_manifest(run / "eval").facts
+    assert sum(wrote["tokens"] for wrote in facts["writing"].values()) == facts["tokens"]
+    assert list(facts["writing"]) == list(facts["models"]) and all(wrote["seconds"] > 0 for wrote in facts["writing"].values())
+    said = distill("costs", run, "--cpu-hour", "1", "--api", "gpt-5-mini").stdout
+    assert "1,000 answers of the student: $" in said and "tokens a second on one device in evaluate" in said and "gpt-5-mini" in said
 
 
 def test_a_second_run_loads_no_torch(finished: tuple[Path, Path]) -> None:

@@ -73,6 +73,11 @@ class TraceTable:
         """Traces in the table."""
         return self._table.num_rows
 
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing was written so far, neither in an earlier piece of the stage nor before it grew."""
+        return not self._num_done and self._earlier is None and not any(True for _ in self._journal.rows())
+
     def knows(self, author: str) -> bool:
         """Whether traces of an author were written before."""
         return self._earlier is not None and self._earlier.count(author) > 0

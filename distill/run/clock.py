@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Iterable
@@ -65,6 +66,7 @@ class Clock:
             "python": platform.python_version(),
             "machine": platform.machine(),
             "packages": versions(_PACKAGES),
+            **_gpu(),
             **more,
         }
 
@@ -82,6 +84,12 @@ def keep_running_clocks(doing: dict[str, Any], *, at_once: bool = False) -> None
     """
     for clock in list(_running):
         clock.keep(doing, at_once=at_once)
+
+
+def _gpu() -> dict[str, str]:
+    """What the GPU is called that this process has worked on, by which `distill costs` knows its price; nothing where it used none."""
+    torch = sys.modules.get("torch")
+    return {"gpu": str(torch.cuda.get_device_name())} if torch is not None and torch.cuda.is_initialized() else {}
 
 
 def _seconds_in(file: Path) -> float:

@@ -278,3 +278,11 @@ def folders_to_show(recipe: Recipe) -> tuple[dict[str, Path], list[dict[str, Pat
     # The rollouts that stopped the rounds were neither scored nor trained on.
     stopped = trained < recipe.rounds and (folder(recipe, "rollouts", trained + 1) / MANIFEST).exists()
     return stages, [*rounds, {"rollouts": folder(recipe, "rollouts", trained + 1)}] if stopped else rounds
+
+
+def folders_in(run: Path) -> tuple[dict[str, Path], list[dict[str, Path]]]:
+    """The folders that a run's stages and rounds would have, from its own folder alone; which of them are there is another question."""
+    rounds = sorted(place for place in (run / ROUNDS).glob("*") if place.name.isdigit())
+    return {stage: run / name for stage, name in FOLDERS.items() if stage != "rollouts"}, [
+        {stage: place / FOLDERS[stage] for stage in ROUND_STAGES} for place in rounds
+    ]

@@ -8,6 +8,7 @@ or wrong, or where it is asked for, base and student also read what the teacher 
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -213,6 +214,7 @@ def _answer(recipe: Recipe, whole: StageFolder, place: Path, traces: TraceTable,
     evaluate, before = _evaluate_of(recipe), _before(whole)
     models: dict[str, Row] = {}
     devices, spent, warnings = [], [], []
+    wrote: Row | None = {} if traces.is_new else None  # of answers that were there before nobody knows the seconds
     for role in evaluate.models:
         trained = student_folder(recipe) if role == "student" else None
         if trained is not None:
@@ -222,16 +224,20 @@ def _answer(recipe: Recipe, whole: StageFolder, place: Path, traces: TraceTable,
             models[role] = writer.record
             if traces.knows(role) and before is not None:
                 refuse_another(role, models[role], before.facts["models"].get(role, {}))
+            begun_s, tokens_before = time.perf_counter(), traces.tokens
             for each in sets:
                 sampling = each.asked.sampling
                 engine = writer.engine if each.name == MAIN else writer.drawing(sampling, each.name)
                 more: Row = {"sampling": sampling, "silent": each.name != MAIN}
                 traces.write(engine, each.rows, len(each.rows), role, _described(role, each), writer.max_failed, **more)
+            if wrote is not None:
+                took = {"tokens": traces.tokens - tokens_before, "seconds": round(time.perf_counter() - begun_s, 3)}
+                wrote[role] = took | {"device": writer.device}
         devices.append(writer.device)
         spent.append(writer.spent().get("server"))
         warnings += [warning for warning in writer.warnings if warning not in warnings]
     served = summed(spent)
-    facts: Row = {"device": ", ".join(dict.fromkeys(devices)), "models": models}
+    facts: Row = {"device": ", ".join(dict.fromkeys(devices)), "models": models} | ({"writing": wrote} if wrote else {})
     return facts | ({"server": served} if served else {}) | ({"warnings": warnings} if warnings else {})
 
 
