@@ -227,6 +227,27 @@ def check(
 
 
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
+def plan(
+    context: typer.Context,
+    recipe: RecipePath,
+    gpu: Annotated[str, typer.Option("--gpu", metavar="CARD", help="Its name or memory, 'RTX 4090', 24GiB; cpu; left out: any.")] = "",
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="Of a node; a process each.")] = 1,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="That train.")] = 1,
+    launch: Annotated[Path | None, typer.Option("--launch", metavar="FILE", help="What is dealt out among them; left out: DDP.")] = None,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Of a prompt; no data are read.")] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, sizes in bytes.")] = False,
+) -> None:
+    """Reckon the memory of every stage from configs alone: what fits a card, and what to change if it does not. No GPU, no weights."""
+    from distill.cluster.submit import launch_file
+    from distill.planning import shown
+
+    loaded = _load(recipe, context)
+    place = shown.place_of(loaded, gpu, gpus, nodes, launch_file(launch) if launch else None, prompt_tokens)
+    found = shown.make(loaded, place)
+    typer.echo(shown.as_json(found)) if as_json else shown.show(found)
+
+
+@app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
 def submit(
     context: typer.Context,
     recipe: RecipePath,

@@ -25,6 +25,7 @@ LAYERS = [
     {"reference"},
     {"cluster"},
     {"before"},
+    {"planning"},
     {"pipeline"},
     {"stages"},
     {"trainers", "reporting", "benchmarks"},
@@ -66,6 +67,7 @@ TORCH_FREE |= {
     "before.brought",
     "before.judging",
     "before.likeness",
+    "planning.sizes",
 }
 
 
