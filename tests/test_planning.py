@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 
 import pytest
 import torch
 from peft import get_peft_model
+from rich.console import Console
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from distill.before import check
+from distill.before.findings import Findings
 from distill.errors import RecipeError
 from distill.losses.settings import likelihood
 from distill.models.adapters import lora_config
@@ -144,6 +148,16 @@ def test_the_command_says_what_fits_and_what_to_change(monkeypatch: pytest.Monke
     assert train["total"]["low"] < train["total"]["expected"] < train["total"]["high"]
     assert train["total"]["expected"] == pytest.approx(sum(part["expected"] for part in train["parts"].values()), abs=20)
     assert found["most"]["this card"]["rows"] >= 0 and found["room"] == 1.5 * GIB
+
+
+def test_a_check_ends_with_the_plan(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of models that are worth it; it refutes nothing."""
+    for least, lines in ((10**8, 0), (0, 1)):
+        monkeypatch.setattr(check, "_WORTH_PLANNING", least)
+        found = Findings(Console(file=io.StringIO()))
+        check._check_plan(recipe, 1, None, found)
+        said = found.console.file.getvalue()  # type: ignore[attr-defined]
+        assert said.count("fits cards from 8 GB") == lines and not found.refuted and not found.warnings
 
 
 def test_the_last_line_names_the_tightest_stage(planner: Planner, recipe: Recipe) -> None:

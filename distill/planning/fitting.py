@@ -11,7 +11,7 @@ from distill.planning.memory import Planner
 from distill.planning.sizes import StageMemory
 from distill.recipe.experiment import Recipe
 from distill.recipe.models import LoraAdapter
-from distill.recipe.steps import AT_ONCE, DEFAULT_ROWS
+from distill.recipe.steps import AT_ONCE, DEFAULT_ROWS, PASSES
 
 _LONGEST, _LARGEST, _HIGHEST = 2**20, 1024, 1024
 _UNIT = 64  # tokens
@@ -108,13 +108,22 @@ def remedies(planner: Planner, recipe: Recipe, stage: StageMemory, room: float) 
 
     alone = [found for key, values in tried if (found := _first(key, values, fits)) is not None]
     if alone:
-        return [Change(stage.stage, found) for found in alone]
+        return [Change(stage.stage, _of_one_size(recipe, found, planner.place.on_cpu)) for found in alone]
     together: dict[str, Any] = {}
     for key, values in tried:
         if (found := _first(key, values, lambda more: fits(together | more))) is not None:  # noqa: B023 (used at once)
-            return [Change(stage.stage, together | found)]
+            return [Change(stage.stage, _of_one_size(recipe, together | found, planner.place.on_cpu))]
         together = together | {key: values[-1]}
     return []
+
+
+def _of_one_size(recipe: Recipe, overrides: dict[str, Any], on_cpu: bool) -> dict[str, Any]:
+    """With what keeps the rows of an optimizer step, where fewer are taken at once and the recipe names no number of them."""
+    given, key = recipe.train.trainer_args, f"train.trainer_args.{AT_ONCE}"
+    if key not in overrides or recipe.train.global_batch_size is not None:
+        return overrides
+    rows = given.get(AT_ONCE, DEFAULT_ROWS) * given.get(PASSES, 1 if on_cpu else DEFAULT_ROWS)
+    return overrides | {f"train.trainer_args.{PASSES}": rows // overrides[key]}
 
 
 def _first(key: str, values: list[Any], fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:

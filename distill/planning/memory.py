@@ -196,7 +196,7 @@ class Planner:
         """By its config; null where that can't be reached from here."""
         from transformers import AutoConfig
 
-        key = spec.model
+        key = f"{spec.model}@{spec.revision}"
         if key not in self._models:
             try:
                 name = embedded.resolve(spec.model)
@@ -218,7 +218,7 @@ class Planner:
     def _dtype(self, setting: str) -> torch.dtype:
         if self.place.on_cpu:
             return pick_dtype(torch.device("cpu"), setting)
-        return torch.bfloat16 if setting == "auto" else getattr(torch, setting)  # type: ignore[no-any-return]
+        return torch.bfloat16 if setting == "auto" else getattr(torch, setting)
 
     def _step_of(self, recipe: Recipe, train: Train, rows: int) -> Asked:
         spec, given = recipe.student, train.trainer_args

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
 
+from distill.losses import chunked
 from distill.losses.chunked import ChunkedLoss, Head
 from distill.losses.sparse import SparseTargets
 from distill.models.adapters import freeze_unread, lora_config
@@ -34,7 +35,7 @@ class Live(TorchDispatchMode):
     """Bytes of all storages that were made inside and are still there: now, and at most."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._there: set[int] = set()
 
@@ -120,7 +121,9 @@ def counts(config: PretrainedConfig, adapter: LoraAdapter | FullFinetune | None)
     """
     plain = built(config, torch.bfloat16, None)
     total = sum(weight.numel() for weight in plain.parameters())
-    ends = {id(part.weight): part.weight for part in (plain.get_input_embeddings(), plain.get_output_embeddings()) if part is not None}
+    ends: dict[int, Any] = {
+        id(part.weight): part.weight for part in (plain.get_input_embeddings(), plain.get_output_embeddings()) if part is not None
+    }
     linear = [module.weight.numel() for module in plain.modules() if type(module) is nn.Linear and id(module.weight) not in ends]
     blocks = [block for blocks in plain.modules() if isinstance(blocks, nn.ModuleList) for block in blocks]
     layer = max((sum(weight.numel() for weight in block.parameters()) for block in blocks), default=0)
@@ -147,21 +150,25 @@ def walk(config: PretrainedConfig, asked: Asked) -> Walk:
 
 def _walk(config: PretrainedConfig, asked: Asked) -> Walk:
     model = built(config, getattr(torch, asked.dtype), asked.adapter, asked.eager)
-    with FakeTensorMode(), _rows_are_whole(), torch.random.fork_rng(devices=[]):
+    with FakeTensorMode(), _without_content(), torch.random.fork_rng(devices=[]):
         _make_fake(model)
         ids_BT = torch.ones(asked.rows, asked.tokens, dtype=torch.long)
         return step(model, ids_BT, asked) if asked.adapter is not None else _read(model, ids_BT, asked)
 
 
 @contextmanager
-def _rows_are_whole() -> Iterator[None]:
-    """Inside, transformers does not look whether rows are packed: of tensors without content it would believe it, and mask them."""
-    there = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+def _without_content() -> Iterator[None]:
+    """Inside, nothing asks for the content of tensors.
+
+    transformers does not look whether rows are packed, since of tensors without content it would believe it, and mask them; and the loss
+    takes as many positions between its products as on a GPU, where on a CPU it takes one, four thousand times over.
+    """
+    packed, blocks = masking_utils.find_packed_sequence_indices, chunked._BLOCK_ELEMENTS
+    masking_utils.find_packed_sequence_indices, chunked._BLOCK_ELEMENTS = lambda position_ids: None, {}
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = there
+        masking_utils.find_packed_sequence_indices, chunked._BLOCK_ELEMENTS = packed, blocks
 
 
 def _make_fake(model: nn.Module) -> None:
