@@ -20,8 +20,7 @@ _EPILOG = (
     "Any key of the recipe can be overridden: --generate.samples_per_prompt 8. `distill keys` lists them all. "
     "--quiet says only results and errors."
 )
-_CANT_TEACH = 3
-"""Exit code of `distill pair` for its verdict: 1 is an error, 2 a wrong call."""
+_CANT_TEACH = 3  # exit code of `distill pair` for its verdict: 1 is an error, 2 a wrong call
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app = typer.Typer(
@@ -33,16 +32,12 @@ app = typer.Typer(
 )
 
 
-def _recipe_files(incomplete: str) -> list[str]:
-    """For the shell: recipes and folders here, and the names of those of the kit."""
-    here = [f"{path}/" if path.is_dir() else str(path) for path in sorted(Path().glob(f"{incomplete}*"))] if incomplete[:1] != "/" else []
-    return [*(path for path in here if path.endswith(("/", ".yaml", ".yml"))), *reference.recipe_names(incomplete)]
-
-
 RecipePath = Annotated[
     Path,
     typer.Argument(
-        metavar="RECIPE", help="The recipe: a YAML file, or the name of one that `distill recipes` lists.", autocompletion=_recipe_files
+        metavar="RECIPE",
+        help="The recipe: a YAML file, or the name of one that `distill recipes` lists.",
+        autocompletion=reference.recipe_files,
     ),
 ]
 Redo = Annotated[bool, typer.Option("--redo", help="Delete this stage's folder first, and make it again.")]
@@ -228,6 +223,26 @@ def check(
 
 
 @app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
+def plan(
+    context: typer.Context,
+    recipe: RecipePath,
+    gpu: Annotated[str, typer.Option("--gpu", metavar="CARD", help="Its name or memory, 'RTX 4090', 24GiB; cpu; left out: any.")] = "",
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="Of a node; a process each.")] = 1,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="That train.")] = 1,
+    launch: Annotated[Path | None, typer.Option("--launch", metavar="FILE", help="What is dealt out among them; left out: DDP.")] = None,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Of a prompt; no data are read.")] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, sizes in bytes.")] = False,
+) -> None:
+    """Reckon the memory of every stage from configs alone: what fits a card, and what to change if it does not. No GPU, no weights."""
+    from distill.cluster.submit import launch_file
+    from distill.planning import shown
+
+    loaded = _load(recipe, context)
+    found = shown.make(loaded, shown.place_of(loaded, gpu, gpus, nodes, launch_file(launch) if launch else None, prompt_tokens))
+    typer.echo(shown.as_json(found)) if as_json else shown.show(found)
+
+
+@app.command(context_settings=_OVERRIDES, epilog=_EPILOG)
 def submit(
     context: typer.Context,
     recipe: RecipePath,
@@ -360,8 +375,7 @@ def pair(
     redo: Redo = False,
 ) -> None:
     """Measure on a few prompts whether this teacher can teach this student, before anything is spent; exit code 3 says it can't."""
-    loaded = _load(recipe, context)
-    if not importlib.import_module("distill.before.pair").run(loaded, prompts, traces or (), redo=redo):
+    if not importlib.import_module("distill.before.pair").run(_load(recipe, context), prompts, traces or (), redo=redo):
         raise typer.Exit(_CANT_TEACH)
 
 

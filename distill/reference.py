@@ -11,11 +11,17 @@ import typer
 app = typer.Typer()
 
 
-def recipe_names(incomplete: str) -> list[str]:
+def _recipe_names(incomplete: str) -> list[str]:
     """For the shell: recipes of the kit whose names begin so."""
     from distill.recipe.shelf import shipped
 
     return [recipe.name for recipe in shipped() if recipe.name.startswith(incomplete)]
+
+
+def recipe_files(incomplete: str) -> list[str]:
+    """For the shell: recipes and folders here, and the names of those of the kit."""
+    here = [f"{path}/" if path.is_dir() else str(path) for path in sorted(Path().glob(f"{incomplete}*"))] if incomplete[:1] != "/" else []
+    return [*(path for path in here if path.endswith(("/", ".yaml", ".yml"))), *_recipe_names(incomplete)]
 
 
 def _model_names(incomplete: str) -> list[str]:
@@ -70,7 +76,7 @@ def recipes(context: typer.Context) -> None:
 
 @recipes_app.command("cp")
 def recipes_cp(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Of a recipe that `distill recipes` lists.", autocompletion=recipe_names)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of a recipe that `distill recipes` lists.", autocompletion=_recipe_names)],
     target: Annotated[Path | None, typer.Argument(metavar="[TARGET]", help="File or folder; this folder if left out.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
 ) -> None:

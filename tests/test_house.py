@@ -25,6 +25,7 @@ LAYERS = [
     {"reference"},
     {"cluster"},
     {"before"},
+    {"planning"},
     {"pipeline"},
     {"stages"},
     {"trainers", "reporting", "benchmarks"},
@@ -67,6 +68,7 @@ TORCH_FREE |= {
     "before.judging",
     "before.likeness",
     "stages.links",
+    "planning.sizes",
 }
 
 

@@ -51,7 +51,7 @@ def test_the_commands_of_a_run_work_in_the_order_they_are_typed(tmp_path: Path, 
     """Those of the two blocks about a run, over a tiny pair."""
     recipe = write_recipe(tmp_path, tiny_model_dir)
     typed = [line for line in COMMANDS if line.split()[1] in ("run", "prompts", "generate", "curate", "launch") and "0.6b.yaml" in line]
-    typed = [line for line in typed if "--num_processes" not in line]
+    typed = [line for line in typed if "--num_processes" not in line and "--run_dir" not in line]
     assert len(typed) == 9 and "--redo train" in typed[-1]
     for line in typed:
         line = line.replace("recipes/qwen3-8b-to-0.6b.yaml", str(recipe)).replace("accelerate launch", sys.executable)

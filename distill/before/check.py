@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from distill.stages.prompts import Survey
 
 _ARRAY = "SLURM_ARRAY_TASK_ID"
+_WORTH_PLANNING = 10**8  # weights: a model with fewer fits anywhere
 
 
 def run(recipe: Recipe, processes: int = 1, launch: Path | None = None) -> bool:
@@ -48,6 +49,8 @@ def run(recipe: Recipe, processes: int = 1, launch: Path | None = None) -> bool:
     """
     found = Findings()
     whole = _examine(recipe, steps_of(recipe), found, here=False, processes=processes, launch=launch)
+    if not found.refuted:
+        _check_plan(recipe, processes, launch, found)
     proved = found.end("nothing speaks against running this recipe")
     if proved and whole and processes == 1:
         record.note(recipe)
@@ -83,6 +86,19 @@ def before_run(recipe: Recipe, steps: Sequence[Step]) -> None:
     _refuse(recipe, found)
     record.note(recipe)
     say(f"check     nothing speaks against this recipe · {duration_text(time.perf_counter() - start)}")
+
+
+def _check_plan(recipe: Recipe, processes: int, launch: Path | None, found: Findings) -> None:
+    """What `distill plan` says, in one line; it refutes nothing, because it is not measured. Nothing of models that fit anywhere."""
+    from distill.planning import shown
+
+    specs = [recipe.student, *([recipe.teacher] if recipe.teacher is not None else [])]
+    known = [size for spec in specs if (size := machine.parameters(spec)) is not None]
+    if max(known, default=0) < _WORTH_PLANNING:
+        return
+    place = shown.place_of(recipe, machine.gpu_memory(), processes, 1, launch, shown.PROMPT_TOKENS)
+    made = shown.make(recipe, place, whole=False)
+    (found.warn if made.is_impossible else found.good)("plan", f"{shown.one_line(made)}. `distill plan` has the parts")
 
 
 def _refuse(recipe: Recipe, found: Findings) -> None:

@@ -209,6 +209,14 @@ def describe_device() -> str:
     return f"{device}, {cores} cores" if device.type == "cpu" else str(device)
 
 
+def gpu_memory() -> str:
+    """Of the GPU here, as `distill plan` takes it; empty where there is none."""
+    from distill.models.loading import pick_device
+
+    device = pick_device()
+    return f"{_memory_gib(device):.2f}GiB" if device.type == "cuda" else ""
+
+
 def _memory_gib(device: torch.device) -> float:
     """Of the device; of the machine, where it has none of its own."""
     import torch

@@ -20,5 +20,9 @@ def buffer_elements(device: torch.device, most: int) -> int:
     if device.type != "cuda":
         return _BUFFER_ELEMENTS
     allowed = torch.cuda.get_per_process_memory_fraction(device) * torch.cuda.get_device_properties(device).total_memory
-    of_memory = int(allowed) // (4 * _BUFFER_SHARE)
-    return min(max(of_memory, _BUFFER_ELEMENTS), most)
+    return elements_of(allowed, most)
+
+
+def elements_of(memory: float, most: int) -> int:
+    """The same for a GPU by its bytes of memory, also of one that is not here."""
+    return min(max(int(memory) // (4 * _BUFFER_SHARE), _BUFFER_ELEMENTS), most)

@@ -65,6 +65,20 @@ def miniature(config: PretrainedConfig) -> PretrainedConfig:
     return small
 
 
+def shallow(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """A copy with the first so many layers of every part, at their full width; parts with fewer are left.
+
+    Args:
+        config: Of a causal language model of transformers; left as it is.
+        layers: Number of layers.
+    """
+    short = copy.deepcopy(config)
+    for part in _parts(short):
+        if part.num_hidden_layers > layers:
+            _keep(part, list(range(layers)), part.num_hidden_layers)
+    return short
+
+
 def _parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
     """The config and those inside it which have layers."""
     for value in list(vars(config).values()):
