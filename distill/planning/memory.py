@@ -185,7 +185,8 @@ class Planner:
         walked = model.step(asked)
         packed = bool(train.trainer_args.get("packing")) or asked.rows > 1
         mask = self._mask(model, asked) if packed and spec.attn_implementation != "flash_attention_2" else 0
-        parts["activations"] = Range(walked.stored, walked.stored + mask, 1.05 * walked.stored + mask)
+        least = walked.stored - self._copies(model, asked)
+        parts["activations"] = Range(max(least, 0), walked.stored + mask, 1.05 * walked.stored + mask)
         beyond = max(walked.peak - walked.stored, 0)
         parts["loss, backward"] = Range(0.8 * beyond, beyond, 1.2 * beyond)
         if train.is_live:
@@ -208,6 +209,16 @@ class Planner:
         if there is not None:
             there.spec = spec
         return there
+
+    def _copies(self, model: Model, asked: Asked) -> float:
+        """Of dealt out weights those in 16 bits that autocast makes, and may keep to the end of the forward pass."""
+        assert asked.adapter is not None
+        dealt_out = sizes.sharing(self.place.kind, self.place.processes).weights < 1
+        if not dealt_out or asked.adapter.type != "full" or asked.compute == asked.dtype:
+            return 0
+        self.notes["whether autocast's copies of weights stay where these are dealt out is not known: low is without them"] = None
+        item: int = getattr(torch, asked.compute).itemsize
+        return item * model.counts().all
 
     def _mask(self, model: Model, asked: Asked) -> float:
         """Of rows that are padded or packed: a pair of positions in one byte, and as a number for each layer that is kept."""

@@ -159,7 +159,7 @@ def show(plan: Plan) -> None:
         )
     console.print(_cards(plan))
     for name, each in plan.most.items() if plan.place.room is not None else ():
-        console.print(f"{name} has room for {_most(each)}, each alone")
+        console.print(f"{name} has room for (each alone): {_most(each)}")
     for change in plan.changes:
         console.print(f"{change.stage} would fit with: {change}", markup=False, soft_wrap=True)
     for stage_name in plan.hopeless:
