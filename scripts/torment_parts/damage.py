@@ -33,6 +33,7 @@ HALVES: dict[str, list[Kill]] = {
 }
 """Where each stage is stopped to be damaged half-way."""
 
+_NOTES = "notes.txt"  # what is laid beside a file
 _ADVICES = 4  # followed one after the other
 Rng = random.Random
 
@@ -61,7 +62,7 @@ def _swap(file: Path, other: Path, rng: Rng) -> None:
 
 
 def _extra(file: Path, other: Path, rng: Rng) -> None:
-    file.with_name("notes.txt").write_text("mine\n")
+    file.with_name(_NOTES).write_text("mine\n")
 
 
 def _line(file: Path, other: Path, rng: Rng) -> None:
@@ -157,8 +158,6 @@ class Damage:
             for kind in KINDS:
                 if kind == "line deleted" and file.suffix != ".jsonl":
                     continue
-                if kind == "extra file beside" and "/" not in name:  # what people lay beside the stages is theirs
-                    continue
                 if kind == "of another run" and not self._is_another(file, stranger / name):
                     continue
                 yield name, kind
@@ -217,6 +216,7 @@ class Damage:
             if verified.broke:
                 return Finding("TRACEBACK", f"verify: {verified.broke}")
             file = target / case.file
+            file = file.with_name(_NOTES) if case.kind == "extra file beside" else file
             stage = next((step.folder for step in STEPS if case.file.startswith(f"{step.folder}/")), case.file)
             named = bool(verified.code) and (str(target / stage) in verified.said or str(file) in verified.said)
         ended = command("run", self.scene.recipe, "--run_dir", target, "--until", self.scene.steps[-1].stage)
